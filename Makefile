@@ -1,0 +1,78 @@
+# numa_lab. `make` alone lists what there is to make; each target sets up what it needs first.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+BIN := .venv/bin
+RUN_ID := $(or $(RUN_ID),$(shell date +%Y%m%dT%H%M%S))
+RUN_DIR := data/runs/$(RUN_ID)
+SWEEP_ARGS ?= --profile quick
+PYTEST_ARGS ?=
+LAB_ARGS ?=
+STRIP := --keep-id --extra-keys "metadata.papermill metadata.language_info cell.metadata.papermill"
+
+# papermill and JupyterLab find the kernel of .venv before any that the user has registered.
+export JUPYTER_PREFER_ENV_PATH := 1
+
+.PHONY: help setup report test lab lint format clean constraints numactl chromium
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo "Settings: PYTHON=python3.12  SWEEP_ARGS='--profile quick'  PYTEST_ARGS='-k topology'  LAB_ARGS=--port=8890"
+
+setup: numactl .venv/installed ## make .venv and install numa_lab with the tested versions
+
+report: setup ## measure attention under every binding and write data/runs/RUN_ID/report.html
+	@status=0; $(BIN)/numa-lab sweep $(SWEEP_ARGS) --out "$(RUN_DIR)" || status=$$?; \
+	if (( status > 1 )) || [[ ! -d "$(RUN_DIR)" ]]; then exit $$status; fi; \
+	$(BIN)/numa-lab report "$(RUN_DIR)"; exit $$status  # 1: some executions failed, and the report lists them
+
+test: setup chromium ## run the tests
+	@mkdir -p build
+	$(BIN)/python -m pytest --junitxml=build/junit.xml $(PYTEST_ARGS)
+
+lab: setup ## open the notebooks in JupyterLab on this machine (127.0.0.1)
+	@$(BIN)/jupyter lab --ip=127.0.0.1 --ServerApp.root_dir="$(CURDIR)/notebooks" --LabApp.news_url=None \
+	  --LabApp.check_for_updates_class=jupyterlab.handlers.announcements.NeverCheckForUpdate \
+	  $(if $(DISPLAY)$(WAYLAND_DISPLAY),,--no-browser) $(if $(filter 0,$(shell id -u)),--allow-root) $(LAB_ARGS)
+
+lint: setup ## check style, types, imports between modules, and that notebooks hold no output
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/nbstripout --verify $(STRIP) notebooks/*.ipynb
+
+format: setup ## give code and notebooks the form that lint asks for
+	$(BIN)/ruff check --fix --exit-zero
+	$(BIN)/ruff format
+	$(BIN)/nbstripout $(STRIP) notebooks/*.ipynb
+
+clean: ## remove .venv, build output and caches; data/runs stays
+	rm -rf .venv build *.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+constraints: ## write constraints.txt anew: the newest versions that pyproject.toml allows
+	rm -rf build/newest && "$$(tools/need.sh python $(PYTHON))" -m venv build/newest
+	build/newest/bin/python -m pip install -qq --editable '.[dev]'
+	{ sed '/^[^#]/,$$d' constraints.txt; build/newest/bin/python -m pip freeze --all --exclude-editable \
+	  | sed -E '/^pip==/d; s/\+[a-z0-9.]+$$//' | LC_ALL=C sort -f; } > build/constraints.txt
+	mv build/constraints.txt constraints.txt
+
+numactl chromium:
+	@tools/need.sh $@
+
+# Scripts in .venv hold its absolute path: a moved folder, like a Python that has gone, makes it anew.
+ifneq ($(shell $(BIN)/python -c 'import pip; print(open(".venv/made-in").read())' 2>/dev/null),$(CURDIR))
+.PHONY: .venv/made-in
+endif
+.venv/made-in:
+	@python=$$(tools/need.sh python $(PYTHON)) && echo "make: .venv from $$python" && \
+	rm -rf .venv && "$$python" -m venv .venv && printf %s "$(CURDIR)" > $@
+
+# The stamp is written last, so an install that failed or was stopped is made again.
+.venv/installed: .venv/made-in pyproject.toml constraints.txt
+	@rm -f $@
+	@echo "make: installing numa_lab and what it needs into .venv (some minutes the first time) ..."
+	@$(BIN)/python -m pip install -qq --constraint constraints.txt --editable '.[dev]'
+	@touch $@

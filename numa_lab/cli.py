@@ -1,0 +1,239 @@
+"""The command line. Each command imports what it needs inside itself, so that those without torch start at once."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import click
+
+from numa_lab.errors import InvalidInput, NumaLabError
+
+
+class _Group(click.Group):
+    """Prints the project's own errors as one message on stderr, without a traceback."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().main(*args, **kwargs)
+        except NumaLabError as error:
+            click.echo(f"numa-lab: {error}", err=True)
+            sys.exit(error.exit_status)
+        except OSError as error:
+            click.echo(f"numa-lab: {error}", err=True)
+            sys.exit(1)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="numa_lab")
+def main() -> None:
+    """Measure what NUMA placement does to attention on this machine, prove it, and say what to do."""
+
+
+_as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON only.")
+
+
+def _print_json(value: object) -> None:
+    click.echo(json.dumps(value, indent=1, allow_nan=False))
+
+
+@main.command()
+@_as_json
+@click.option("--root", default="/", show_default=True, metavar="DIR", help="Read sysfs and procfs below this folder.")
+def topology(as_json: bool, root: str) -> None:
+    """Nodes, CPUs, memory, distances, caches and GPUs, and what this process may use."""
+    from numa_lab.topology import read_topology
+
+    found = read_topology(root)
+    if as_json:
+        _print_json(found.to_json())
+    else:
+        click.echo(found.summary())
+
+
+@main.command()
+@_as_json
+def doctor(as_json: bool) -> None:
+    """What on this machine spoils NUMA performance, and the exact fix."""
+    from numa_lab import doctor as checks
+
+    findings = checks.examine()
+    if as_json:
+        _print_json(checks.to_json(findings))
+    else:
+        click.echo(checks.render(findings))
+
+
+@main.command()
+@_as_json
+@click.option("--seconds", default=20.0, show_default=True, help="Time for all cells together.")
+def probe(as_json: bool, seconds: float) -> None:
+    """Read bandwidth and latency between all nodes."""
+    from tqdm import tqdm
+
+    from numa_lab import probes
+    from numa_lab.topology import read_topology
+
+    with tqdm(total=1, desc="probing", unit="cell", disable=None, leave=False) as bar:
+
+        def progress(done: int, total: int, what: str) -> None:
+            bar.total, bar.n = total, done
+            bar.set_postfix_str(what)
+
+        found = probes.probe_nodes(read_topology(), seconds=seconds, progress=progress)
+    if as_json:
+        _print_json(found.to_json())
+    else:
+        click.echo(probes.render(found))
+
+
+@main.command()
+@click.option("--profile", default="quick", show_default=True, help="How much: smoke, quick, standard or full.")
+@click.option("--bindings", help="local, matrix, all, or labels such as c0m0,c0m1; the profile's own where not given.")
+@click.option(
+    "--executions", type=click.IntRange(min=1), help="Processes per binding; the profile's own where not given."
+)
+@click.option("--notebook", "notebook_path", metavar="PATH", help="Measured notebook, in place of the project's own.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), metavar="DIR", help="Run directory; data/runs/<time> by default."
+)
+@click.option(
+    "--resume", type=click.Path(path_type=Path), metavar="DIR", help="Finish what is missing in a run directory."
+)
+@click.option("--dry-run", is_flag=True, help="Print the plan and start nothing.")
+@click.option("-p", "parameters", multiple=True, metavar="NAME=VALUE", help="Parameter of the measured notebook.")
+def sweep(
+    profile: str,
+    bindings: str | None,
+    executions: int | None,
+    notebook_path: str | None,
+    out: Path | None,
+    resume: Path | None,
+    dry_run: bool,
+    parameters: Sequence[str],
+) -> None:
+    """Run the measured notebook under every binding, each execution in a process of its own.
+
+    The path of the run directory is the last line on stdout.
+    """
+    from numa_lab import notebook
+    from numa_lab import plan as plans
+    from numa_lab import sweep as sweeps
+    from numa_lab.topology import read_topology
+    from numa_lab.workloads import PROFILES
+
+    measured = notebook.find(notebook_path or sweeps.MEASURED_NOTEBOOK)
+    machine = read_topology()
+    if resume:
+        plan, run_dir = plans.load_plan(resume), resume
+        plans.check_resumable(plan, resume, machine, measured)
+    else:
+        if profile not in PROFILES:
+            raise InvalidInput(f"profile {profile!r}: expected one of {', '.join(PROFILES)}")
+        run_id = out.name if out else f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{profile}"
+        run_dir = out or Path("data") / "runs" / run_id
+        plan = plans.make_plan(
+            profile=profile,
+            bindings=plans.choose_bindings(bindings or PROFILES[profile].bindings, machine),
+            topology=machine,
+            measured=measured,
+            parameters=notebook.parse_parameters(measured, parameters),
+            run_id=run_id,
+            command=_typed(profile, bindings, executions, notebook_path, parameters),
+            executions=executions or 0,
+        )
+    if dry_run:
+        for planned in plans.missing(plan, run_dir):
+            click.echo(planned.command)
+        click.echo(
+            f"{len(plan.executions)} executions, about {plan.estimated_seconds:.0f} s; nothing was started", err=True
+        )
+        return
+    with sweeps.alone():
+        if not resume:
+            plans.prepare(plan, run_dir, machine)
+        failed = _run(plan, run_dir, machine, measured)
+    click.echo(str(run_dir))
+    if failed:
+        raise NumaLabError(
+            f"{failed} of {len(plan.executions)} executions failed; the report lists them with their reasons, "
+            f"and `numa-lab sweep --resume {run_dir}` tries them again"
+        )
+
+
+def _typed(
+    profile: str, bindings: str | None, executions: int | None, notebook_path: str | None, parameters: Sequence[str]
+) -> str:
+    """The command that measures the same again."""
+    words = ["numa-lab", "sweep", "--profile", profile]
+    for option, value in (("--bindings", bindings), ("--executions", executions), ("--notebook", notebook_path)):
+        words += [option, str(value)] if value else []
+    return shlex.join([*words, *(word for pair in parameters for word in ("-p", pair))])
+
+
+def _run(plan: Any, run_dir: Path, machine: Any, measured: Path) -> int:
+    """Run a plan with a progress bar; the number of executions that failed."""
+    from tqdm import tqdm
+
+    from numa_lab import plan as plans
+    from numa_lab import sweep as sweeps
+
+    todo = plans.missing(plan, run_dir)
+    failed = 0
+    with tqdm(total=len(todo) + 1, unit="execution", desc="measuring") as bar:
+        try:
+            if not (run_dir / sweeps.PROBES).exists():
+                for reason in sweeps.measure_machine(run_dir):
+                    bar.write(reason, file=sys.stderr)
+            bar.update()
+            for planned, reasons in sweeps.run(plan, run_dir, machine, measured):
+                failed += bool(reasons)
+                if reasons:
+                    bar.write(f"{planned.label} ({planned.execution_id}) failed: {' '.join(reasons)}", file=sys.stderr)
+                bar.set_postfix_str(planned.label)
+                bar.update()
+        except KeyboardInterrupt:
+            bar.close()
+            click.echo(
+                f"numa-lab: stopped; what has finished is usable, `numa-lab sweep --resume {run_dir}` does the rest",
+                err=True,
+            )
+            sys.exit(130)
+    return failed
+
+
+@main.command()
+@click.argument("run_dir", type=click.Path(path_type=Path))
+@_as_json
+def verdict(run_dir: Path, as_json: bool) -> None:
+    """Which bindings differ, by how much, and how sure that is."""
+    from numa_lab import stats
+    from numa_lab.report import verdicts
+    from numa_lab.results import load_machine, load_run
+
+    rows = load_run(run_dir)
+    found = stats.compare(rows)
+    if as_json:
+        _print_json(found.to_json())
+    else:
+        click.echo(verdicts.headline(rows, load_machine(run_dir), found))
+        for comparison in found.comparisons:
+            click.echo(f"  {comparison.sentence()}")
+
+
+@main.command()
+@click.argument("run_dir", type=click.Path(path_type=Path))
+def report(run_dir: Path) -> None:
+    """Write report.html into a run directory; prints its path and the verdict."""
+    from numa_lab.report import collect
+
+    written = collect.write(run_dir)
+    for problem in written.problems:
+        click.echo(f"numa-lab: {problem}", err=True)
+    click.echo(str(written.path))
+    click.echo(written.headline)

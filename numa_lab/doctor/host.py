@@ -1,0 +1,148 @@
+"""Faults of the machine that all its processes share: settings of the kernel, and how memory is laid out and used."""
+
+from __future__ import annotations
+
+import re
+
+from numa_lab.doctor.examination import Check, Finding, Machine
+from numa_lab.sysfs import Tree, format_cpulist
+from numa_lab.topology import Node
+
+NEARLY_FULL = 0.1  # of a node's memory is free
+UNEVEN = 1.1  # largest to smallest node: 1.14 with one of eight memory modules missing, 1.03 by what the kernel keeps
+
+
+def _emulated(machine: Machine) -> Finding | None:
+    if not machine.topology.emulated:
+        return None
+    return Finding(
+        "emulated",
+        f"the processor calls itself {machine.topology.model_name}, as those do that software emulates",
+        "Placement is real here, but times mean nothing: all memory is equally far, and each instruction slow.",
+        "measure on real hardware, or start the guest with: qemu-system-x86_64 -accel kvm -cpu host",
+        "problem",
+    )
+
+
+def _numa_balancing(machine: Machine) -> Finding | None:
+    mode = machine.tree.text("proc/sys/kernel/numa_balancing")
+    if mode in ("", "0") or len(machine.memory_nodes) < 2:
+        return None
+    return Finding(
+        "numa_balancing",
+        f"kernel.numa_balancing = {mode}",
+        "The kernel unmaps pages to see who uses them, and moves those that no policy binds, during a measurement too.",
+        "sysctl -w kernel.numa_balancing=0   (as root; until the next boot)",
+        "warning",
+    )
+
+
+def _transparent_huge_pages(machine: Machine) -> Finding | None:
+    folder = "sys/kernel/mm/transparent_hugepage"
+    for name in ("hugepages-2048kB/enabled", "enabled"):  # the size's own setting stands above the general one
+        chosen = re.search(r"\[(\w+)\]", machine.tree.text(f"{folder}/{name}"))
+        if chosen and chosen[1] != "inherit":
+            break
+    if not chosen or chosen[1] != "never":
+        return None
+    return Finding(
+        "transparent_huge_pages",
+        f"/{folder}/{name} is never",
+        "K and V then lie on 4 KiB pages, and a long cache costs a page walk for each of them at every token.",
+        f"echo madvise > /{folder}/{name}   (as root; numa_lab asks for huge pages by madvise)",
+        "warning",
+    )
+
+
+def _smt(machine: Machine) -> Finding | None:
+    cpus = machine.topology.allowed_cpus
+    cores = machine.topology.physical_cores(cpus)
+    if len(cores) == len(cpus):
+        return None
+    return Finding(
+        "smt",
+        f"this process may use {len(cpus)} CPUs on {len(cores)} physical cores",
+        "Two threads on one core share its path to memory: threads that nobody pins land so by chance, and times "
+        "scatter. numa_lab pins one thread to each core; other programs do not.",
+        f"taskset --cpu-list {format_cpulist(cores)} COMMAND",
+        "info",
+    )
+
+
+def _cpu_governor(machine: Machine) -> Finding | None:
+    slow: dict[str, list[int]] = {}
+    for cpu in sorted(machine.online):
+        governor = machine.tree.text(f"sys/devices/system/cpu/cpu{cpu}/cpufreq/scaling_governor")
+        if governor not in ("", "performance"):
+            slow.setdefault(governor, []).append(cpu)
+    if not slow:
+        return None
+    return Finding(
+        "cpu_governor",
+        "; ".join(f"governor {governor} on CPUs {format_cpulist(cpus)}" for governor, cpus in slow.items()),
+        "Cores that wait for memory look idle and are clocked down, so times depend on what ran before.",
+        "echo performance | tee /sys/devices/system/cpu/cpu*/cpufreq/scaling_governor   (as root)",
+        "warning",
+    )
+
+
+def _nearly_full_nodes(machine: Machine) -> Finding | None:
+    usable = [node for node in machine.memory_nodes if node.id in machine.topology.allowed_nodes]
+    full = [node for node in usable if node.free_bytes < NEARLY_FULL * node.memory_bytes]
+    if not full:
+        return None
+    cached = {node.id: _file_cache_bytes(machine.tree, node) for node in full}
+    roomiest = max(usable, key=lambda node: node.free_bytes)
+    ways = []
+    if any(node.free_bytes + cached[node.id] >= NEARLY_FULL * node.memory_bytes for node in full):
+        given_back = _size(sum(cached.values()))
+        ways.append(f"sync; echo 1 > /proc/sys/vm/drop_caches   (as root; gives back up to {given_back})")
+    if roomiest not in full:
+        ways.append(f"numactl --membind={roomiest.id} COMMAND   ({_size(roomiest.free_bytes)} free)")
+    return Finding(
+        "nearly_full_nodes",
+        "; ".join(
+            f"node {node.id}: {_size(node.free_bytes)} of {_size(node.memory_bytes)} free, "
+            f"{_size(cached[node.id])} hold file cache"
+            for node in full
+        ),
+        "A process bound to a full node is killed (numa_lab refuses before that), and memory that is not bound goes "
+        "to another node without a word.",
+        " | ".join(ways) or "end what fills it: numastat -p PROCESS shows a process's memory on each node",
+        "warning",
+    )
+
+
+def _file_cache_bytes(tree: Tree, node: Node) -> int:
+    """Bytes of file cache on a node that can be dropped; shared memory is counted among file pages and can't."""
+    meminfo = dict(re.findall(r"(\w+):\s+(\d+) kB", tree.text(f"sys/devices/system/node/node{node.id}/meminfo")))
+    return max(0, int(meminfo.get("FilePages", 0)) - int(meminfo.get("Shmem", 0))) * 1024
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 2**30:.1f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:.0f} MiB"
+
+
+def _uneven_nodes(machine: Machine) -> Finding | None:
+    nodes = [node for node in machine.memory_nodes if node.cpus]  # CXL and HBM nodes differ by design
+    sizes = [node.memory_bytes for node in nodes]
+    if len(nodes) < 2 or max(sizes) < UNEVEN * min(sizes):
+        return None
+    return Finding(
+        "uneven_nodes",
+        ", ".join(f"node {node.id}: {_size(node.memory_bytes)}" for node in nodes),
+        "Work split evenly fills the smallest node first, and a node with fewer memory modules has less bandwidth.",
+        f"dmidecode --type memory   (as root; lists empty slots; until then plan for {_size(min(sizes))} a node)",
+        "warning",
+    )
+
+
+CHECKS: tuple[Check, ...] = (
+    _emulated,
+    _numa_balancing,
+    _transparent_huge_pages,
+    _smt,
+    _cpu_governor,
+    _nearly_full_nodes,
+    _uneven_nodes,
+)

@@ -1,0 +1,102 @@
+"""CPUs, caches and GPUs of a machine, from its sysfs tree."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from numa_lab.sysfs import Tree, parse_cpulist
+
+_GPU_CLASSES = ("0x03", "0x12")  # PCI display controllers and processing accelerators
+
+
+@dataclass(frozen=True)
+class Cpu:
+    """An online CPU: `core` is the lowest CPU number of its physical core, `socket` the package (-1: not told)."""
+
+    id: int
+    core: int
+    socket: int
+    node: int
+    kind: str = ""  # performance or efficiency, empty where all cores are alike
+
+
+@dataclass(frozen=True)
+class Cache:
+    """One cache: its level, kind, size, and the online CPUs that share it."""
+
+    level: int
+    kind: str  # Data, Instruction or Unified
+    size_bytes: int
+    cpus: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU or accelerator on the PCI bus, and its nearest node where the kernel tells it."""
+
+    pci: str
+    node: int | None
+
+
+def read_cpus(tree: Tree, online: tuple[int, ...], node_of: Mapping[int, int]) -> tuple[Cpu, ...]:
+    """The online CPUs; `node_of` gives the node of each."""
+    kinds = core_kinds(tree, online)
+    found = []
+    for cpu in online:
+        folder = tree.cpu_dir / f"cpu{cpu}/topology"
+        siblings = tree.cpu_list(folder, "thread_siblings", "thread_siblings_list")
+        core = min(set(siblings) & set(online), default=cpu)
+        socket = int(tree.text(folder / "physical_package_id") or -1)
+        found.append(Cpu(cpu, core, socket, node_of.get(cpu, 0), kinds.get(cpu, "")))
+    return tuple(found)
+
+
+def core_kinds(tree: Tree, online: tuple[int, ...]) -> dict[int, str]:
+    """Big and little cores: from Intel's hybrid PMUs, else from the capacity or, last, the highest clock.
+
+    Cores within 10 % of each other are alike: favoured cores of one kind differ by a few percent.
+    """
+    pmus = {kind: tree.text(f"sys/devices/{pmu}/cpus") for kind, pmu in
+            (("performance", "cpu_core"), ("efficiency", "cpu_atom"))}  # fmt: skip
+    if all(pmus.values()):
+        return {cpu: kind for kind, listed in pmus.items() for cpu in parse_cpulist(listed)}
+    for name in ("cpu_capacity", "acpi_cppc/highest_perf", "cpufreq/cpuinfo_max_freq"):
+        values = {cpu: int(tree.text(tree.cpu_dir / f"cpu{cpu}" / name) or 0) for cpu in online}
+        low, high = min(values.values(), default=0), max(values.values(), default=0)
+        if low > 0:
+            middle = (low + high) / 2
+            alike = high <= 1.1 * low
+            return {} if alike else {c: "performance" if v > middle else "efficiency" for c, v in values.items()}
+    return {}
+
+
+def read_caches(tree: Tree, online: tuple[int, ...]) -> tuple[Cache, ...]:
+    """Every cache once, whichever CPU shows it; none where the kernel does not tell."""
+    found: dict[tuple[int, str, int], Cache] = {}
+    present = set(online)
+    for cpu in online:
+        for folder in sorted((tree.cpu_dir / f"cpu{cpu}/cache").glob("index*")):
+            level, kind = int(tree.text(folder / "level") or 0), tree.text(folder / "type")
+            shared = tree.cpu_list(folder, "shared_cpu_map", "shared_cpu_list")
+            sharing = tuple(c for c in shared if c in present) or (cpu,)
+            size = re.fullmatch(r"(\d+)([KMG]?)", tree.text(folder / "size"))
+            scale = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+            if level and size:
+                cache = Cache(level, kind, int(size[1]) * scale[size[2]], sharing)
+                found.setdefault((level, kind, sharing[0]), cache)
+    return tuple(found[key] for key in sorted(found))
+
+
+def read_gpus(tree: Tree, nodes: list[int]) -> tuple[Gpu, ...]:
+    """From the PCI bus; where a captured tree has no bus folder, from the devices themselves."""
+    folders = list((tree.root / "sys/bus/pci/devices").glob("*")) or [
+        path.parent for path in (tree.root / "sys/devices").glob("pci*/**/class")
+    ]
+    found = {}
+    for folder in folders:
+        if tree.text(folder / "class").startswith(_GPU_CLASSES):
+            told = int(tree.text(folder / "numa_node") or -1)
+            found[folder.name] = told if told >= 0 else nodes[0] if len(nodes) == 1 else None
+    return tuple(Gpu(pci, node) for pci, node in sorted(found.items()))

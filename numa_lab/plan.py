@@ -1,0 +1,219 @@
+"""The plan of a sweep: which bindings, how often, in which order, and what of it is still missing.
+
+An execution's key is the hash of notebook, parameters, binding, machine and block, so that a resumed sweep repeats
+nothing and notices a changed notebook.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from numa_lab import doctor, notebook
+from numa_lab.binding import Binding, MemPolicy
+from numa_lab.errors import InvalidInput, MachineMismatch, RunDirectoryError
+from numa_lab.results import (
+    EXECUTIONS,
+    MACHINE,
+    SCHEMA_VERSION,
+    differences,
+    load_machine,
+    machine_facts,
+    read_json,
+    write_json,
+)
+from numa_lab.stats import AA_SUFFIX
+from numa_lab.topology import Topology
+from numa_lab.workloads import PROFILES
+
+PLAN = "plan.json"
+OVERHEAD_SECONDS = 8  # of one execution before and after its cases: papermill, imports, first compilation
+
+
+def choose_bindings(spec: str, topology: Topology) -> list[Binding]:
+    """Bindings by name, or of a list of labels.
+
+    ``local``: each node with its own memory; ``matrix``: every CPU node with every memory node; ``all``: besides these
+    interleaved over all memory, and nothing bound.
+
+    Raises
+    ------
+    InvalidInput, NodeUnavailable
+        A label can't be read, or this process can't be bound so.
+    """
+    cpu_nodes = [node for node in topology.node_ids if topology.cpus_of([node])]
+    mem_nodes = [node for node in topology.allowed_nodes if topology.node(node).memory_bytes]
+    local = [Binding((node,), (node,), MemPolicy.BIND) for node in cpu_nodes if node in mem_nodes]
+    matrix = [Binding((cpu,), (mem,), MemPolicy.BIND) for cpu in cpu_nodes for mem in mem_nodes]
+    spread = [Binding(tuple(cpu_nodes), tuple(mem_nodes), MemPolicy.INTERLEAVE)] if len(mem_nodes) > 1 else []
+    named = {"local": local, "matrix": matrix, "all": [*matrix, *spread, Binding()]}
+    # Node lists hold commas too (c0,2m0): a label ends before the next c.
+    bindings = named.get(spec) or [Binding.parse(label.rstrip(",")) for label in _labels(spec)]
+    for binding in bindings:
+        binding.require(topology)
+    return list(dict.fromkeys(bindings))
+
+
+def _labels(spec: str) -> list[str]:
+    labels = ["c" + part for part in spec.split("c") if part]
+    if not labels or not spec.startswith("c"):
+        raise InvalidInput(f"bindings {spec!r}: expected local, matrix, all, or labels such as c0m0,c0m1")
+    return labels
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One execution of a plan."""
+
+    execution_id: str
+    block: int
+    order: int
+    label: str  # with the suffix of the A/A twin
+    command: str  # what is run, to be read and typed
+
+    @property
+    def binding(self) -> Binding:
+        """The binding that the label names."""
+        return Binding.parse(self.label.removesuffix(AA_SUFFIX))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a sweep will run, as stored in ``plan.json``."""
+
+    schema_version: int
+    run_id: str
+    created: str
+    profile: str
+    bindings: tuple[str, ...]
+    notebook: str
+    notebook_sha256: str
+    parameters: Mapping[str, Any]
+    command: str
+    executions: tuple[Planned, ...]
+
+    @property
+    def estimated_seconds(self) -> float:
+        """Rough time for all executions."""
+        profile = PROFILES[self.profile]
+        cases = 6 * len(profile.dtypes) + 2 + len(profile.kv_len_curve) + len(profile.batch_curve)
+        return len(self.executions) * (OVERHEAD_SECONDS + 1.5 * cases * profile.case_seconds)
+
+
+def make_plan(
+    *,
+    profile: str,
+    bindings: Sequence[Binding],
+    topology: Topology,
+    measured: Path,
+    parameters: Mapping[str, Any],
+    run_id: str,
+    command: str,
+    executions: int = 0,
+    seed: int | None = None,
+) -> Plan:
+    """Plan a sweep: in each block every label once, in random order, and the first local binding twice (the A/A pair).
+
+    Raises
+    ------
+    InvalidInput
+        An unknown profile, no executions, or parameters that the notebook does not have.
+    """
+    if profile not in PROFILES:
+        raise InvalidInput(f"profile {profile!r}: expected one of {', '.join(PROFILES)}")
+    blocks = executions or PROFILES[profile].executions
+    if blocks < 1:
+        raise InvalidInput(f"executions={executions}: expected 1 or more per binding")
+    if "profile" in parameters:
+        raise InvalidInput(f"parameter profile={parameters['profile']!r}: give it as --profile")
+    given = {"profile": profile, **parameters}
+    notebook.check_parameters(measured, {**given, "execution": {}})
+    twin = next((binding for binding in bindings if binding.is_local), bindings[0])
+    labels = [*map(str, bindings), f"{twin}{AA_SUFFIX}"]
+    content, machine = _content(measured), machine_facts(topology)["fingerprint"]
+    shuffled = random.Random(seed)
+    planned: list[Planned] = []
+    for block in range(blocks):
+        for label in shuffled.sample(labels, len(labels)):
+            identity = json.dumps([content, given, label, machine, block], sort_keys=True)
+            key = hashlib.sha256(identity.encode()).hexdigest()[:12]
+            binding = Binding.parse(label.removesuffix(AA_SUFFIX))
+            words = notebook.command(Path("notebooks") / measured.name, Path(f"{label}.ipynb"), given, binding)
+            planned.append(Planned(key, block, len(planned), label, shlex.join(words)))
+    return Plan(
+        SCHEMA_VERSION, run_id, datetime.now(UTC).isoformat(timespec="seconds"), profile, tuple(labels), measured.name,
+        content, given, command, tuple(planned),
+    )  # fmt: skip
+
+
+def _content(path: Path) -> str:
+    """Hash of what a notebook does: its cells' sources, not their outputs."""
+    cells = notebook.read(path).cells
+    return hashlib.sha256(json.dumps([(cell.cell_type, cell.source) for cell in cells]).encode()).hexdigest()
+
+
+def load_plan(run_dir: Path) -> Plan:
+    """``plan.json`` of a run directory.
+
+    Raises
+    ------
+    RunDirectoryError
+        It is missing, damaged or of another schema version.
+    """
+    stored = read_json(run_dir / PLAN)
+    if not isinstance(stored, dict) or stored.get("schema_version") != SCHEMA_VERSION:
+        raise RunDirectoryError(f"{run_dir / PLAN}: expected schema version {SCHEMA_VERSION}; start a new sweep")
+    executions = tuple(Planned(**planned) for planned in stored.pop("executions"))
+    return Plan(**stored | {"bindings": tuple(stored["bindings"]), "executions": executions})
+
+
+def prepare(plan: Plan, run_dir: Path, topology: Topology) -> None:
+    """Create the run directory with its plan and the facts of the machine, before anything is measured.
+
+    Raises
+    ------
+    RunDirectoryError
+        The directory holds a run already, or can't be written.
+    """
+    if (run_dir / PLAN).exists():
+        raise RunDirectoryError(
+            f"{run_dir} holds a run already: finish it with --resume {run_dir}, or name another --out"
+        )
+    findings = [asdict(finding) for finding in doctor.examine(topology=topology)]
+    write_json(run_dir / MACHINE, machine_facts(topology) | {"findings": findings})
+    write_json(run_dir / PLAN, asdict(plan))
+
+
+def check_resumable(plan: Plan, run_dir: Path, topology: Topology, measured: Path) -> None:
+    """Refuse to finish a run on another machine or with another notebook than it began.
+
+    Raises
+    ------
+    MachineMismatch
+        Naming the values that differ.
+    RunDirectoryError
+        The notebook has changed.
+    """
+    differing = differences(load_machine(run_dir), machine_facts(topology))
+    if differing:
+        raise MachineMismatch(f"{run_dir} was begun on another machine: {'; '.join(differing)}. Start a new sweep here")
+    if _content(measured) != plan.notebook_sha256:
+        raise RunDirectoryError(
+            f"{measured.name} has changed since {run_dir} was begun: start a new sweep, or restore the notebook"
+        )
+
+
+def missing(plan: Plan, run_dir: Path) -> list[Planned]:
+    """Executions that have not passed the gate yet, in run order."""
+    return [
+        planned
+        for planned in plan.executions
+        if not (run_dir / EXECUTIONS / f"{planned.execution_id}.parquet").exists()
+    ]

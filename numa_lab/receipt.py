@@ -1,0 +1,225 @@
+"""Receipt: what was requested, what the kernel granted, and what was seen while something was timed.
+
+Limits: a thread's CPU is the one that it was last on, read after samples, not a trace; pages are looked at before and
+after, not during. What could not be seen at all stands in ``notes``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from numa_lab.binding import Binding, MemPolicy
+from numa_lab.sysfs import format_cpulist, parse_cpulist
+
+Pages = Mapping[str, Mapping[int, int]]  # tensor name -> node -> pages; node -1 counts pages that were never touched
+
+
+@dataclass(frozen=True)
+class ThreadSeen:
+    """A thread that computed: the CPUs that its mask allows, and those on which it was seen."""
+
+    tid: int
+    allowed: tuple[int, ...]
+    seen: tuple[int, ...]
+
+
+class ThreadWatch:
+    """Which threads of this process run while something is timed, and on which CPUs.
+
+    Threads are told by their time on a CPU, so that a thread of any OpenMP runtime, pinned or not, is found without
+    asking the runtime. Call ``look`` between samples.
+    """
+
+    def __init__(self) -> None:
+        self._at_start = {tid: _run_nanoseconds(tid) for tid in _thread_ids()}
+        self._seen: dict[int, set[int]] = {}
+
+    def look(self) -> None:
+        """Note the CPU that each thread was last on."""
+        for tid in _thread_ids():
+            cpu = _last_cpu(tid)
+            if cpu is not None:
+                self._seen.setdefault(tid, set()).add(cpu)
+
+    def threads(self, share: float = 0.2) -> tuple[ThreadSeen, ...]:
+        """The threads that ran at least `share` as long as the busiest one since the watch began."""
+        ran = {tid: _run_nanoseconds(tid) - self._at_start.get(tid, 0) for tid in self._seen}
+        enough = share * max(ran.values(), default=0)
+        found = []
+        for tid in sorted(tid for tid, time in ran.items() if time >= enough and time > 0):
+            try:
+                allowed = tuple(sorted(os.sched_getaffinity(tid)))
+            except ProcessLookupError:  # it has ended: where it ran is known, what it was allowed is not
+                allowed = ()
+            found.append(ThreadSeen(tid, allowed, tuple(sorted(self._seen[tid]))))
+        return tuple(found)
+
+
+def _thread_ids() -> list[int]:
+    return [int(tid) for tid in os.listdir("/proc/self/task")]
+
+
+def _run_nanoseconds(tid: int) -> int:
+    """Time that the thread has spent on a CPU; 0 for a thread that has ended."""
+    try:
+        return int(Path(f"/proc/self/task/{tid}/schedstat").read_text().split()[0])
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+
+
+def _last_cpu(tid: int) -> int | None:
+    """The CPU that the thread was last on (field 39 of proc(5)'s stat), None for a thread that has ended."""
+    try:
+        stat = Path(f"/proc/self/task/{tid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return int(stat.rpartition(")")[2].split()[36])  # the name in parentheses may hold blanks; field 3 comes after it
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """Proof of placement for one measured case.
+
+    `pages_before` and `pages_after` give the pages of each tensor per node, around the timed region.
+    """
+
+    requested: Binding
+    effective: Binding
+    threads: tuple[ThreadSeen, ...]
+    pages_before: Pages
+    pages_after: Pages
+    notes: tuple[str, ...] = ()
+
+    @property
+    def observed_cpus(self) -> tuple[int, ...]:
+        """CPUs on which computing threads were seen."""
+        return tuple(sorted({cpu for thread in self.threads for cpu in thread.seen}))
+
+    def pages_per_node(self) -> Counter[int]:
+        """Pages of all tensors per node, after the measurement."""
+        total: Counter[int] = Counter()
+        for pages in self.pages_after.values():
+            total.update(pages)
+        return total
+
+    def page_share(self, nodes: Collection[int]) -> float:
+        """Share of all pages that lie on these nodes, 0 to 1."""
+        pages = self.pages_per_node()
+        return sum(pages[node] for node in nodes) / max(1, pages.total())
+
+    def contradictions(self, cpus: Collection[int], cpu_nodes: Collection[int]) -> list[str]:
+        """Each way in which what was observed contradicts what was asked for, as a sentence.
+
+        Parameters
+        ----------
+        cpus
+            The CPUs that the requested binding allows.
+        cpu_nodes
+            Their nodes.
+        """
+        found = []
+        if self.requested.cpu_nodes and self.effective.cpu_nodes != tuple(sorted(cpu_nodes)):
+            found.append(
+                f"CPUs of nodes {format_cpulist(cpu_nodes)} were requested, "
+                f"and the kernel granted nodes {format_cpulist(self.effective.cpu_nodes)}."
+            )
+        granted = (self.effective.policy, self.effective.mem_nodes)
+        if (self.requested.policy, self.requested.mem_nodes) != granted:
+            found.append(
+                f"Memory policy {_policy(self.requested)} was requested, "
+                f"and the kernel granted {_policy(self.effective)}."
+            )
+        if not self.threads:
+            found.append("No thread was seen computing.")
+        for thread in self.threads:
+            outside = sorted(set(thread.seen) - set(cpus))
+            if outside:
+                found.append(
+                    f"Thread {thread.tid} computed on CPUs {format_cpulist(outside)}, "
+                    f"outside the requested CPUs {format_cpulist(cpus)}."
+                )
+        return found + self._page_contradictions()
+
+    def _page_contradictions(self) -> list[str]:
+        found = []
+        for name, before in self.pages_before.items():
+            after = self.pages_after.get(name, {})
+            if dict(before) != dict(after):
+                found.append(
+                    f"Pages of {name} moved during the measurement: {dict(before)} before, {dict(after)} after."
+                )
+        for name, pages in self.pages_after.items():
+            if pages.get(-1):
+                found.append(f"{pages[-1]} of {sum(pages.values())} pages of {name} were never touched.")
+            if self.requested.policy in (MemPolicy.BIND, MemPolicy.INTERLEAVE):
+                elsewhere = {n: count for n, count in pages.items() if n >= 0 and n not in self.requested.mem_nodes}
+                if elsewhere:
+                    found.append(
+                        f"{sum(elsewhere.values())} of {sum(pages.values())} pages of {name} lie on nodes "
+                        f"{format_cpulist(elsewhere)} instead of {format_cpulist(self.requested.mem_nodes)}."
+                    )
+        return found
+
+    def to_columns(self) -> dict[str, str]:
+        """The three receipt columns of a row, each JSON."""
+        return {
+            "requested": str(self.requested),
+            "effective": str(self.effective),
+            "observed": json.dumps(
+                {
+                    "threads": [
+                        {"tid": t.tid, "allowed": format_cpulist(t.allowed), "seen": format_cpulist(t.seen)}
+                        for t in self.threads
+                    ],
+                    "pages_before": self.pages_before,
+                    "pages_after": self.pages_after,
+                    "notes": self.notes,
+                }
+            ),
+        }
+
+    @classmethod
+    def from_columns(cls, columns: Mapping[str, str]) -> Receipt:
+        """Read back what ``to_columns`` wrote."""
+        observed = json.loads(columns["observed"])
+        before, after = (
+            {name: {int(node): count for node, count in pages.items()} for name, pages in observed[key].items()}
+            for key in ("pages_before", "pages_after")
+        )
+        threads = tuple(
+            ThreadSeen(t["tid"], parse_cpulist(t["allowed"]), parse_cpulist(t["seen"])) for t in observed["threads"]
+        )
+        return cls(
+            Binding.parse(columns["requested"]),
+            Binding.parse(columns["effective"]),
+            threads,
+            before,
+            after,
+            tuple(observed["notes"]),
+        )
+
+
+def contradictions(rows: pd.DataFrame, node_cpus: Mapping[int, Collection[int]]) -> list[str]:
+    """What the receipts of tidy rows say against the bindings that were asked for, each sentence once.
+
+    `node_cpus` gives the online CPUs of each node.
+    """
+    found: dict[str, None] = {}
+    names = ["requested", "effective", "observed"]
+    for columns in rows[names].drop_duplicates().itertuples(index=False):
+        receipt = Receipt.from_columns(dict(zip(names, columns, strict=True)))
+        nodes = receipt.requested.cpu_nodes or tuple(node_cpus)
+        cpus = {cpu for node in nodes for cpu in node_cpus.get(node, ())}
+        found |= dict.fromkeys(receipt.contradictions(cpus, nodes))
+    return list(found)
+
+
+def _policy(binding: Binding) -> str:
+    return f"{binding.policy.value}:{format_cpulist(binding.mem_nodes)}" if binding.mem_nodes else binding.policy.value

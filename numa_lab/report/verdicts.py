@@ -1,0 +1,228 @@
+"""What the numbers of a run say, in sentences and commands that are computed from them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+
+from numa_lab import stats
+from numa_lab.binding import Binding
+from numa_lab.stats import AA_SUFFIX, Comparison, Comparisons
+
+_EMULATED = "This machine is emulated: its times mean nothing, its placement does. "
+_UNSETTLED_IQR = 0.10
+_DRIFT = 0.5  # lag-1 autocorrelation beyond which the run order shows
+
+
+def headline(rows: pd.DataFrame, machine: Mapping[str, Any], compared: Comparisons) -> str:
+    """The verdict of a run in one line."""
+    said = _EMULATED if machine["topology"]["emulated"] else ""
+    labels, limit = bindings(rows), limit_sentence(rows)
+    if len(labels) == 1:
+        return f"{said}One node: nothing to compare ({labels[0]}). {limit}"
+    claims = [c for c in compared.comparisons if c.verdict in ("slower", "faster")]
+    if not claims:
+        return f"{said}{_no_claim(compared)} {limit}"
+    worst = max(claims, key=lambda c: abs(math.log(c.ratio)))
+    slow, fast, ratio, low, high = _ordered(worst)
+    return (
+        f"{said}{slow} takes {ratio:.2f} times as long as {fast} [{low:.2f}, {high:.2f}] in "
+        f"{_case(worst.case)}: {len(claims)} of {len(compared.comparisons)} comparisons show a difference above the "
+        f"noise floor ({_percent(compared.noise_floor)})."
+    )
+
+
+def _no_claim(compared: Comparisons) -> str:
+    verdicts = [c.verdict for c in compared.comparisons]
+    if verdicts and all(verdict == "same" for verdict in verdicts):
+        return f"No difference between bindings above the noise floor ({_percent(compared.noise_floor)})."
+    return (
+        f"No difference between bindings could be shown: {verdicts.count('same')} comparisons are ties and "
+        f"{verdicts.count('unclear')} unclear at a noise floor of {_percent(compared.noise_floor)}; "
+        "more executions would tell."
+    )
+
+
+def limit_sentence(rows: pd.DataFrame) -> str:
+    """Which share of the memory read limit decode reaches, at its best and its worst kind and dtype."""
+    kinds = _limit_shares(rows)
+    if kinds.empty:
+        return "No decode was measured, so nothing is said of the memory limit."
+    best, worst = kinds.idxmax(), kinds.idxmin()
+    return (
+        f"Decode reaches {kinds.max():.0%} of the memory read limit at best ({_kind(best)}) "
+        f"and {kinds.min():.0%} at worst ({_kind(worst)})."
+    )
+
+
+def limit_shares(rows: pd.DataFrame) -> tuple[float, float] | None:
+    """Lowest and highest share of the memory read limit that a kind of decode reaches; None where none was measured."""
+    kinds = _limit_shares(rows)
+    return None if kinds.empty else (float(kinds.min()), float(kinds.max()))
+
+
+def _limit_shares(rows: pd.DataFrame) -> pd.Series[float]:
+    decode = rows[(rows["phase"] == "decode") & ~rows["cold"]]
+    shares = decode["kv_bytes"] / decode["seconds"] / decode["limit_bytes_per_s"]
+    return decode.assign(share=shares).groupby(["attention", "dtype", "backend"])["share"].median()
+
+
+def placement_sentence(rows: pd.DataFrame) -> str:
+    """Where pages lay and threads ran, over all rows."""
+    share, cpus = rows["local_page_share"], sorted(set(rows["observed_cpus"]))
+    where = f"all pages were local to the CPUs that computed ({', '.join(cpus)})"
+    if (share < 1).any():
+        where = (
+            f"between {share.min():.0%} and {share.max():.0%} of the pages were local to the CPUs ({', '.join(cpus)})"
+        )
+    return f"In {rows['execution_id'].nunique()} execution(s), {where}."
+
+
+def cold_sentence(rows: pd.DataFrame) -> str:
+    """How much longer the first call takes than the steady state."""
+    keys = ["execution_id", *stats.CASE]
+    cold = rows[rows["cold"]].groupby(keys)["seconds"].first()
+    steady = rows[~rows["cold"]].groupby(keys)["seconds"].median()
+    ratio = (cold / steady).dropna()
+    if ratio.empty:
+        return "No case has both a first call and steady samples."
+    return (
+        f"The first call takes {ratio.median():.1f} times as long as the steady state in the median over cases, "
+        f"{ratio.max():.1f} times at most."
+    )
+
+
+def noise_sentence(rows: pd.DataFrame, compared: Comparisons) -> str:
+    """The noise floor, the drift over the run order, and whether more executions are needed."""
+    order = stats.run_order(rows)
+    drift = stats.lag1_autocorrelation(order["relative"].tolist())
+    floor = (
+        "There is no A/A pair, so no difference can be claimed"
+        if math.isnan(compared.noise_floor)
+        else f"One binding differs from itself by up to {_percent(compared.noise_floor)}, which is the noise floor"
+    )
+    runs = "too few to see a drift" if math.isnan(drift) else f"their lag-1 autocorrelation is {drift:.2f}"
+    return f"{floor}; {len(order)} executions, {runs}. {' '.join(instability(rows)) or 'Nothing looks unstable.'}"
+
+
+def instability(rows: pd.DataFrame) -> list[str]:
+    """What makes the results doubtful and what to do about it, as sentences; empty where nothing does."""
+    found = []
+    medians = stats.execution_medians(rows)
+    quartiles = (
+        rows[~rows["cold"]].groupby(["execution_id", *stats.CASE])["seconds"].quantile([0.25, 0.5, 0.75]).unstack()
+    )
+    wide = ((quartiles[0.75] - quartiles[0.25]) / quartiles[0.5] > _UNSETTLED_IQR).mean()
+    if wide > 0.25:
+        found.append(
+            f"In {wide:.0%} of the cases the middle half of the samples spans more than {_UNSETTLED_IQR:.0%}: "
+            "something else runs on this machine; stop it, or run `numa-lab doctor`."
+        )
+    few = medians.groupby("label")["execution_id"].nunique().min()
+    if few < stats.MIN_EXECUTIONS + 2:
+        found.append(
+            f"{few} execution(s) per binding can't show a small effect: run `numa-lab sweep --profile standard`."
+        )
+    drift = stats.lag1_autocorrelation(stats.run_order(rows)["relative"].tolist())
+    if abs(drift) > _DRIFT:
+        found.append(
+            f"The times follow the run order (lag-1 autocorrelation {drift:.2f}): the machine was changing; repeat it."
+        )
+    return found
+
+
+def commands(rows: pd.DataFrame, machine: Mapping[str, Any], compared: Comparisons) -> list[tuple[str, str]]:
+    """What to type on this machine, each with its purpose."""
+    local = [label for label in bindings(rows) if stats.is_local(label)]
+    nodes = [Binding.parse(label).cpu_nodes[0] for label in local] or machine["topology"]["allowed_nodes"]
+    best = best_node(compared)
+    chosen = best if best is not None else nodes[0]
+    program = "python your_program.py"
+    found = [
+        (
+            "Run on one node, with memory of that node only",
+            f"numactl --cpunodebind={chosen} --membind={chosen} {program}",
+        ),
+        (
+            "The same, but let memory overflow to other nodes",
+            f"numactl --cpunodebind={chosen} --preferred={chosen} {program}",
+        ),
+        ("Bind the CPUs only; memory follows the first touch", f"numactl --cpunodebind={chosen} {program}"),
+    ]
+    if len(nodes) > 1:
+        found.append(
+            (
+                "One process per node, for batches and long-running services",
+                " & ".join(f"numactl --cpunodebind={node} --membind={node} {program}" for node in nodes),
+            )
+        )
+    return found
+
+
+def best_node(compared: Comparisons) -> int | None:
+    """The node that beats every other local one in some claim and loses none; None where local nodes tie."""
+    wins: dict[str, int] = {}
+    for c in compared.comparisons:
+        if c.verdict in ("slower", "faster") and stats.is_local(c.a) and stats.is_local(c.b):
+            slow, fast, *_ = _ordered(c)
+            wins[fast] = wins.get(fast, 0) + 1
+            wins[slow] = wins.get(slow, 0) - 1
+    best = max(wins, key=wins.__getitem__, default=None)
+    return Binding.parse(best).cpu_nodes[0] if best and wins[best] > 0 else None
+
+
+def bandwidth_sentence(probes: Mapping[str, Any]) -> str:
+    """How fast nodes read their own memory, and how much slower that of another node."""
+    return _matrix_sentence(probes, "read_bytes_per_s", "reads its own memory at", 1e-9, "GB/s")
+
+
+def latency_sentence(probes: Mapping[str, Any]) -> str:
+    """How long a load from a node's own memory takes, and from that of another node."""
+    return _matrix_sentence(probes, "latency_ns", "waits for its own memory for", 1.0, "ns")
+
+
+def _matrix_sentence(probes: Mapping[str, Any], key: str, verb: str, scale: float, unit: str) -> str:
+    cells = {
+        (cpu, mem): value * scale
+        for cpu, row in zip(probes["nodes"], probes[key], strict=True)
+        for mem, value in zip(probes["nodes"], row, strict=True)
+        if value is not None
+    }
+    local = {cpu: value for (cpu, mem), value in cells.items() if cpu == mem}
+    remote = {pair: value / local[pair[0]] for pair, value in cells.items() if pair[0] != pair[1] and pair[0] in local}
+    if not local:
+        return "No node could reach memory of its own."
+    low, high = min(local.values()), max(local.values())
+    each = f"{low:.1f} {unit}" if len(local) == 1 else f"{low:.1f} to {high:.1f} {unit}"
+    said = f"Each of {len(local)} node(s) {verb} {each}; "
+    if not remote:
+        return said + "there is no other node's memory to compare with."
+    return said + f"memory of another node gives {min(remote.values()):.2f} to {max(remote.values()):.2f} times that."
+
+
+def bindings(rows: pd.DataFrame) -> list[str]:
+    """Labels of a run without that of the A/A twin."""
+    return sorted(label for label in set(rows["label"]) if not label.endswith(AA_SUFFIX))
+
+
+def _ordered(c: Comparison) -> tuple[str, str, float, float, float]:
+    """Slower label, faster label, ratio above 1 and its interval."""
+    if c.ratio >= 1:
+        return c.a, c.b, c.ratio, c.low, c.high
+    return c.b, c.a, 1 / c.ratio, 1 / c.high, 1 / c.low
+
+
+def _case(case: Mapping[str, Any]) -> str:
+    return f"{str(case['attention']).upper()} {case['phase']}, {case['dtype']}, {case['kv_len']} tokens"
+
+
+def _kind(key: Any) -> str:
+    attention, dtype, backend = key
+    return f"{str(attention).upper()}, {dtype}, {backend}"
+
+
+def _percent(share: float) -> str:
+    return "unknown" if math.isnan(share) else f"{share:.1%}"

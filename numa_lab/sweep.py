@@ -1,0 +1,161 @@
+"""A sweep: run the executions of a plan one at a time, and let only trustworthy ones through.
+
+Each execution is the measured notebook in a process of its own under numactl.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import pandas as pd
+
+from numa_lab import notebook
+from numa_lab.errors import NumaLabError
+from numa_lab.plan import Plan, Planned, missing
+from numa_lab.receipt import contradictions
+from numa_lab.results import EXECUTIONS, machine_facts, read_rows, write_json
+from numa_lab.timing import MIN_SAMPLES
+from numa_lab.topology import Topology
+from numa_lab.workloads import CASE_KEY, Case, case_key, usable_bytes, workload
+
+PROBES = "probes.json"
+MEASURED_NOTEBOOK = "02_attention_under_binding"
+MACHINE_NOTEBOOK = "01_machine"
+
+
+def execute(plan: Plan, planned: Planned, run_dir: Path, measured: Path, topology: Topology) -> list[str]:
+    """Run one execution and pass it through the gate; the reasons for which it was refused, none for a good one.
+
+    Rows that were refused stay under ``rejected/``, and are not used.
+    """
+    folder, key = (run_dir / EXECUTIONS).resolve(), planned.execution_id
+    pending = folder.parent / "pending" / f"{key}.parquet"
+    for stale in (pending, folder.parent / "rejected" / f"{key}.parquet"):
+        stale.unlink(missing_ok=True)
+    identity = {
+        "run_id": plan.run_id, "execution_id": key, "block": planned.block, "order": planned.order,
+        "label": planned.label, "binding": str(planned.binding), "result": str(pending),
+    }  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    outcome = notebook.execute(
+        measured,
+        folder / f"{key}.ipynb",
+        {**plan.parameters, "execution": identity},
+        log=folder / f"{key}.log",
+        binding=planned.binding,
+    )
+    reasons = gate(
+        outcome, pending, planned, topology, folder / f"{key}.log", expected_cases(plan, planned, measured, topology)
+    )
+    if pending.exists():
+        destination = folder if not reasons else folder.parent / "rejected"
+        destination.mkdir(exist_ok=True)
+        os.replace(pending, destination / pending.name)
+        pending.parent.rmdir()
+    write_json(
+        folder / f"{key}.json",
+        {
+            "execution_id": key, "label": planned.label, "block": planned.block, "order": planned.order,
+            "status": "failed" if reasons else "ok", "reasons": reasons,
+            "exit_status": outcome.exit_status, "seconds": round(outcome.seconds, 2),
+        },
+    )  # fmt: skip
+    return reasons
+
+
+def expected_cases(plan: Plan, planned: Planned, measured: Path, topology: Topology) -> list[Case]:
+    """The cases that an execution must hold; none where the notebook is not one that takes a workload's parameters."""
+    declared = {**notebook.defaults(measured), **plan.parameters}
+    if not declared.keys() >= {"profile", "preset", "kv_len", "batch"}:
+        return []
+    binding = planned.binding
+    cores = topology.physical_cores(topology.cpus_of(binding.cpu_nodes or topology.node_ids))
+    chosen = workload(
+        declared["profile"], declared["preset"], declared["kv_len"], declared["batch"],
+        memory_bytes=usable_bytes(topology, binding),
+    )  # fmt: skip
+    return chosen.cases(len(cores))
+
+
+def gate(
+    outcome: notebook.Outcome,
+    rows_path: Path,
+    planned: Planned,
+    topology: Topology,
+    log: Path,
+    expected: Sequence[Case],
+) -> list[str]:
+    """Why the rows of an execution can't be used, as sentences; none where they can."""
+    reasons = [notebook.failure(outcome, log)] if outcome.exit_status != 0 else []
+    if not rows_path.exists():
+        return [*reasons, "The notebook wrote no result file."]
+    try:
+        rows, fingerprint = read_rows(rows_path)
+    except NumaLabError as error:
+        return [*reasons, str(error)]
+    if fingerprint != machine_facts(topology)["fingerprint"]:
+        reasons.append("The rows carry the fingerprint of another machine.")
+    return reasons + _wrong_rows(rows, planned, expected) + contradictions(rows, topology.node_cpus)
+
+
+def _wrong_rows(rows: pd.DataFrame, planned: Planned, expected: Sequence[Case]) -> list[str]:
+    if rows.empty:
+        return ["The result file holds no rows."]
+    wrong = []
+    for column, wanted in (
+        ("label", planned.label),
+        ("execution_id", planned.execution_id),
+        ("requested", str(planned.binding)),
+    ):
+        if set(rows[column]) != {wanted}:
+            wrong.append(f"Rows have {column} {sorted(set(rows[column]))}, expected {wanted}.")
+    if not (rows["seconds"] > 0).all() or not (rows["limit_bytes_per_s"] > 0).all():
+        wrong.append("Some times or memory limits are not positive.")
+    found = {key: sum(~group["cold"]) for key, group in rows.groupby(list(CASE_KEY))}
+    absent = [key for case in expected if (key := case_key(case)) not in found]
+    if absent:
+        wrong.append(f"{len(absent)} of {len(expected)} cases are missing, {absent[0]} the first.")
+    if few := [key for key, samples in found.items() if samples < MIN_SAMPLES]:
+        wrong.append(f"{len(few)} cases have fewer than {MIN_SAMPLES} steady samples, {few[0]} the first.")
+    return wrong
+
+
+def measure_machine(run_dir: Path) -> list[str]:
+    """Execute notebook 01, which writes ``probes.json``; why it failed, as sentences."""
+    source = notebook.find(MACHINE_NOTEBOOK)
+    output = run_dir.resolve() / "notebooks" / source.name
+    output.parent.mkdir(parents=True, exist_ok=True)
+    log = output.with_suffix(".log")
+    outcome = notebook.execute(source, output, {"result": str(run_dir.resolve() / PROBES)}, log=log)
+    return [f"{source.name}: {notebook.failure(outcome, log)}"] if outcome.exit_status != 0 else []
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Refuse to measure beside another sweep on this machine.
+
+    Raises
+    ------
+    NumaLabError
+        Another sweep holds the lock.
+    """
+    path = Path(tempfile.gettempdir()) / "numa-lab-sweep.lock"
+    with open(path, "a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise NumaLabError(
+                f"another sweep measures on this machine (it holds {path}): wait for it, two would disturb each other"
+            ) from None
+        yield
+
+
+def run(plan: Plan, run_dir: Path, topology: Topology, measured: Path) -> Iterator[tuple[Planned, list[str]]]:
+    """Run what is missing, one execution at a time; yields each with the reasons for which the gate refused it."""
+    for planned in missing(plan, run_dir):
+        yield planned, execute(plan, planned, run_dir, measured, topology)

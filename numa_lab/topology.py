@@ -1,0 +1,341 @@
+"""The machine as the kernel describes it: nodes, CPUs, memory, distances, caches, GPUs, and what this process may use.
+
+Everything is read from sysfs and procfs below an injectable root, so that a captured tree of another machine reads like
+a live one. Limits: caches and core kinds are missing where the kernel does not tell them, and a virtual machine shows
+what its hypervisor invented. Source: Documentation/ABI/stable/sysfs-devices-node and sysfs-devices-system-cpu.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from numa_lab.errors import InvalidInput, NodeUnavailable
+from numa_lab.hardware import Cache, Cpu, Gpu, read_caches, read_cpus, read_gpus
+from numa_lab.sysfs import Tree, format_cpulist, parse_cpulist
+
+__all__ = ["Cache", "Cpu", "Gpu", "Node", "Topology", "format_cpulist", "parse_cpulist", "read_topology"]
+
+
+@dataclass(frozen=True)
+class Node:
+    """A NUMA node: its online CPUs, its memory and what of it holds nothing; `effective`: this process may use both."""
+
+    id: int
+    cpus: tuple[int, ...]
+    memory_bytes: int
+    free_bytes: int
+    effective: bool
+    initiators: tuple[int, ...] = ()  # the nodes with the best access to its memory, where firmware tells (HMAT)
+
+
+@dataclass(frozen=True)
+class Topology:
+    """A machine; `distances` stands in the order of `nodes`, and is None where the firmware gave none that fits."""
+
+    nodes: tuple[Node, ...]
+    cpus: tuple[Cpu, ...]
+    distances: tuple[tuple[int, ...], ...] | None
+    allowed_cpus: tuple[int, ...]
+    allowed_nodes: tuple[int, ...]  # whose memory this process may use
+    caches: tuple[Cache, ...]
+    gpus: tuple[Gpu, ...]
+    model_name: str
+    hypervisor: str | None  # its name as far as it is told, None where none is seen
+    emulated: bool  # its instructions are run by software, so that times mean nothing
+
+    @cached_property
+    def node_ids(self) -> tuple[int, ...]:
+        """Ids of all nodes; they may have gaps."""
+        return tuple(node.id for node in self.nodes)
+
+    @cached_property
+    def node_cpus(self) -> dict[int, tuple[int, ...]]:
+        """Online CPUs of each node."""
+        return {node.id: node.cpus for node in self.nodes}
+
+    @cached_property
+    def effective_nodes(self) -> tuple[int, ...]:
+        """Ids of the nodes whose CPUs and memory this process may use."""
+        return tuple(node.id for node in self.nodes if node.effective)
+
+    @cached_property
+    def sockets(self) -> tuple[int, ...]:
+        """Ids of the processor packages as the kernel numbers them, none where it does not tell them."""
+        return tuple(sorted({cpu.socket for cpu in self.cpus} - {-1}))
+
+    @cached_property
+    def _cpu_by_id(self) -> Mapping[int, Cpu]:
+        return {cpu.id: cpu for cpu in self.cpus}
+
+    def node(self, node_id: int) -> Node:
+        """The node with this id.
+
+        Raises
+        ------
+        NodeUnavailable
+            There is none; the message names those that exist.
+        """
+        for node in self.nodes:
+            if node.id == node_id:
+                return node
+        raise NodeUnavailable(f"node {node_id} does not exist; nodes of this machine: {format_cpulist(self.node_ids)}")
+
+    def node_of_cpu(self, cpu: int) -> int:
+        """The node of an online CPU.
+
+        Raises
+        ------
+        InvalidInput
+            There is no such CPU, or it is offline.
+        """
+        try:
+            return self._cpu_by_id[cpu].node
+        except KeyError:
+            raise InvalidInput(f"CPU {cpu} is not online; online are {format_cpulist(self._cpu_by_id)}") from None
+
+    def cpus_of(self, nodes: Iterable[int]) -> tuple[int, ...]:
+        """Online CPUs of these nodes that this process may use."""
+        wanted = set(nodes)
+        allowed = set(self.allowed_cpus)
+        return tuple(cpu.id for cpu in self.cpus if cpu.node in wanted and cpu.id in allowed)
+
+    def physical_cores(self, cpus: Iterable[int]) -> tuple[int, ...]:
+        """One CPU for each physical core among `cpus`: the lowest that this process may use."""
+        first: dict[int, int] = {}
+        for cpu in sorted(set(cpus) & set(self.allowed_cpus)):
+            first.setdefault(self._cpu_by_id[cpu].core, cpu)
+        return tuple(sorted(first.values()))
+
+    def last_cache_bytes_of(self, cpus: Iterable[int]) -> int:
+        """Bytes of the last-level caches that these CPUs reach, all together; 0 where the kernel does not tell."""
+        wanted = set(cpus)
+        reached = [cache for cache in self.caches if cache.kind != "Instruction" and wanted & set(cache.cpus)]
+        last = max((cache.level for cache in reached), default=0)
+        return sum(cache.size_bytes for cache in reached if cache.level == last)
+
+    @property
+    def last_cache_bytes(self) -> int:
+        """Bytes of all last-level caches of the machine."""
+        return self.last_cache_bytes_of(cpu.id for cpu in self.cpus)
+
+    def distance(self, one: int, other: int) -> int | None:
+        """Relative distance of two nodes as firmware gives it (10: itself), None where it gives none."""
+        if self.distances is None:
+            return None
+        return self.distances[self.node_ids.index(one)][self.node_ids.index(other)]
+
+    def nearest_cpu_node(self, node_id: int) -> int:
+        """The node whose CPUs are nearest to this node's memory: itself where it has usable CPUs.
+
+        Raises
+        ------
+        NodeUnavailable
+            No such node, or no CPU may be used at all.
+        """
+        node = self.node(node_id)
+        candidates = [other.id for other in self.nodes if self.cpus_of([other.id])]
+        if not candidates:
+            allowed = format_cpulist(self.allowed_cpus) or "none"
+            raise NodeUnavailable(f"no node has CPUs that this process may use (allowed: {allowed}): widen its cpuset")
+
+        def nearness(other: int) -> tuple[bool, bool, int, int]:
+            return (other != node_id, other not in node.initiators, self.distance(other, node_id) or 0, other)
+
+        return min(candidates, key=nearness)
+
+    def fingerprint(self) -> str:
+        """Short hash of the hardware, independent of what this process may use and of free memory."""
+        identity = [
+            self.model_name,
+            [(n.id, n.cpus, round(n.memory_bytes / 2**30)) for n in self.nodes],
+            self.distances,
+            sorted((c.level, c.kind, c.size_bytes, c.cpus) for c in self.caches),
+        ]
+        return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
+
+    def to_json(self) -> dict[str, Any]:
+        """The whole as plain JSON values; sizes are bytes."""
+        return {
+            "nodes": [
+                {
+                    "id": node.id,
+                    "cpus": list(node.cpus),
+                    "memory_bytes": node.memory_bytes,
+                    "free_bytes": node.free_bytes,
+                    "effective": node.effective,
+                    "initiators": list(node.initiators),
+                }
+                for node in self.nodes
+            ],
+            "distances": [list(row) for row in self.distances] if self.distances else None,
+            "allowed_cpus": list(self.allowed_cpus),
+            "allowed_nodes": list(self.allowed_nodes),
+            "gpus": [{"pci": gpu.pci, "node": gpu.node} for gpu in self.gpus],
+            "sockets": [{"id": s, "cpus": [cpu.id for cpu in self.cpus if cpu.socket == s]} for s in self.sockets],
+            "cpus": [vars(cpu) for cpu in self.cpus],
+            "caches": [vars(cache) | {"cpus": format_cpulist(cache.cpus)} for cache in self.caches],
+            "model_name": self.model_name,
+            "hypervisor": self.hypervisor,
+            "emulated": self.emulated,
+        }
+
+    def summary(self) -> str:
+        """A few lines for a terminal."""
+        cores, kinds = {cpu.core for cpu in self.cpus}, Counter(cpu.kind for cpu in self.cpus if cpu.kind)
+        lines = [
+            f"{self.model_name or 'unknown processor'}: sockets {len(self.sockets) or 'not told'}, cores {len(cores)}, "
+            f"CPUs online {len(self.cpus)}{''.join(f', {n} {kind}' for kind, n in sorted(kinds.items()))}, "
+            f"last-level cache {f'{self.last_cache_bytes / 2**20:.0f} MiB' if self.last_cache_bytes else 'not told'}",
+            *([f"virtual machine ({self.hypervisor})"] if self.hypervisor else []),
+            *(["EMULATED: software runs these instructions, so times mean nothing here"] if self.emulated else []),
+            f"this process may use CPUs {format_cpulist(self.allowed_cpus)} "
+            f"and memory of nodes {format_cpulist(self.allowed_nodes)}",
+            "",
+            f"{'node':>4}  {'memory':>9}  {'free':>9}  {'usable':<14} CPUs",
+        ]
+        lines += [
+            f"{node.id:>4}  {node.memory_bytes / 2**30:>5.1f} GiB  {node.free_bytes / 2**30:>5.1f} GiB  "
+            f"{self._usable(node):<14} {format_cpulist(node.cpus) or 'none'}"
+            for node in self.nodes
+        ]
+        if self.distances and len(self.nodes) > 1:
+            lines += ["", "distances " + " ".join(f"{node:>4}" for node in self.node_ids)]
+            lines += [
+                f"{node:>9} " + " ".join(f"{value:>4}" for value in row)
+                for node, row in zip(self.node_ids, self.distances, strict=True)
+            ]
+        elif len(self.nodes) > 1:
+            lines += ["", "distances: not told"]
+        lines += [f"GPU {gpu.pci}: node {'not told' if gpu.node is None else gpu.node}" for gpu in self.gpus]
+        return "\n".join(lines)
+
+    def _usable(self, node: Node) -> str:
+        cpus, memory = bool(self.cpus_of([node.id])), node.id in self.allowed_nodes
+        return {(True, True): "yes", (True, False): "CPUs only", (False, True): "memory only"}.get((cpus, memory), "no")
+
+
+def read_topology(root: str | os.PathLike[str] = "/") -> Topology:
+    """Read the machine below `root` (``/``: this one, as the calling thread may use it).
+
+    Raises
+    ------
+    InvalidInput
+        `root` is no folder, or holds no sysfs.
+    """
+    return _Reader(Path(root)).topology()
+
+
+class _Reader(Tree):
+    """Reads one machine."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        if not self.cpu_dir.is_dir():
+            what = "holds no sys/devices/system/cpu" if root.is_dir() else "is not a folder"
+            raise InvalidInput(
+                f"root {str(root)!r} {what}: expected / of a Linux with sysfs, or a folder with captured sys and proc"
+            )
+
+    def topology(self) -> Topology:
+        online = self.online()
+        listed = self.node_cpus(online)
+        cpus = read_cpus(self, online, {cpu: node for node, of in listed.items() for cpu in of})
+        allowed_cpus, allowed_nodes = self.allowed(online, list(listed))
+        memory = {node: self.memory(node, only=len(listed) == 1) for node in listed}
+        usable = tuple(node for node in allowed_nodes if memory[node][0])
+        nodes = tuple(
+            Node(node, of, *memory[node], node in usable and bool(set(of) & set(allowed_cpus)), self.initiators(node))
+            for node, of in listed.items()
+        )
+        info = self.text("proc/cpuinfo")
+        name = self.model_name(info)
+        return Topology(
+            nodes=nodes,
+            cpus=cpus,
+            distances=self.distances(list(listed)),
+            allowed_cpus=allowed_cpus,
+            allowed_nodes=usable,
+            caches=read_caches(self, online),
+            gpus=read_gpus(self, list(listed)),
+            model_name=name,
+            hypervisor=self.hypervisor(info),
+            # QEMU's own models ("QEMU Virtual CPU") run under KVM as well; only the name of -cpu max tells.
+            emulated="TCG" in name,
+        )
+
+    def model_name(self, info: str) -> str:
+        """The processor as cpuinfo names it; where it does not (64-bit ARM), the machine and its CPU part numbers."""
+        if named := re.search(r"^(?:[Mm]odel [Nn]ame|cpu|Processor|Hardware)\s*:[ \t]*(\S.*)$", info, re.MULTILINE):
+            return " ".join(named[1].split())
+        parts = sorted(set(re.findall(r"^CPU part\s*:\s*(\w+)", info, re.MULTILINE)))
+        return " ".join(filter(None, [self.product(), *(f"part {part}" for part in parts)]))
+
+    def product(self) -> str:
+        return " ".join(
+            filter(None, (self.text(f"sys/class/dmi/id/{name}") for name in ("sys_vendor", "product_name")))
+        )
+
+    def hypervisor(self, info: str) -> str | None:
+        """From the CPU's own flag, else from the machine's name, which is what ARM guests have."""
+        product = self.product()
+        flagged = re.search(r"^flags\s*:.*\bhypervisor\b", info, re.MULTILINE)
+        if not flagged and not re.search("QEMU|KVM|VMware|VirtualBox|Virtual Machine|HVM domU", product):
+            return self.text("sys/hypervisor/type") or None
+        clocks = self.text("sys/devices/system/clocksource/clocksource0/available_clocksource")
+        return self.text("sys/hypervisor/type") or product or ("KVM" if "kvm-clock" in clocks else "unknown")
+
+    def online(self) -> tuple[int, ...]:
+        if listed := self.text(self.cpu_dir / "online"):
+            return parse_cpulist(listed)
+        found = self.numbered(self.cpu_dir, "cpu")
+        return tuple(cpu for cpu in found if self.text(self.cpu_dir / f"cpu{cpu}/online") != "0")
+
+    def node_dir(self, node: int) -> Path:
+        return self.root / f"sys/devices/system/node/node{node}"
+
+    def node_cpus(self, online: tuple[int, ...]) -> dict[int, tuple[int, ...]]:
+        """Online CPUs of each node: a node may list CPUs that are offline. Without nodes, one that has everything."""
+        ids = self.numbered(self.root / "sys/devices/system/node", "node")
+        if not ids:
+            return {0: online}
+        present = set(online)
+        return {
+            node: tuple(cpu for cpu in self.cpu_list(self.node_dir(node), "cpumap", "cpulist") if cpu in present)
+            for node in ids
+        }
+
+    def memory(self, node: int, *, only: bool) -> tuple[int, int]:
+        """Bytes of the node's memory, all and free; the machine's where it is the only node and does not tell."""
+        text = self.text(self.node_dir(node) / "meminfo") or (self.text("proc/meminfo") if only else "")
+        amounts = [re.search(rf"{name}:\s+(\d+) kB", text) for name in ("MemTotal", "MemFree")]
+        total, free = (int(amount[1]) * 1024 if amount else 0 for amount in amounts)
+        return total, free
+
+    def initiators(self, node: int) -> tuple[int, ...]:
+        for access in ("access0", "access1"):  # 0: all initiators, 1: CPUs only
+            if found := self.numbered(self.node_dir(node) / access / "initiators", "node"):
+                return found
+        return ()
+
+    def distances(self, nodes: list[int]) -> tuple[tuple[int, ...], ...] | None:
+        rows = tuple(tuple(map(int, self.text(self.node_dir(node) / "distance").split())) for node in nodes)
+        return rows if all(len(row) == len(nodes) for row in rows) else None
+
+    def allowed(self, online: tuple[int, ...], nodes: list[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        # Affinity belongs to a thread: /proc/self is the main one, which need not be the one that asks.
+        status = self.text("proc/thread-self/status") or self.text("proc/self/status")
+        lists = [re.search(rf"^{name}_allowed_list:[ \t]*(.*)$", status, re.MULTILINE) for name in ("Cpus", "Mems")]
+        cpus, mems = (set(parse_cpulist(found[1])) if found else None for found in lists)
+        return (
+            tuple(cpu for cpu in online if cpus is None or cpu in cpus),
+            tuple(node for node in nodes if mems is None or node in mems),
+        )

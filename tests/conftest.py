@@ -1,0 +1,157 @@
+"""Runs with a planted truth, and the browser that opens reports."""
+
+import json
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from numa_lab import results
+from numa_lab.attention.shapes import preset
+from numa_lab.binding import Binding, MemPolicy
+from numa_lab.sysfs import format_cpulist
+from numa_lab.topology import Cpu, Node, Topology
+
+GIB = 1 << 30
+CASES = [
+    preset("llama-3-8b", kv_len=kv_len, kv_heads=kv_heads, q_len=q_len, batch=batch, dtype=dtype)
+    for kv_heads, dtype, q_len, kv_len, batch in [
+        (8, "bfloat16", 1, 4096, 1),
+        (8, "bfloat16", 1, 1024, 1),
+        (8, "bfloat16", 1, 4096, 4),
+        (8, "bfloat16", 256, 256, 1),
+        (32, "bfloat16", 1, 4096, 1),
+        (32, "bfloat16", 256, 256, 1),
+        (1, "float32", 1, 4096, 1),
+    ]
+]
+
+
+@pytest.fixture
+def four_nodes():
+    """Three nodes of two CPUs, and one with memory alone."""
+    cpus = tuple(Cpu(cpu, cpu, 0, cpu // 2) for cpu in range(6))
+    nodes = tuple(Node(n, tuple(c.id for c in cpus if c.node == n), GIB, GIB, n < 3) for n in range(4))
+    return Topology(nodes, cpus, None, tuple(range(6)), tuple(range(4)), (), (), "test", None, False)
+
+
+@pytest.fixture
+def synthetic_rows():
+    """Tidy rows of a sweep with a planted truth."""
+    return _rows
+
+
+def _rows(labels=("c0m0",), executions=5, effects=None, noise=0.01, seed=0, samples=6, nodes=4):
+    """Rows of `executions` per label and of its A/A twin; `effects` gives the factor on the time of a label.
+
+    `noise` is the spread between executions; samples within one differ by a tenth of it.
+    """
+    rng = np.random.default_rng(seed)
+    rows, order = [], 0
+    twin = labels[0] + "~aa"
+    for block in range(executions):
+        for label in rng.permutation([*labels, twin]):
+            binding = Binding.parse(str(label).removesuffix("~aa"))
+            speed = (effects or {}).get(str(binding), 1.0) * np.exp(rng.normal(0, noise))
+            for shape in CASES:
+                for threads in (1, 2) if shape == CASES[0] else (2,):
+                    rows += _case(rng, shape, threads, str(label), binding, speed, block, order, noise, samples)
+            order += 1
+    return pd.DataFrame(rows)[[column.name for column in results.COLUMNS]]
+
+
+def _case(rng, shape, threads, label, binding, speed, block, order, noise, samples):
+    limit = 20e9 * threads
+    seconds = (shape.kv_bytes / (0.4 * limit) + shape.flops / (40e9 * threads)) * speed
+    cpu_nodes = binding.cpu_nodes or (0,)
+    mem_nodes = binding.mem_nodes or cpu_nodes
+    cpus = [cpu for node in cpu_nodes for cpu in (2 * node, 2 * node + 1)][:threads]
+    pages = {str(node): 1024 // len(mem_nodes) for node in mem_nodes}
+    placed = dict.fromkeys(("key", "value", "query"), pages)
+    receipt = {
+        "requested": str(binding), "effective": str(binding),
+        "observed": json.dumps({
+            "threads": [{"tid": 100 + cpu, "allowed": str(cpu), "seen": str(cpu)} for cpu in cpus],
+            "pages_before": placed, "pages_after": placed, "notes": [],
+        }),
+    }  # fmt: skip
+    local = len(set(cpu_nodes) & set(mem_nodes)) / len(mem_nodes)
+    shared = {
+        "run_id": "synthetic", "execution_id": f"{order:04}", "block": block, "order": order, "label": label,
+        "cpu_nodes": format_cpulist(binding.cpu_nodes), "mem_nodes": format_cpulist(binding.mem_nodes),
+        "policy": binding.policy.value, "observed_cpus": format_cpulist(cpus), "local_page_share": local,
+        "attention": shape.kind, "phase": shape.phase, "batch": shape.batch, "q_heads": shape.q_heads,
+        "kv_heads": shape.kv_heads, "q_len": shape.q_len, "kv_len": shape.kv_len, "head_dim": shape.head_dim,
+        "dtype": shape.dtype, "backend": "torch-folded" if shape.group > 1 and shape.q_len == 1 else "torch",
+        "threads": threads, "kv_bytes": shape.kv_bytes, "flops": shape.flops, "limit_bytes_per_s": limit, **receipt,
+    }  # fmt: skip
+    jitter = np.exp(rng.normal(0, noise / 10, samples + 1))
+    return [
+        {**shared, "sample": i, "cold": i == 0, "seconds": seconds * jitter[i] * (3 if i == 0 else 1)}
+        for i in range(samples + 1)
+    ]
+
+
+@pytest.fixture
+def synthetic_machine():
+    """``machine.json`` of a machine with so many nodes of two CPUs."""
+    return _machine
+
+
+def _machine(nodes=1, emulated=False):
+    cpus = tuple(Cpu(cpu, cpu, cpu // 2, cpu // 2) for cpu in range(2 * nodes))
+    listed = tuple(Node(n, (2 * n, 2 * n + 1), 8 * GIB, 7 * GIB, True) for n in range(nodes))
+    distances = tuple(tuple(10 if i == j else 21 for j in range(nodes)) for i in range(nodes))
+    topology = Topology(
+        listed, cpus, distances, tuple(range(2 * nodes)), tuple(range(nodes)), (), (), "Synthetic 9000", None, emulated
+    )
+    return {**results.machine_facts(topology), "findings": []}
+
+
+@pytest.fixture
+def synthetic_run(tmp_path, synthetic_machine):
+    """Write a run directory from rows, with a failed execution in it where asked for."""
+
+    def write(rows, nodes=1, failed=0, emulated=False) -> Path:
+        machine = synthetic_machine(nodes, emulated)
+        run_dir = tmp_path / f"run-{zlib.crc32(str(len(rows)).encode()):x}-{nodes}"
+        results.write_json(run_dir / "machine.json", machine)
+        executions = []
+        for key, group in rows.groupby("execution_id"):
+            first = group.iloc[0]
+            described = {
+                "execution_id": key,
+                "label": first["label"],
+                "block": int(first["block"]),
+                "order": int(first["order"]),
+            }
+            executions.append({**described, "command": f"numactl --cpunodebind=0 papermill {first['label']}.ipynb"})
+            results.write_rows(run_dir / "executions" / f"{key}.parquet", group, machine["fingerprint"])
+            outcome = {**described, "status": "ok", "reasons": [], "exit_status": 0, "seconds": 9.5}
+            results.write_json(run_dir / "executions" / f"{key}.json", outcome)
+        for number in range(failed):
+            outcome = {
+                "execution_id": f"bad{number}", "label": "c0m0", "block": 0, "order": 900 + number, "status": "failed",
+                "reasons": ["papermill ended with exit status 138: <the kernel died>"], "exit_status": 138, "seconds": 2.0,
+            }  # fmt: skip
+            results.write_json(run_dir / "executions" / f"bad{number}.json", outcome)
+        results.write_json(
+            run_dir / "plan.json",
+            {
+                "schema_version": results.SCHEMA_VERSION, "run_id": "synthetic", "created": "2026-01-01T00:00:00+00:00",
+                "profile": "quick", "bindings": sorted(set(rows["label"])), "notebook": "02_attention_under_binding.ipynb",
+                "notebook_sha256": "0" * 64, "parameters": {"profile": "quick"},
+                "command": "numa-lab sweep --profile quick", "executions": executions,
+            },
+        )  # fmt: skip
+        return run_dir
+
+    return write
+
+
+@pytest.fixture
+def local_bindings():
+    """Labels of the local bindings of so many nodes."""
+    return lambda nodes: [str(Binding((n,), (n,), MemPolicy.BIND)) for n in range(nodes)]

@@ -1,0 +1,102 @@
+import pytest
+
+from numa_lab import stats
+from numa_lab.errors import UntrustedResult
+from numa_lab.report import guide, receipts, verdicts
+
+LABELS = ("c0m0", "c0m1", "c1m0", "c1m1")
+
+
+def told(rows, machine):
+    return verdicts.headline(rows, machine, stats.compare(rows))
+
+
+def test_one_node_has_nothing_to_compare(synthetic_rows, synthetic_machine):
+    said = told(synthetic_rows(), synthetic_machine(1))
+    assert said.startswith("One node: nothing to compare (c0m0).")
+    assert "% of the memory read limit" in said
+    assert "\n" not in said
+
+
+def test_an_effect_is_told_with_its_size_and_an_absent_one_as_absent(synthetic_rows, synthetic_machine):
+    machine = synthetic_machine(2)
+    found = told(synthetic_rows(LABELS, effects={"c0m1": 1.42, "c1m0": 1.2}, executions=6), machine)
+    assert "c0m1 takes 1.4" in found
+    assert "times as long as" in found
+    equal = told(synthetic_rows(("c0m0", "c1m1"), noise=0.001, executions=8), machine)
+    assert equal.startswith("No difference between bindings above the noise floor")
+    unclear = told(synthetic_rows(("c0m0", "c1m1"), noise=0.2, executions=3), machine)
+    assert "could be shown" in unclear
+
+
+def test_an_emulated_machine_says_that_its_times_mean_nothing(synthetic_rows, synthetic_machine):
+    machine, rows = synthetic_machine(1, emulated=True), synthetic_rows()
+    assert told(rows, machine).startswith("This machine is emulated: its times mean nothing")
+    assert "emulated" in guide.markdown(rows, machine, stats.compare(rows))
+    assert "模拟" in guide.markdown(rows, machine, stats.compare(rows), language="zh")
+
+
+def test_the_best_node_is_named_only_where_one_was_shown(synthetic_rows, synthetic_machine):
+    machine = synthetic_machine(2)
+    rows = synthetic_rows(("c0m0", "c1m1"), effects={"c0m0": 1.2}, executions=6)
+    compared = stats.compare(rows)
+    assert verdicts.best_node(compared) == 1
+    assert verdicts.commands(rows, machine, compared)[0][1].startswith("numactl --cpunodebind=1 --membind=1")
+    tie = stats.compare(synthetic_rows(("c0m0", "c1m1"), executions=6))
+    assert verdicts.best_node(tie) is None
+
+
+def test_the_guide_says_the_same_in_both_languages(synthetic_rows, synthetic_machine):
+    rows, machine = synthetic_rows(LABELS, effects={"c0m1": 1.4, "c1m0": 1.4}, executions=6), synthetic_machine(2)
+    compared = stats.compare(rows)
+    english, chinese = (guide.markdown(rows, machine, compared, language=language) for language in ("en", "zh"))
+    for number in ("17.07%", "4.37%", "1.4", "numactl --cpunodebind=0 --membind=0"):
+        assert number in english
+        assert number in chinese
+    assert english.count("### ") == chinese.count("### ")
+
+
+def test_each_sentence_survives_a_run_that_holds_little(synthetic_rows, synthetic_machine):
+    rows = synthetic_rows(executions=1)
+    for some in (rows, rows[rows["phase"] == "prefill"], rows[rows["threads"] == 1]):
+        compared = stats.compare(some)
+        for sentence in (
+            told(some, synthetic_machine(1)),
+            verdicts.limit_sentence(some),
+            verdicts.placement_sentence(some),
+            verdicts.cold_sentence(some),
+            verdicts.noise_sentence(some, compared),
+            guide.markdown(some, synthetic_machine(1), compared),
+        ):
+            assert sentence.strip()
+            assert "nan" not in sentence
+
+
+def test_what_looks_unstable_names_the_next_command(synthetic_rows):
+    few = synthetic_rows(executions=2)
+    assert any("--profile standard" in sentence for sentence in verdicts.instability(few))
+    assert verdicts.instability(synthetic_rows(executions=10, noise=0.001)) == []
+
+
+def test_a_receipt_that_contradicts_its_label_fails(synthetic_rows, synthetic_machine):
+    rows, machine = synthetic_rows(("c0m0", "c1m1")), synthetic_machine(2)
+    assert "no receipt contradicts" in receipts.require_receipts(rows, machine)
+    assert list(receipts.receipts_table(rows)["label"]) == ["c0m0", "c0m0~aa", "c1m1"]
+    with pytest.raises(UntrustedResult, match="the kernel granted"):
+        receipts.require_receipts(rows.assign(effective="c0m*"), machine)
+
+
+def test_probe_sentences(synthetic_rows):
+    probes = {
+        "nodes": [0, 1, 3],
+        "read_bytes_per_s": [[100e9, 50e9, None], [40e9, 90e9, None], [None, None, None]],
+        "latency_ns": [[90.0, 180.0, None], [180.0, 90.0, None], [None, None, None]],
+        "notes": ["a note"],
+    }
+    assert verdicts.bandwidth_sentence(probes) == (
+        "Each of 2 node(s) reads its own memory at 90.0 to 100.0 GB/s; memory of another node gives 0.44 to 0.50 times that."
+    )
+    assert "2.00 to 2.00 times that" in verdicts.latency_sentence(probes)
+    assert "4 pair(s)" in receipts.require_probes(probes)
+    with pytest.raises(UntrustedResult, match="a note"):
+        receipts.require_probes(probes | {"read_bytes_per_s": [[None]]})

@@ -1,0 +1,122 @@
+import os
+import subprocess
+import sys
+import time
+
+import nbformat
+import psutil
+import pytest
+
+from numa_lab import notebook
+from numa_lab.errors import InvalidInput
+
+
+@pytest.fixture
+def book(tmp_path):
+    """Write a notebook with a parameters cell and one more cell."""
+
+    def write(source, parameters="steps: int = 3  # how many\nname: str = 'x'\nflag: bool = False\nextra: dict = {}"):
+        document = nbformat.v4.new_notebook()
+        document.metadata.kernelspec = {"name": "python3", "language": "python", "display_name": "Python 3"}
+        document.cells = [nbformat.v4.new_code_cell(text) for text in (parameters, source)]
+        document.cells[0].metadata.tags = ["parameters"]
+        path = tmp_path / "book.ipynb"
+        nbformat.write(document, path)
+        return path
+
+    return write
+
+
+def test_parameters_are_read_with_the_types_that_the_notebook_declares(book):
+    path = book("")
+    given = notebook.parse_parameters(path, ["steps=7", "name=12", "flag=true", "extra={a: 1}"])
+    assert given == {"steps": 7, "name": "12", "flag": True, "extra": {"a": 1}}
+    assert notebook.defaults(path) == {"steps": 3, "name": "x", "flag": False, "extra": {}}
+
+
+@pytest.mark.parametrize(
+    ("pair", "message"),
+    [
+        ("stepz=1", r"stepz.*steps \(int\)"),
+        ("steps=many", "steps='many': expected int, got str"),
+        ("steps=true", "expected int, got bool"),
+        ("flag=1", "expected bool, got int"),
+        ("steps", "expected NAME=VALUE"),
+        ("extra={", "can't be read"),
+    ],
+)
+def test_a_wrong_parameter_is_refused_before_anything_starts(book, pair, message):
+    with pytest.raises(InvalidInput, match=message):
+        notebook.parse_parameters(book(""), [pair])
+
+
+def test_a_notebook_without_parameters_or_none_at_all_is_refused(tmp_path):
+    bare = tmp_path / "bare.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(), bare)
+    with pytest.raises(InvalidInput, match="no cell tagged 'parameters'"):
+        notebook.parameters_of(bare)
+    (tmp_path / "text.ipynb").write_text("no json")
+    with pytest.raises(InvalidInput, match="can't be read as a notebook"):
+        notebook.parameters_of(tmp_path / "text.ipynb")
+    with pytest.raises(InvalidInput, match="no such file"):
+        notebook.find("08_nowhere")
+
+
+@pytest.mark.notebook
+def test_parameters_arrive_and_a_stale_output_is_gone(book, tmp_path):
+    output, log = tmp_path / "out.ipynb", tmp_path / "log"
+    output.write_text("stale")
+    outcome = notebook.execute(book("print(steps * 2, extra)"), output, {"steps": 21, "extra": {"a": True}}, log=log)
+    assert outcome.exit_status == 0
+    assert nbformat.read(output, as_version=4).cells[-1].outputs[0].text == "42 {'a': True}\n"
+
+
+@pytest.mark.notebook
+def test_a_killed_kernel_is_a_failure_although_papermill_may_say_completed(book, tmp_path):
+    source = "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)"
+    outcome = notebook.execute(book(source), tmp_path / "out.ipynb", {}, log=tmp_path / "log")
+    assert outcome.exit_status not in (0, None)
+
+
+@pytest.mark.notebook
+def test_nothing_outlives_the_time_limit(book, tmp_path):
+    source = "import subprocess, os\nsubprocess.Popen(['sleep', '600'], start_new_session=True)\nwhile True: pass"
+    outcome = notebook.execute(book(source), tmp_path / "out.ipynb", {}, log=tmp_path / "log", limit_seconds=6)
+    assert outcome.exit_status is None
+    assert not running(tmp_path)
+    assert not [p for p in psutil.Process().children(recursive=True) if "600" in p.cmdline()]
+
+
+@pytest.mark.notebook
+def test_a_busy_kernel_ends_when_its_sweep_is_killed(book, tmp_path):
+    ready = tmp_path / "ready"
+    path = book(f"open({str(ready)!r}, 'w').close()\nwhile True: pass")
+    code = (
+        "import sys; from pathlib import Path; from numa_lab import notebook\n"
+        "notebook.execute(Path(sys.argv[1]), Path(sys.argv[2]), {}, log=Path(sys.argv[3]))"
+    )
+    words = [sys.executable, "-c", code, str(path), str(tmp_path / "out.ipynb"), str(tmp_path / "log")]
+    parent = subprocess.Popen(words)
+    wait_for(ready.exists, 30)
+    kernels = [
+        p for p in psutil.Process(parent.pid).children(recursive=True) if "ipykernel_launcher" in " ".join(p.cmdline())
+    ]
+    assert kernels
+    parent.kill()
+    parent.wait()
+    wait_for(lambda: not any(kernel.is_running() and kernel.status() != psutil.STATUS_ZOMBIE for kernel in kernels), 15)
+
+
+def running(folder):
+    return [
+        p
+        for p in psutil.process_iter(["cmdline"])
+        if str(folder) in " ".join(p.info["cmdline"] or ()) and p.pid != os.getpid()
+    ]
+
+
+def wait_for(condition, seconds):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.1)

@@ -1,0 +1,72 @@
+import threading
+
+import pytest
+
+from numa_lab.binding import Binding
+from numa_lab.receipt import Receipt, ThreadSeen, ThreadWatch
+
+GOOD = {"key": {1: 100}, "value": {1: 100}}
+
+
+THREAD = ThreadSeen(7, (2,), (2,))
+
+
+def receipt(label="c1m1", effective=None, threads=(THREAD,), before=GOOD, after=GOOD):
+    return Receipt(Binding.parse(label), Binding.parse(effective or label), tuple(threads), before, after)
+
+
+def test_a_receipt_that_matches_has_nothing_to_say():
+    assert receipt().contradictions(cpus={2, 3}, cpu_nodes={1}) == []
+    assert receipt("c*m*").contradictions(cpus={0, 1, 2, 3}, cpu_nodes={0, 1}) == []
+
+
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        ({"effective": "c0m1"}, "CPUs of nodes 1 were requested, and the kernel granted nodes 0."),
+        ({"effective": "c1m0"}, "Memory policy bind:1 was requested, and the kernel granted bind:0."),
+        ({"effective": "c1m*"}, "Memory policy bind:1 was requested, and the kernel granted default."),
+        ({"threads": ()}, "No thread was seen computing."),
+        ({"threads": [ThreadSeen(7, (0, 2), (0, 2))]}, "Thread 7 computed on CPUs 0, outside the requested CPUs 2-3."),
+        ({"before": GOOD | {"key": {1: 99, 0: 1}}}, "Pages of key moved during the measurement"),
+        ({"after": GOOD | {"output": {0: 3, 1: 1}}}, "3 of 4 pages of output lie on nodes 0 instead of 1."),
+        ({"after": GOOD | {"output": {-1: 3, 1: 1}}}, "3 of 4 pages of output were never touched."),
+    ],
+)
+def test_each_contradiction_is_a_sentence(changed, sentence):
+    found = receipt(**changed).contradictions(cpus={2, 3}, cpu_nodes={1})
+    assert len(found) == 1
+    assert sentence in found[0]
+
+
+def test_it_survives_its_columns():
+    original = receipt("c0-1i0-1", threads=[ThreadSeen(7, (0, 1, 2), (1,)), ThreadSeen(9, (), (2,))])
+    assert Receipt.from_columns(original.to_columns()) == original
+
+
+def test_the_watch_finds_the_thread_that_computes_and_not_the_one_that_sleeps():
+    stop = threading.Event()
+    tids = {}
+
+    def busy():
+        tids["busy"] = threading.get_native_id()
+        while not stop.is_set():
+            sum(range(1000))
+
+    def asleep():
+        tids["asleep"] = threading.get_native_id()
+        stop.wait()
+
+    threads = [threading.Thread(target=busy), threading.Thread(target=asleep)]
+    for thread in threads:
+        thread.start()
+    watch = ThreadWatch()
+    stop.wait(0.2)
+    watch.look()
+    seen = {thread.tid: thread for thread in watch.threads()}
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert tids["busy"] in seen
+    assert tids["asleep"] not in seen
+    assert set(seen[tids["busy"]].seen) <= set(seen[tids["busy"]].allowed)

@@ -1,0 +1,89 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from numa_lab import results
+from numa_lab.errors import MachineMismatch, RunDirectoryError
+
+
+def row(**changed):
+    values = {c.name: {"string": "x", "bool": False, "double": 1.0}.get(str(c.type), 1) for c in results.COLUMNS}
+    return values | changed
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    results.write_json(
+        tmp_path / "machine.json",
+        {"schema_version": results.SCHEMA_VERSION, "fingerprint": "here", "identity": {"model": "A", "nodes": "0"}},
+    )
+    results.write_rows(tmp_path / "executions" / "one.parquet", [row(execution_id="one", order=1)], "here")
+    results.write_rows(tmp_path / "executions" / "two.parquet", [row(execution_id="two", order=0)], "here")
+    return tmp_path
+
+
+def test_rows_come_back_in_run_order_with_their_types(run_dir):
+    frame = results.load_run(run_dir)
+    assert list(frame["execution_id"]) == ["two", "one"]
+    assert list(frame.columns) == [column.name for column in results.COLUMNS]
+    assert frame["cold"].dtype == bool
+    assert not list(run_dir.glob("executions/.*")), "a temporary file was left behind"
+
+
+def test_a_row_without_a_column_is_refused(tmp_path):
+    incomplete = row()
+    del incomplete["observed"]
+    with pytest.raises(ValueError, match="observed"):
+        results.write_rows(tmp_path / "x.parquet", [incomplete], "here")
+
+
+@pytest.mark.parametrize(
+    ("damage", "error", "message"),
+    [
+        (lambda d: (d / "machine.json").unlink(), RunDirectoryError, "has no machine.json"),
+        (lambda d: (d / "machine.json").write_text("{"), RunDirectoryError, "damaged"),
+        (lambda d: (d / "machine.json").write_text('{"schema_version": 99}'), RunDirectoryError, "schema version 99"),
+        (lambda d: [f.unlink() for f in d.glob("executions/*")], RunDirectoryError, "--resume"),
+        (lambda d: (d / "executions/one.parquet").write_bytes(b"PAR1"), RunDirectoryError, r"one\.parquet"),
+        (
+            lambda d: results.write_rows(d / "executions/one.parquet", [row()], "elsewhere"),
+            MachineMismatch,
+            "elsewhere.*here",
+        ),
+    ],
+)
+def test_a_damaged_run_directory_says_what_is_wrong(run_dir, damage, error, message):
+    damage(run_dir)
+    with pytest.raises(error, match=message):
+        results.load_run(run_dir)
+
+
+def test_rows_of_another_schema_version_are_refused(run_dir, monkeypatch):
+    monkeypatch.setattr(results, "SCHEMA_VERSION", 2)
+    results.write_rows(run_dir / "executions/one.parquet", [row()], "here")
+    monkeypatch.undo()
+    with pytest.raises(RunDirectoryError, match="schema version 2, expected 1"):
+        results.load_run(run_dir)
+
+
+def test_two_machines_are_mixed_on_request_only_and_keep_their_fingerprints(run_dir, tmp_path_factory):
+    other = tmp_path_factory.mktemp("other")
+    facts = json.loads((run_dir / "machine.json").read_text())
+    results.write_json(
+        other / "machine.json", facts | {"fingerprint": "there", "identity": {"model": "B", "nodes": "0"}}
+    )
+    results.write_rows(other / "executions" / "x.parquet", [row()], "there")
+    with pytest.raises(MachineMismatch, match="model: A against B"):
+        results.load_runs([run_dir, other])
+    mixed = results.load_runs([run_dir, other], mix_machines=True)
+    assert mixed["machine"].value_counts().to_dict() == {"here": 2, "there": 1}
+
+
+def test_a_folder_that_can_not_be_written_and_a_full_disk_are_said(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunDirectoryError, match="can't be written"):
+        results.write_json(tmp_path / "file" / "x.json", {})
+    with pytest.raises(RunDirectoryError, match="No space left"), results._whole(tmp_path / "y.json"):
+        Path("/dev/full").write_text("x" * 10000)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]

@@ -1,0 +1,107 @@
+import json
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from numa_lab import stats
+
+LABELS = ("c0m0", "c0m1", "c1m0", "c1m1")
+
+
+def verdicts(compared, a, b):
+    return [c.verdict for c in compared.comparisons if (c.a, c.b) == (a, b)]
+
+
+def test_a_planted_effect_is_found_with_its_sign_and_size(synthetic_rows):
+    compared = stats.compare(synthetic_rows(LABELS, effects={"c0m1": 1.3, "c1m0": 1.3}, noise=0.01, executions=6))
+    assert set(verdicts(compared, "c0m0", "c0m1")) == {"faster"}
+    assert set(verdicts(compared, "c1m0", "c1m1")) == {"slower"}
+    remote = next(c for c in compared.comparisons if (c.a, c.b) == ("c0m0", "c0m1"))
+    assert remote.low < 1 / 1.3 < remote.high
+    assert "c0m0 is faster than c0m1" in remote.sentence()
+
+
+def test_without_an_effect_hardly_ever_a_claim(synthetic_rows):
+    claims = 0
+    for seed in range(20):
+        compared = stats.compare(synthetic_rows(("c0m0", "c1m1"), noise=0.03, executions=5, seed=seed))
+        claims += any(c.verdict in ("slower", "faster") for c in compared.comparisons)
+    assert claims <= 1
+
+
+def test_equal_bindings_tie_where_the_noise_is_small(synthetic_rows):
+    compared = stats.compare(synthetic_rows(("c0m0", "c1m1"), noise=0.001, executions=8))
+    assert set(verdicts(compared, "c0m0", "c1m1")) == {"same"}
+
+
+def test_a_difference_below_the_noise_floor_is_not_claimed():
+    ratio = stats.Ratio(1.05, 1.04, 1.06, 1e-9)
+    assert stats._verdict(ratio, 1e-9, floor=0.01) == "slower"
+    assert stats._verdict(ratio, 1e-9, floor=0.05) == "unclear"
+    assert stats._verdict(ratio, 0.2, floor=0.01) == "unclear"
+    assert stats._verdict(ratio, 1e-9, floor=math.nan) == "unclear"
+    assert stats._verdict(stats.Ratio(1.0, 0.99, 1.01, 0.5), 0.5, floor=0.0) == "same"
+
+
+def test_too_few_executions_are_unclear_and_say_how_many_are_needed(synthetic_rows):
+    compared = stats.compare(synthetic_rows(("c0m0", "c1m1"), effects={"c1m1": 2.0}, executions=2))
+    assert set(verdicts(compared, "c0m0", "c1m1")) == {"unclear"}
+    assert "at least 3 are needed" in compared.comparisons[0].sentence()
+    assert json.loads(json.dumps(compared.to_json(), allow_nan=False))["comparisons"][0]["low"] is None
+
+
+def test_the_noise_floor_is_what_the_pair_shows(synthetic_rows):
+    rows = synthetic_rows(("c0m0",), noise=0.0, executions=5)
+    rows.loc[rows["label"] == "c0m0~aa", "seconds"] *= 1.07
+    assert stats.noise_floor(stats.execution_medians(rows)) == pytest.approx(0.07, abs=1e-6)
+    alone = rows[rows["label"] == "c0m0"]
+    assert math.isnan(stats.compare(alone).noise_floor)
+    assert stats.compare(alone).comparisons == ()
+
+
+def test_samples_of_one_process_are_not_pooled(synthetic_rows):
+    rows = synthetic_rows(("c0m0",), executions=3, samples=50)
+    medians = stats.execution_medians(rows)
+    assert len(medians) == len(rows[~rows["cold"]]) / 50
+
+
+def test_spread_of_local_nodes_stands_beside_what_chance_gives(synthetic_rows):
+    rows = synthetic_rows(("c0m0", "c1m1", "c2m2", "c3m3"), effects={"c2m2": 1.17}, noise=0.01, executions=6)
+    found = stats.spread(rows)
+    assert set(found["worst"]) == {"c2m2"}
+    assert found["spread"].between(0.12, 0.24).all()
+    assert (found["low"] < 0.17).all()
+    assert (found["by_chance"] < found["spread"]).all()
+    assert stats.spread(synthetic_rows(("c0m0",)))["spread"].isna().all()
+
+
+def test_drift_over_the_run_order_is_seen(synthetic_rows):
+    rows = synthetic_rows(("c0m0", "c1m1"), executions=10, noise=0.001)
+    assert abs(stats.lag1_autocorrelation(stats.run_order(rows)["relative"].tolist())) < 0.6
+    rows["seconds"] *= 1 + rows["order"] / 40
+    assert stats.lag1_autocorrelation(stats.run_order(rows)["relative"].tolist()) > 0.6
+    assert math.isnan(stats.lag1_autocorrelation([1.0, 1.0, 1.0, 1.0]))
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=30))
+def test_holm_is_never_below_the_p_value_nor_above_bonferroni(p_values):
+    adjusted = stats.holm(p_values)
+    for p, corrected in zip(p_values, adjusted, strict=True):
+        assert p <= corrected <= min(1.0, p * len(p_values)) + 1e-12
+    assert [adjusted[i] for i in np.argsort(p_values)] == sorted(adjusted)
+
+
+@given(st.lists(st.floats(0.001, 100), min_size=1, max_size=8), st.lists(st.floats(0.001, 100), min_size=1, max_size=8))
+def test_no_sample_makes_it_fail_or_warn(a, b):
+    ratio = stats.ratio_of_medians(a, b)
+    assert ratio.ratio == pytest.approx(np.median(a) / np.median(b))
+    assert math.isnan(ratio.low) == (min(len(a), len(b)) < stats.MIN_EXECUTIONS)
+
+
+def test_a_large_matrix_is_compared_in_seconds(synthetic_rows):
+    labels = [f"c{cpu}m{mem}" for cpu in range(4) for mem in range(4)]
+    compared = stats.compare(synthetic_rows(labels, samples=2))
+    assert len(compared.comparisons) == 8 * (12 * 4 + 6)

@@ -1,0 +1,157 @@
+import json
+import re
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from numa_lab import notebook, plan, results, sweep
+from numa_lab.errors import InvalidInput, MachineMismatch, NodeUnavailable, NumaLabError, RunDirectoryError
+from numa_lab.topology import read_topology
+
+MEASURED = notebook.find(sweep.MEASURED_NOTEBOOK)
+
+
+def planned_sweep(executions=2, bindings="local", parameters=None, seed=1, measured=MEASURED):
+    topology = read_topology()
+    return plan.make_plan(
+        profile="smoke", bindings=plan.choose_bindings(bindings, topology), topology=topology, measured=measured,
+        parameters=parameters or {}, run_id="test", command="numa-lab sweep", executions=executions, seed=seed,
+    )  # fmt: skip
+
+
+def test_each_block_holds_every_label_once_and_an_aa_pair():
+    planned = planned_sweep(executions=5).executions
+    for block in range(5):
+        labels = Counter(p.label for p in planned if p.block == block)
+        assert set(labels.values()) == {1}
+        assert sum(label.endswith("~aa") for label in labels) == 1
+    assert [p.order for p in planned] == list(range(len(planned)))
+    assert len({p.execution_id for p in planned}) == len(planned)
+
+
+def test_orders_differ_between_seeds_and_keys_between_what_is_measured():
+    orders = {tuple(p.label for p in planned_sweep(executions=8, seed=seed).executions) for seed in range(5)}
+    assert len(orders) > 1
+    keys = {p.execution_id for p in planned_sweep().executions}
+    assert keys == {p.execution_id for p in planned_sweep(seed=9).executions}
+    assert keys.isdisjoint(p.execution_id for p in planned_sweep(parameters={"kv_len": 128}).executions)
+
+
+def test_bindings_by_name_and_by_label(four_nodes):
+    assert [str(b) for b in plan.choose_bindings("local", four_nodes)] == ["c0m0", "c1m1", "c2m2"]
+    assert len(plan.choose_bindings("matrix", four_nodes)) == 3 * 4
+    assert [str(b) for b in plan.choose_bindings("all", four_nodes)][-2:] == ["c0-2i0-3", "c*m*"]
+    assert [str(b) for b in plan.choose_bindings("c0,2m0,c1p3,c0m0", four_nodes)] == ["c0,2m0", "c1p3", "c0m0"]
+    with pytest.raises(NodeUnavailable, match="node 3 has no CPUs"):
+        plan.choose_bindings("c3m0", four_nodes)
+    with pytest.raises(NodeUnavailable, match="9"):
+        plan.choose_bindings("c9m0", four_nodes)
+    for wrong in ("", "everything", "m0", "c0m0;c1m1"):
+        with pytest.raises(InvalidInput):
+            plan.choose_bindings(wrong, four_nodes)
+
+
+def test_profile_as_a_parameter_and_unknown_parameters_are_refused():
+    with pytest.raises(InvalidInput, match="--profile"):
+        planned_sweep(parameters={"profile": "quick"})
+    with pytest.raises(InvalidInput, match="kv_length"):
+        planned_sweep(parameters={"kv_length": 1})
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run directory in which one of two executions is finished."""
+    run_dir, topology = tmp_path_factory.mktemp("sweep") / "run", read_topology()
+    planned = planned_sweep(executions=1)
+    plan.prepare(planned, run_dir, topology)
+    assert sweep.execute(planned, planned.executions[0], run_dir, MEASURED, topology) == []
+    return run_dir
+
+
+@pytest.mark.notebook
+def test_an_execution_leaves_rows_with_a_receipt_that_names_its_binding(finished):
+    rows = results.load_run(finished)
+    planned = plan.load_plan(finished).executions[0]
+    assert set(rows["label"]) == {planned.label}
+    assert set(rows["requested"]) == set(rows["effective"]) == {str(planned.binding)}
+    assert (rows["local_page_share"] == 1).all()
+    assert (rows.groupby([*results.CASE])["cold"].sum() == 1).all()
+    outcome = json.loads((finished / "executions" / f"{planned.execution_id}.json").read_text())
+    assert (outcome["status"], outcome["reasons"]) == ("ok", [])
+
+
+@pytest.mark.notebook
+def test_resuming_runs_what_is_missing_and_nothing_else(finished):
+    planned = plan.load_plan(finished)
+    assert plan.missing(planned, finished) == list(planned.executions[1:])
+    plan.check_resumable(planned, finished, read_topology(), MEASURED)
+    with pytest.raises(RunDirectoryError, match="--resume"):
+        plan.prepare(planned, finished, read_topology())
+
+
+@pytest.mark.notebook
+def test_a_changed_notebook_and_another_machine_are_not_resumed(finished, tmp_path):
+    changed = tmp_path / MEASURED.name
+    changed.write_text(MEASURED.read_text().replace("What does the first call cost?", "What else?"))
+    with pytest.raises(RunDirectoryError, match="has changed"):
+        plan.check_resumable(plan.load_plan(finished), finished, read_topology(), changed)
+    elsewhere = shutil.copytree(finished, tmp_path / "elsewhere")
+    facts = json.loads((elsewhere / "machine.json").read_text())
+    facts["identity"]["model"] = "another processor"
+    results.write_json(elsewhere / "machine.json", facts)
+    with pytest.raises(MachineMismatch, match="model: another processor against"):
+        plan.check_resumable(plan.load_plan(elsewhere), elsewhere, read_topology(), MEASURED)
+
+
+@pytest.mark.notebook
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda rows: rows.assign(label="c7m7"), r"Rows have label \['c7m7'\]"),
+        (lambda rows: rows.assign(effective="c0m*"), "the kernel granted default"),
+        (lambda rows: rows[rows["attention"] != "mqa"], "cases are missing"),
+        (lambda rows: rows[rows["sample"] < 3], "fewer than 5 steady samples"),
+        (lambda rows: rows.assign(seconds=0.0), "not positive"),
+        (lambda rows: rows.iloc[:0], "holds no rows"),
+    ],
+)
+def test_the_gate_refuses_rows_that_can_not_be_trusted(finished, tmp_path, spoil, reason):
+    planned, topology = plan.load_plan(finished), read_topology()
+    first = planned.executions[0]
+    rows, fingerprint = results.read_rows(finished / "executions" / f"{first.execution_id}.parquet")
+    results.write_rows(tmp_path / "rows.parquet", spoil(rows), fingerprint)
+    (tmp_path / "log").write_text("")
+    expected = sweep.expected_cases(planned, first, MEASURED, topology)
+    refused = sweep.gate(
+        notebook.Outcome(0, 1.0), tmp_path / "rows.parquet", first, topology, tmp_path / "log", expected
+    )
+    assert re.search(reason, " ".join(refused))
+
+
+def test_the_gate_names_the_exit_status_and_a_missing_result(tmp_path):
+    planned = planned_sweep(executions=1)
+    (tmp_path / "log").write_text("Traceback\nValueError: the reason\n\n")
+    reasons = sweep.gate(
+        notebook.Outcome(138, 1.0), tmp_path / "none", planned.executions[0], read_topology(), tmp_path / "log", []
+    )
+    assert reasons == [
+        "papermill ended with exit status 138: ValueError: the reason",
+        "The notebook wrote no result file.",
+    ]
+    assert "did not end" in sweep.gate(
+        notebook.Outcome(None, 1.0), tmp_path / "none", planned.executions[0], read_topology(), tmp_path / "log", []
+    )[0]  # fmt: skip
+
+
+def test_two_sweeps_do_not_measure_at_once():
+    with sweep.alone(), pytest.raises(NumaLabError, match="another sweep"), sweep.alone():
+        pass
+
+
+def test_plan_survives_its_file_without_a_path_of_this_machine(tmp_path):
+    planned = planned_sweep()
+    plan.prepare(planned, tmp_path, read_topology())
+    assert plan.load_plan(tmp_path) == planned
+    assert str(Path.cwd()) not in (tmp_path / "plan.json").read_text()

@@ -1,0 +1,289 @@
+import dataclasses
+import json
+import os
+import re
+import shutil
+import tarfile
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from numa_lab.errors import InvalidInput, NodeUnavailable
+from numa_lab.topology import format_cpulist, parse_cpulist, read_topology
+
+CAPTURED = Path(__file__).parent / "topologies"
+EXPECTED = json.loads((CAPTURED / "expected.json").read_text())
+
+# Of the 70,000 files and links in the archives, those of the kinds that a reader of topologies may look at.
+LOOKED_AT = re.compile(
+    r"/(cpu/online|cpu\d+/(online|cpu_capacity|cpufreq|acpi_cppc/highest_perf)|cpufreq/(policy\d+/)?cpuinfo_max_freq"
+    r"|topology/((thread_siblings|core_cpus)\w*|physical_package_id|core_id|die_id)"
+    r"|cache/index\d+/(level|type|size|shared_cpu_\w+)|node\d+/(cpulist|cpumap|distance|meminfo)|initiators/node\d+"
+    r"|bus/pci/devices/.*|pci\w+:\w+/.*/(class|numa_node)|dmi/id/\w+|proc/(cpuinfo|meminfo|self/.*))$"
+)
+
+# Sockets, cores and MiB of last-level caches, as hwloc 2.9 counts them but where noted. No socket: the kernel tells
+# none (hwloc calls each core one). No cache: the kernel does not describe them.
+COUNTS = {
+    "128ia64-17n4s2c": (64, 128, 0),
+    "16amd64-4n4c-cgroup-distance-merge": (4, 16, 8),  # hwloc also applies the cgroup that was captured with it
+    "16amd64-8n2c-cpusets": (8, 15, 15),  # the same; there is no third level
+    "16em64t-4s2c2t-offlines": (4, 7, 16),
+    "20em64t-hybrid-1p6c2t+2ca4co1t": (1, 14, 24),
+    "256ppc-8n8s4t": (0, 64, 256),
+    "2arm-2c": (1, 2, 0),
+    "32em64t-2n8c+dax+nvme+mic+dimms": (2, 16, 40),
+    "32intel64-2p8co2t+8ve": (2, 16, 22),
+    "40intel64-2g2n4c+pcilocality": (4, 40, 120),
+    "40intel64-4n10c+pci-conflicts": (4, 40, 120),  # hwloc drops one socket
+    "64amd64-4s2n4ca2co": (4, 32, 48),  # hwloc counts both halves of a module, which share their vector unit
+    "8ia64-2n2s2c": (4, 8, 72),
+    "96em64t-4no4pa3ca2co": (16, 96, 256),
+    "fakecpuid1f-64intel64-2p4d2n2c2t": (4, 32, 128),
+    "fakeheteromemtiers": (1, 6, 16),
+    "nvidia-dgx-gb10": (1, 20, 24),
+}
+
+
+@pytest.fixture(scope="session")
+def captured():
+    """From the name of a captured machine to its root, unpacked once."""
+    memory_disk = Path("/dev/shm")  # 20,000 small files take 20 s on some disks
+    roomy = memory_disk.is_dir() and shutil.disk_usage(memory_disk).free > 2**28
+    roots = {}
+    with tempfile.TemporaryDirectory(dir=memory_disk if roomy else None) as folder:
+
+        def root(name):
+            if name not in roots:
+                with tarfile.open(CAPTURED / f"{name}.tar.bz2") as archive:
+                    members = [member for member in archive if LOOKED_AT.search(member.name)]
+                    archive.extractall(folder, members, filter="data")
+                roots[name] = Path(folder, members[0].name.split("/")[0])
+            return roots[name]
+
+        yield root
+
+
+@pytest.fixture
+def machine(tmp_path):
+    """Writes a machine of two nodes with two CPUs each, and changes to it (None: no such file); returns its root."""
+
+    def write(changes=()):
+        files = {"sys/devices/system/cpu/online": "0-3\n", "proc/cpuinfo": "model name\t: Some  CPU\n"}
+        for node in (0, 1):
+            folder = f"sys/devices/system/node/node{node}"
+            files[f"{folder}/cpulist"] = ("0-1\n", "2-3\n")[node]
+            files[f"{folder}/distance"] = ("10 21\n", "21 10\n")[node]
+            files[f"{folder}/meminfo"] = f"Node {node} MemTotal:  4096 kB\nNode {node} MemFree:  1024 kB\n"
+        for path, text in (files | dict(changes)).items():
+            if text is not None:
+                (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+                (tmp_path / path).write_text(text)
+        return tmp_path
+
+    return write
+
+
+def status(cpus, mems):
+    return f"Name:\tx\nCpus_allowed_list:\t{cpus}\nMems_allowed_list:\t{mems}\nvoluntary_ctxt_switches:\t1\n"
+
+
+@pytest.mark.parametrize("name", sorted(EXPECTED))
+def test_every_captured_machine_is_read_right_and_fast(captured, name):
+    root, expected = captured(name), EXPECTED[name]
+    start = time.perf_counter()
+    topology = read_topology(root)
+    seconds = time.perf_counter() - start
+    found = topology.to_json()
+    assert [{key: node[key] for key in ("id", "cpus", "memory_bytes")} for node in found["nodes"]] == expected["nodes"]
+    assert found["distances"] == expected["distances"]
+    online = {cpu["id"] for cpu in found["cpus"]}
+    assert online == {cpu for node in expected["nodes"] for cpu in node["cpus"]}
+    assert online.isdisjoint(expected["offline_listed"])
+    assert found["allowed_cpus"] == sorted(online)
+    assert topology.allowed_nodes == tuple(node.id for node in topology.nodes if node.memory_bytes)
+    cores = {cpu.core for cpu in topology.cpus}
+    assert (len(topology.sockets), len(cores), topology.last_cache_bytes / 2**20) == COUNTS[name]
+    assert topology.physical_cores(online) == tuple(sorted(cores))
+    assert all(topology.node_of_cpu(cpu) == node.id for node in topology.nodes for cpu in node.cpus)
+    assert json.loads(json.dumps(found)) == found
+    assert topology.summary()
+    assert seconds < 2
+
+
+@pytest.mark.parametrize(
+    ("name", "performance"),
+    [
+        ("nvidia-dgx-gb10", "5-9,15-19"),
+        ("20em64t-hybrid-1p6c2t+2ca4co1t", "0-11"),  # and among them two favoured cores of a higher clock
+        ("16amd64-4n4c-cgroup-distance-merge", ""),
+    ],
+)
+def test_big_and_little_cores(captured, name, performance):
+    cpus = read_topology(captured(name)).cpus
+    assert format_cpulist(cpu.id for cpu in cpus if cpu.kind == "performance") == performance
+    assert {cpu.kind for cpu in cpus} == ({"performance", "efficiency"} if performance else {""})
+
+
+def test_memory_without_cpus_belongs_to_its_initiator_then_to_the_nearest_node(captured):
+    tiers = read_topology(captured("fakeheteromemtiers"))
+    assert [tiers.nearest_cpu_node(node) for node in tiers.node_ids] == [0, 1, 2, 1, 1, 0, 2]
+    assert tiers.effective_nodes == (0, 1, 2)
+    assert tiers.allowed_nodes == tiers.node_ids
+    assert read_topology(captured("128ia64-17n4s2c")).nearest_cpu_node(16) == 0
+
+
+def test_gpus_and_their_node(captured, machine):
+    def gpus(root):
+        return [(gpu.pci, gpu.node) for gpu in read_topology(root).gpus]
+
+    assert gpus(captured("32em64t-2n8c+dax+nvme+mic+dimms")) == [("0000:05:00.0", 0)]
+    assert gpus(captured("40intel64-2g2n4c+pcilocality")) == [("0000:09:03.0", None)]
+    devices = {"0000:01:00.0": ("0x030200", "1"), "0000:02:00.0": ("0x120000", "-1"), "0000:03:00.0": ("0x020000", "0")}
+    for where in ("sys/bus/pci/devices", "sys/devices/pci0000:00/0000:00:01.0"):
+        root = machine({f"{where}/{pci}/class": kind for pci, (kind, _) in devices.items()})
+        machine({f"{where}/{pci}/numa_node": node for pci, (_, node) in devices.items()})
+        assert gpus(root) == [("0000:01:00.0", 1), ("0000:02:00.0", None)]
+        shutil.rmtree(root / where)
+
+
+def test_a_machine_without_nodes_is_one_node(machine):
+    root = machine({"proc/meminfo": "MemTotal: 8 kB\nMemFree: 4 kB\n", "sys/bus/pci/devices/0/class": "0x030000"})
+    shutil.rmtree(root / "sys/devices/system/node")
+    topology = read_topology(root)
+    (node,) = topology.nodes
+    assert (node.id, node.cpus, node.memory_bytes, node.free_bytes, node.effective) == (
+        0,
+        (0, 1, 2, 3),
+        8192,
+        4096,
+        True,
+    )
+    assert topology.distances is None
+    assert topology.gpus[0].node == 0
+
+
+def test_trailing_nul_bytes_and_bitmaps(machine):
+    node = "sys/devices/system/node/node1"
+    topology = read_topology(machine({f"{node}/cpulist": None, f"{node}/cpumap": "00000000,0000000c\n\0\0\0"}))
+    assert topology.node(1).cpus == (2, 3)
+    topology = read_topology(machine({"sys/devices/system/cpu/online": "0-2\n\0", f"{node}/cpulist": "2-3\n\0\0"}))
+    assert topology.node(1).cpus == (2,)
+
+
+@pytest.mark.parametrize("row", ["10\n", "10 21 21\n", "", None])
+def test_a_distance_matrix_that_does_not_fit_is_none(machine, row):
+    topology = read_topology(machine({"sys/devices/system/node/node0/distance": row}))
+    assert topology.distances is None
+    assert topology.to_json()["distances"] is None
+    assert "distances: not told" in topology.summary()
+
+
+def test_a_node_with_neither_its_memory_told_nor_the_machine_to_itself_has_none(machine):
+    changes = {"sys/devices/system/node/node1/meminfo": None, "proc/meminfo": "MemTotal: 8192 kB\nMemFree: 8 kB\n"}
+    topology = read_topology(machine(changes))
+    assert (topology.node(1).memory_bytes, topology.node(1).effective, topology.allowed_nodes) == (0, False, (0,))
+
+
+@pytest.mark.parametrize(
+    ("cpus", "mems", "effective", "allowed_nodes"),
+    [("0-3", "0-1", (0, 1), (0, 1)), ("2-3", "0-1", (1,), (0, 1)), ("0-3", "1", (1,), (1,)), ("0-1", "", (), ())],
+)
+def test_a_cpuset_hides_cpus_and_memory(machine, cpus, mems, effective, allowed_nodes):
+    topology = read_topology(machine({"proc/self/status": status(cpus, mems)}))
+    assert topology.node_ids == (0, 1)
+    assert topology.effective_nodes == effective
+    assert topology.allowed_nodes == allowed_nodes
+    assert topology.allowed_cpus == topology.cpus_of([0, 1]) == topology.physical_cores(range(4)) == parse_cpulist(cpus)
+    assert topology.nearest_cpu_node(0) == (0 if topology.cpus_of([0]) else 1)
+
+
+def test_what_the_asking_thread_may_use_counts(machine):
+    def pinned(cpu):
+        os.sched_setaffinity(0, {cpu})
+        return read_topology().allowed_cpus
+
+    topology = read_topology(
+        machine({"proc/self/status": status("0-3", "0"), "proc/thread-self/status": status("1", "0")})
+    )
+    assert topology.allowed_cpus == (1,)
+    before = os.sched_getaffinity(0)
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        assert thread.submit(pinned, max(before)).result() == (max(before),)
+    assert read_topology().allowed_cpus == tuple(sorted(before))
+
+
+def test_no_cpu_to_reach_memory_is_said(machine):
+    topology = read_topology(machine({"proc/self/status": status("9", "0-1")}))
+    with pytest.raises(NodeUnavailable, match="allowed: none"):
+        topology.nearest_cpu_node(0)
+
+
+@pytest.mark.parametrize(
+    ("files", "hypervisor", "emulated"),
+    [
+        ({}, None, False),
+        ({"proc/cpuinfo": "model name: QEMU TCG CPU version 2.5+\nflags: fpu hypervisor lahf\n"}, "unknown", True),
+        ({"proc/cpuinfo": "model name: QEMU Virtual CPU version 2.5+\nflags: hypervisor\n"}, "unknown", False),
+        ({"proc/cpuinfo": "CPU part: 0xd0c\n", "sys/class/dmi/id/product_name": "KVM Virtual Machine\n"}, "KVM", False),
+        (
+            {"proc/cpuinfo": "model name: x\nvmx flags: hypervisor\n", "sys/class/dmi/id/sys_vendor": "HP\n"},
+            None,
+            False,
+        ),
+        ({"sys/hypervisor/type": "xen\n"}, "xen", False),
+    ],
+)
+def test_virtual_and_emulated_machines_are_told_apart(machine, files, hypervisor, emulated):
+    topology = read_topology(machine(files))
+    assert topology.hypervisor == hypervisor or topology.hypervisor.startswith(hypervisor)
+    assert topology.emulated is emulated
+    assert ("times mean nothing" in topology.summary()) is emulated
+    assert ("virtual machine" in topology.summary()) is bool(hypervisor)
+
+
+def test_a_processor_without_a_name_is_called_by_its_machine_and_parts(captured):
+    assert read_topology(captured("nvidia-dgx-gb10")).model_name == "NVIDIA NVIDIA_DGX_Spark part 0xd85 part 0xd87"
+
+
+def test_the_fingerprint_is_the_hardware_alone(machine):
+    topology = read_topology(machine({"proc/self/status": status("0-3", "0-1")}))
+    fuller = "Node 0 MemTotal:  4096 kB\nNode 0 MemFree:  1 kB\n"
+    same = machine({"proc/self/status": status("1", "0"), "sys/devices/system/node/node0/meminfo": fuller})
+    assert read_topology(same).fingerprint() == topology.fingerprint()
+    (node, other), cache = topology.nodes, ((10, 31), (31, 10))
+    for changes in (
+        {"model_name": "Another CPU"},
+        {"distances": cache},
+        {"nodes": (dataclasses.replace(node, memory_bytes=2**31), other)},
+        {"nodes": (dataclasses.replace(node, cpus=(0,)), other)},
+    ):
+        assert dataclasses.replace(topology, **changes).fingerprint() != topology.fingerprint()
+
+
+def test_what_does_not_exist_is_named(machine, tmp_path):
+    topology = read_topology(machine())
+    with pytest.raises(NodeUnavailable, match=r"node 7 does not exist.*0-1"):
+        topology.node(7)
+    with pytest.raises(InvalidInput, match=r"CPU 9 is not online.*0-3"):
+        topology.node_of_cpu(9)
+    with pytest.raises(InvalidInput, match=r"nowhere' is not a folder: expected /"):
+        read_topology(tmp_path / "nowhere")
+    with pytest.raises(InvalidInput, match=r"holds no sys/devices/system/cpu: expected /"):
+        read_topology(tmp_path / "proc")
+
+
+@given(st.sets(st.integers(0, 5000)))
+def test_a_written_list_reads_back(numbers):
+    assert parse_cpulist(format_cpulist(numbers)) == tuple(sorted(numbers))
+
+
+@pytest.mark.parametrize("text", ["x", "3-1", "-1", "1-", "0-3;8", "0x3", "1 2", "٣", "1--2", "0-3, 8"])
+def test_what_is_no_list_is_refused(text):
+    with pytest.raises(InvalidInput, match=re.escape(repr(text))):
+        parse_cpulist(text)
