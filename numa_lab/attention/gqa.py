@@ -65,8 +65,6 @@ def gqa_attention(
     InvalidInput
         Shapes, dtypes or devices don't fit together, or there is no such backend.
     """
-    if attn_mask is not None:
-        attn_mask = torch.atleast_2d(attn_mask)  # torch itself refuses a mask of [kv_len] alone
     name = choose_backend(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, backend=backend)
     return BACKENDS[name](query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
 
@@ -116,7 +114,7 @@ def choose_backend(
 # torch reads K and V of a KV head again for each query head, and its products of a single row hardly use the vector
 # units: folding gives them group rows. With 512 queries there are rows enough (.89 to .97; with is_causal .95 to 1.5),
 # and at 2048 the explicit causal mask costs a factor of 2, because torch skips what is_causal hides. The guide's
-# method took 1.0 to 2.1 times as long as torch everywhere, so it is never chosen.
+# method took .9 to 2.5 times as long as torch, and was never the fastest, so it is never chosen.
 _FOLDED_Q_LEN = 8
 
 
@@ -131,10 +129,10 @@ def _fastest(query: Tensor, key: Tensor, is_causal: bool, enable_gqa: bool) -> s
         return "torch"
     # torch computes heads in parallel, so folding leaves threads idle where they outnumber the KV heads of the batch.
     # It has to gain more than that. Two threads on one KV head were measured (float32, group 32: .31); more threads
-    # follow from the table, from below: a gain of 2 x group for one row of bfloat16, else of the fourth root of group.
+    # follow from the table, from below: a gain of 2 x group up to 24 for one row of bfloat16, else the fourth root of group.
     threads = torch.get_num_threads()
     loss = min(threads, batch * q_heads) / max(1, min(threads, batch * kv_heads))
-    gain = 2 * group if q_len == 1 and query.dtype == torch.bfloat16 else group**0.25
+    gain = min(2 * group, 24) if q_len == 1 and query.dtype == torch.bfloat16 else group**0.25
     return "torch-folded" if loss < gain else "torch"
 
 
@@ -249,8 +247,8 @@ def _check_heads(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) ->
         q_heads, kv_heads = query.size(-3), key.size(-3)
         if kv_heads != value.size(-3) or not q_heads or not kv_heads or q_heads % kv_heads:
             raise InvalidInput(
-                f"{q_heads} query heads with {kv_heads} KV heads in key and {value.size(-3)} in value: enable_gqa=True "
-                "expects as many in key as in value, and a multiple of them in query"
+                f"{shapes}: {q_heads} query heads with {kv_heads} KV heads in key and {value.size(-3)} in value: "
+                "enable_gqa=True expects as many in key as in value, and a multiple of them in query"
             )
     leading = query.shape[:last]
     if not leading == key.shape[:last] == value.shape[:last]:
@@ -260,15 +258,15 @@ def _check_heads(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) ->
             fix = "give all three the same batch"
             if not enable_gqa and query.dim() > 2 and query.shape[:-3] == key.shape[:-3] == value.shape[:-3]:
                 fix = "set enable_gqa=True to let a group of query heads share a KV head"
-            raise InvalidInput(f"{shapes}: expected the same dimensions in front of the last {-last}; {fix}") from error
+            raise InvalidInput(f"{shapes}: the dimensions in front of the last {-last} don't match; {fix}") from error
     return (*leading, query.size(-3)) if enable_gqa else tuple(leading)
 
 
 def _check_mask(mask: Tensor, scores: tuple[int, ...], query: Tensor, is_causal: bool) -> None:
     if is_causal:
         raise InvalidInput(
-            "attn_mask together with is_causal=True: give one of them; a boolean mask takes the causal part by "
-            "mask & torch.ones(q_len, kv_len, dtype=torch.bool).tril()"
+            "attn_mask together with is_causal=True: expected one of them; put the causal part into the mask "
+            "(mask & torch.ones(q_len, kv_len, dtype=torch.bool).tril() for a boolean one)"
         )
     if mask.dtype not in (torch.bool, torch.float32, query.dtype) or mask.device != query.device:
         raise InvalidInput(
@@ -277,9 +275,10 @@ def _check_mask(mask: Tensor, scores: tuple[int, ...], query: Tensor, is_causal:
         )
     padded = (1,) * (len(scores) - mask.dim()) + tuple(mask.shape)
     fits = len(padded) == len(scores) and all(own in (1, full) for own, full in zip(padded, scores, strict=True))
-    if not fits:
+    if mask.dim() < 2 or not fits:
         raise InvalidInput(
-            f"attn_mask {tuple(mask.shape)}: expected a shape that broadcasts to [..., q_heads, q_len, kv_len] = {scores}"
+            f"attn_mask {tuple(mask.shape)}: expected at least two dimensions that broadcast to "
+            f"[..., q_heads, q_len, kv_len] = {scores}"
         )
 
 

@@ -45,7 +45,7 @@ class AttentionShape:
     q_len: int
     kv_len: int
     head_dim: int
-    dtype: str = "bfloat16"
+    dtype: str
 
     def __post_init__(self) -> None:
         """Refuse a shape that makes no sense."""
@@ -119,7 +119,7 @@ class AttentionShape:
 
 def _model(q_heads: int, kv_heads: int, head_dim: int) -> AttentionShape:
     """One token decoded after 4096, as the model's weights are published: in bfloat16."""
-    return AttentionShape(1, q_heads, kv_heads, 1, 4096, head_dim)
+    return AttentionShape(1, q_heads, kv_heads, 1, 4096, head_dim, "bfloat16")
 
 
 # num_attention_heads, num_key_value_heads and head_dim (hidden_size / num_attention_heads where a config has none) of
@@ -134,7 +134,7 @@ PRESETS = {
     "gpt-oss-20b": _model(64, 8, 64),  # openai/gpt-oss-20b: head_dim is given, hidden_size is 2880
     "falcon-7b": _model(71, 1, 64),  # tiiuae/falcon-7b: multi_query, an odd number of heads
     "llama-2-7b": _model(32, 32, 128),  # meta-llama/Llama-2-7b: a KV head per query head
-    "guide": AttentionShape(512, 32, 8, 1, 512, 128),  # many short sequences: the case of the guide on NUMA and GQA
+    "guide": AttentionShape(512, 32, 8, 1, 512, 128, "bfloat16"),  # many short sequences: the case of the guide
 }
 
 
@@ -161,7 +161,7 @@ def preset(name: str, **changes: Any) -> AttentionShape:
 
 
 def fit(shape: AttentionShape, memory_bytes: int) -> tuple[AttentionShape, str]:
-    """Scale a shape down until its K and V fit into the memory; query and output are not counted.
+    """Scale a shape down until K, V, query and output fit into the memory.
 
     The batch is halved first, because it leaves the work per sequence as it is, then kv_len; a q_len that would
     exceed kv_len follows it.
@@ -171,12 +171,12 @@ def fit(shape: AttentionShape, memory_bytes: int) -> tuple[AttentionShape, str]:
     shape
         What was asked for.
     memory_bytes
-        What K and V may take.
+        What the tensors of one call may take.
 
     Returns
     -------
     shape : AttentionShape
-        The first of the tried shapes that fits.
+        The largest of the tried shapes that fits.
     message : str
         What changed and why; empty where nothing did.
 
@@ -186,7 +186,7 @@ def fit(shape: AttentionShape, memory_bytes: int) -> tuple[AttentionShape, str]:
         Not even one sequence with a single token fits.
     """
     fitting = shape
-    while fitting.kv_bytes > memory_bytes:
+    while fitting.total_bytes > memory_bytes:
         if fitting.batch > 1:
             fitting = fitting.replace(batch=fitting.batch // 2)
         elif fitting.kv_len > 1:
@@ -194,17 +194,18 @@ def fit(shape: AttentionShape, memory_bytes: int) -> tuple[AttentionShape, str]:
             fitting = fitting.replace(kv_len=kv_len, q_len=min(fitting.q_len, kv_len))
         else:
             raise InvalidInput(
-                f"K and V of one token take {fitting.kv_bytes:,} bytes ({shape.kv_heads} KV heads of {shape.head_dim} "
-                f"{shape.dtype} elements) and {memory_bytes:,} may be used: free memory, or bind to nodes with more"
+                f"memory of {memory_bytes:,} bytes: one sequence of one token takes {fitting.total_bytes:,} with "
+                f"{shape.q_heads} query and {shape.kv_heads} KV heads of {shape.head_dim} {shape.dtype} elements; "
+                "free memory, or choose a model with smaller heads"
             )
     changes = [
-        f"{name} {before} to {after}"
+        f"{name} from {before} to {after}"
         for name in ("batch", "kv_len", "q_len")
         if (before := getattr(shape, name)) != (after := getattr(fitting, name))
     ]
     if not changes:
         return shape, ""
     return fitting, (
-        f"Scaled down from {' and '.join(changes)}: K and V would take {shape.kv_bytes / 2**20:,.0f} MiB and "
-        f"{memory_bytes / 2**20:,.0f} MiB may be used."
+        f"Scaled down: {', '.join(changes)}. K, V, query and output would take {shape.total_bytes / 2**20:,.1f} MiB "
+        f"and may take {memory_bytes / 2**20:,.1f} MiB."
     )
