@@ -14,7 +14,7 @@ STRIP := --keep-id --extra-keys "metadata.papermill metadata.language_info cell.
 # papermill and JupyterLab find the kernel of .venv before any that the user has registered.
 export JUPYTER_PREFER_ENV_PATH := 1
 
-.PHONY: help setup report test lab lint format clean constraints numactl chromium
+.PHONY: help setup report test lab figures lint format clean constraints numactl chromium
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,9 +32,13 @@ test: setup chromium ## run the tests
 	$(BIN)/python -m pytest --junitxml=build/junit.xml $(PYTEST_ARGS)
 
 lab: setup ## open the notebooks in JupyterLab on this machine (127.0.0.1)
-	@$(BIN)/jupyter lab --ip=127.0.0.1 --ServerApp.root_dir="$(CURDIR)/notebooks" --LabApp.news_url=None \
-	  --LabApp.check_for_updates_class=jupyterlab.handlers.announcements.NeverCheckForUpdate \
+	@$(BIN)/jupyter lab --ip=127.0.0.1 --ServerApp.root_dir="$(CURDIR)/notebooks" \
 	  $(if $(DISPLAY)$(WAYLAND_DISPLAY),,--no-browser) $(if $(filter 0,$(shell id -u)),--allow-root) $(LAB_ARGS)
+
+figures: setup ## draw the README's figure anew from data/sample
+	@mkdir -p figures
+	$(BIN)/python -c "from pathlib import Path; from numa_lab import load_run; from numa_lab.report import figures; \
+	  Path('figures/readme-limit-share.png').write_bytes(figures.limit_share(load_run('data/sample')).png())"
 
 lint: setup ## check style, types, imports between modules, and that notebooks hold no output
 	$(BIN)/ruff check
@@ -53,7 +57,7 @@ clean: ## remove .venv, build output and caches; data/runs stays
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 constraints: ## write constraints.txt anew: the newest versions that pyproject.toml allows
-	rm -rf build/newest && "$$(tools/need.sh python $(PYTHON))" -m venv build/newest
+	rm -rf build/newest && "$$(tools/need.sh python "$(PYTHON)")" -m venv build/newest
 	build/newest/bin/python -m pip install -qq --editable '.[dev]'
 	{ sed '/^[^#]/,$$d' constraints.txt; build/newest/bin/python -m pip freeze --all --exclude-editable \
 	  | sed -E '/^pip==/d; s/\+[a-z0-9.]+$$//' | LC_ALL=C sort -f; } > build/constraints.txt
@@ -67,7 +71,7 @@ ifneq ($(shell $(BIN)/python -c 'import pip; print(open(".venv/made-in").read())
 .PHONY: .venv/made-in
 endif
 .venv/made-in:
-	@python=$$(tools/need.sh python $(PYTHON)) && echo "make: .venv from $$python" && \
+	@python=$$(tools/need.sh python "$(PYTHON)") && echo "make: .venv from $$python" && \
 	rm -rf .venv && "$$python" -m venv .venv && printf %s "$(CURDIR)" > $@
 
 # The stamp is written last, so an install that failed or was stopped is made again.
@@ -75,4 +79,5 @@ endif
 	@rm -f $@
 	@echo "make: installing numa_lab and what it needs into .venv (some minutes the first time) ..."
 	@$(BIN)/python -m pip install -qq --constraint constraints.txt --editable '.[dev]'
+	@$(BIN)/jupyter labextension disable --log-level=ERROR --level=sys_prefix @jupyterlab/apputils-extension:announcements
 	@touch $@

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from numa_lab.sysfs import Tree, parse_cpulist
 
+_ALIKE = 1.25  # ratio up to which cores are of one kind
 _GPU_CLASSES = ("0x03", "0x12")  # PCI display controllers and processing accelerators
 
 
@@ -56,18 +57,19 @@ def read_cpus(tree: Tree, online: tuple[int, ...], node_of: Mapping[int, int]) -
 def core_kinds(tree: Tree, online: tuple[int, ...]) -> dict[int, str]:
     """Big and little cores: from Intel's hybrid PMUs, else from the capacity or, last, the highest clock.
 
-    Cores within 10 % of each other are alike: favoured cores of one kind differ by a few percent.
+    The favoured ones among equal cores clock up to a fifth higher, little ones of hybrid machines a quarter lower
+    and more. acpi_cppc/highest_perf is no witness: on AMD it ranks equal cores, from 166 to 236.
     """
-    pmus = {kind: tree.text(f"sys/devices/{pmu}/cpus") for kind, pmu in
-            (("performance", "cpu_core"), ("efficiency", "cpu_atom"))}  # fmt: skip
-    if all(pmus.values()):
-        return {cpu: kind for kind, listed in pmus.items() for cpu in parse_cpulist(listed)}
-    for name in ("cpu_capacity", "acpi_cppc/highest_perf", "cpufreq/cpuinfo_max_freq"):
+    kinds = {"cpu_core": "performance", "cpu_atom": "efficiency", "cpu_lowpower": "efficiency"}
+    pmus = {pmu: parse_cpulist(tree.text(f"sys/devices/{pmu}/cpus")) for pmu in kinds}
+    if pmus["cpu_core"] and pmus["cpu_atom"]:
+        return {cpu: kinds[pmu] for pmu, cpus in pmus.items() for cpu in cpus}
+    for name in ("cpu_capacity", "cpufreq/cpuinfo_max_freq"):
         values = {cpu: int(tree.text(tree.cpu_dir / f"cpu{cpu}" / name) or 0) for cpu in online}
         low, high = min(values.values(), default=0), max(values.values(), default=0)
         if low > 0:
             middle = (low + high) / 2
-            alike = high <= 1.1 * low
+            alike = high <= _ALIKE * low
             return {} if alike else {c: "performance" if v > middle else "efficiency" for c, v in values.items()}
     return {}
 
@@ -98,5 +100,27 @@ def read_gpus(tree: Tree, nodes: list[int]) -> tuple[Gpu, ...]:
     for folder in folders:
         if tree.text(folder / "class").startswith(_GPU_CLASSES):
             told = int(tree.text(folder / "numa_node") or -1)
-            found[folder.name] = told if told >= 0 else nodes[0] if len(nodes) == 1 else None
+            found[folder.name] = told if told in nodes else nodes[0] if len(nodes) == 1 else None
     return tuple(Gpu(pci, node) for pci, node in sorted(found.items()))
+
+
+def model_name(tree: Tree, info: str) -> str:
+    """The processor as cpuinfo names it; where it does not (64-bit ARM), the machine and its CPU part numbers."""
+    if named := re.search(r"^(?:[Mm]odel [Nn]ame|cpu|Processor|Hardware)\s*:[ \t]*(\S.*)$", info, re.MULTILINE):
+        return " ".join(named[1].split())
+    parts = sorted(set(re.findall(r"^CPU part\s*:\s*(\w+)", info, re.MULTILINE)))
+    return " ".join(filter(None, [_product(tree), *(f"part {part}" for part in parts)]))
+
+
+def _product(tree: Tree) -> str:
+    return " ".join(filter(None, (tree.text(f"sys/class/dmi/id/{name}") for name in ("sys_vendor", "product_name"))))
+
+
+def hypervisor(tree: Tree, info: str) -> str | None:
+    """From the CPU's own flag, else from the machine's name, which is what ARM guests have."""
+    product = _product(tree)
+    flagged = re.search(r"^flags\s*:.*\bhypervisor\b", info, re.MULTILINE)
+    if not flagged and not re.search("QEMU|KVM|VMware|VirtualBox|Virtual Machine|HVM domU", product):
+        return tree.text("sys/hypervisor/type") or None
+    clocks = tree.text("sys/devices/system/clocksource/clocksource0/available_clocksource")
+    return tree.text("sys/hypervisor/type") or product or ("KVM" if "kvm-clock" in clocks else "unknown")

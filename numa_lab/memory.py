@@ -81,10 +81,10 @@ def _require_free(node: int, nbytes: int) -> None:
         raise NodeUnavailable(
             f"node {node} has no memory that this process may use; nodes that have: {list(topology.allowed_nodes)}"
         )
-    free = topology.node(node).free_bytes
+    free = topology.node(node).available_bytes
     if nbytes > free:
         raise NodeUnavailable(
-            f"node {node} has {free / 2**20:,.0f} MiB free and {nbytes / 2**20:,.0f} MiB were asked for: "
+            f"node {node} has {free / 2**20:,.0f} MiB available and {nbytes / 2**20:,.0f} MiB were asked for: "
             "take a smaller shape or another node"
         )
 

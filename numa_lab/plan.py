@@ -31,7 +31,7 @@ from numa_lab.results import (
 )
 from numa_lab.stats import AA_SUFFIX
 from numa_lab.topology import Topology
-from numa_lab.workloads import PROFILES
+from numa_lab.workloads import PROFILES, Case, usable_bytes, workload
 
 PLAN = "plan.json"
 OVERHEAD_SECONDS = 8  # of one execution before and after its cases: papermill, imports, first compilation
@@ -98,13 +98,7 @@ class Plan:
     parameters: Mapping[str, Any]
     command: str
     executions: tuple[Planned, ...]
-
-    @property
-    def estimated_seconds(self) -> float:
-        """Rough time for all executions."""
-        profile = PROFILES[self.profile]
-        cases = 6 * len(profile.dtypes) + 2 + len(profile.kv_len_curve) + len(profile.batch_curve)
-        return len(self.executions) * (OVERHEAD_SECONDS + 1.5 * cases * profile.case_seconds)
+    estimated_seconds: float
 
 
 def make_plan(
@@ -138,6 +132,11 @@ def make_plan(
     twin = next((binding for binding in bindings if binding.is_local), bindings[0])
     labels = [*map(str, bindings), f"{twin}{AA_SUFFIX}"]
     content, machine = _content(measured), machine_facts(topology)["fingerprint"]
+    case_seconds = PROFILES[profile].case_seconds
+    seconds = {
+        str(b): OVERHEAD_SECONDS + 1.5 * case_seconds * len(expected_cases(measured, given, b, topology))
+        for b in bindings
+    }
     shuffled = random.Random(seed)
     planned: list[Planned] = []
     for block in range(blocks):
@@ -149,7 +148,7 @@ def make_plan(
             planned.append(Planned(key, block, len(planned), label, shlex.join(words)))
     return Plan(
         SCHEMA_VERSION, run_id, datetime.now(UTC).isoformat(timespec="seconds"), profile, tuple(labels), measured.name,
-        content, given, command, tuple(planned),
+        content, given, command, tuple(planned), round(sum(seconds[str(p.binding)] for p in planned)),
     )  # fmt: skip
 
 
@@ -157,6 +156,24 @@ def _content(path: Path) -> str:
     """Hash of what a notebook does: its cells' sources, not their outputs."""
     cells = notebook.read(path).cells
     return hashlib.sha256(json.dumps([(cell.cell_type, cell.source) for cell in cells]).encode()).hexdigest()
+
+
+def expected_cases(measured: Path, parameters: Mapping[str, Any], binding: Binding, topology: Topology) -> list[Case]:
+    """The cases that an execution must hold; none where the notebook does not take the parameters of a workload.
+
+    Raises
+    ------
+    InvalidInput
+        An unknown profile or preset, or a length that makes no sense.
+    """
+    given = {**notebook.defaults(measured), **parameters}
+    if not given.keys() >= {"profile", "preset", "kv_len", "batch"}:
+        return []
+    cores = topology.physical_cores(topology.cpus_of(binding.cpu_nodes or topology.node_ids))
+    chosen = workload(
+        given["profile"], given["preset"], given["kv_len"], given["batch"], memory_bytes=usable_bytes(topology, binding)
+    )
+    return chosen.cases(len(cores))
 
 
 def load_plan(run_dir: Path) -> Plan:

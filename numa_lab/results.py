@@ -90,7 +90,7 @@ def machine_facts(topology: Topology) -> dict[str, Any]:
     identity = {
         "machine": topology.fingerprint(),
         "model": topology.model_name,
-        "nodes": " ".join(f"{n.id}:{len(n.cpus)}cpus:{round(n.memory_bytes / 2**30)}GiB" for n in topology.nodes),
+        "nodes": " ".join(f"{n.id}:{len(n.cpus)}cpus{'+memory' * bool(n.memory_bytes)}" for n in topology.nodes),
         "architecture": platform.machine(),
         "kernel": platform.release(),
         **{name: _version(name) for name in ("torch", "numba")},

@@ -156,10 +156,10 @@ class Execution:
         largest = self.workload.largest_kv_bytes
         wanted = max(largest, CACHE_MULTIPLE * self.topology.last_cache_bytes_of(self.cores))
         nodes = self.effective.mem_nodes or self.topology.allowed_nodes
-        free = sum(self.topology.node(node).free_bytes for node in nodes)
+        free = sum(self.topology.node(node).available_bytes for node in nodes)
         if largest > free:
             raise NodeUnavailable(
-                f"nodes {format_cpulist(nodes)} have {free / 2**20:,.0f} MiB free and K and V need "
+                f"nodes {format_cpulist(nodes)} have {free / 2**20:,.0f} MiB available and K and V need "
                 f"{largest / 2**20:,.0f} MiB: take a smaller kv_len or batch, or free memory "
                 "(a bound process that runs out of it is killed)"
             )

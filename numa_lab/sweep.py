@@ -16,12 +16,12 @@ import pandas as pd
 
 from numa_lab import notebook
 from numa_lab.errors import NumaLabError
-from numa_lab.plan import Plan, Planned, missing
+from numa_lab.plan import Plan, Planned, expected_cases, missing
 from numa_lab.receipt import contradictions
 from numa_lab.results import EXECUTIONS, machine_facts, read_rows, write_json
 from numa_lab.timing import MIN_SAMPLES
 from numa_lab.topology import Topology
-from numa_lab.workloads import CASE_KEY, Case, case_key, usable_bytes, workload
+from numa_lab.workloads import CASE_KEY, Case, case_key
 
 PROBES = "probes.json"
 MEASURED_NOTEBOOK = "02_attention_under_binding"
@@ -50,7 +50,12 @@ def execute(plan: Plan, planned: Planned, run_dir: Path, measured: Path, topolog
         binding=planned.binding,
     )
     reasons = gate(
-        outcome, pending, planned, topology, folder / f"{key}.log", expected_cases(plan, planned, measured, topology)
+        outcome,
+        pending,
+        planned,
+        topology,
+        folder / f"{key}.log",
+        expected_cases(measured, plan.parameters, planned.binding, topology),
     )
     if pending.exists():
         destination = folder if not reasons else folder.parent / "rejected"
@@ -66,20 +71,6 @@ def execute(plan: Plan, planned: Planned, run_dir: Path, measured: Path, topolog
         },
     )  # fmt: skip
     return reasons
-
-
-def expected_cases(plan: Plan, planned: Planned, measured: Path, topology: Topology) -> list[Case]:
-    """The cases that an execution must hold; none where the notebook is not one that takes a workload's parameters."""
-    declared = {**notebook.defaults(measured), **plan.parameters}
-    if not declared.keys() >= {"profile", "preset", "kv_len", "batch"}:
-        return []
-    binding = planned.binding
-    cores = topology.physical_cores(topology.cpus_of(binding.cpu_nodes or topology.node_ids))
-    chosen = workload(
-        declared["profile"], declared["preset"], declared["kv_len"], declared["batch"],
-        memory_bytes=usable_bytes(topology, binding),
-    )  # fmt: skip
-    return chosen.cases(len(cores))
 
 
 def gate(

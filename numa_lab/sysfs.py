@@ -18,8 +18,9 @@ def parse_cpulist(text: str) -> tuple[int, ...]:
         The text is not such a list.
     """
     numbers: set[int] = set()
-    for part in filter(None, text.strip().split(",")):
-        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part, re.ASCII)
+    for part in text.strip().split(",") if text.strip() else ():
+        # Six digits: more CPUs than a kernel can have, and few enough to write out after a slip of the finger.
+        match = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", part, re.ASCII)
         low, high = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if low > high:
             raise InvalidInput(f"list {text!r}: expected numbers and ascending ranges such as 0-3,8")

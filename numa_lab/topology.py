@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from numa_lab.errors import InvalidInput, NodeUnavailable
-from numa_lab.hardware import Cache, Cpu, Gpu, read_caches, read_cpus, read_gpus
+from numa_lab.hardware import Cache, Cpu, Gpu, hypervisor, model_name, read_caches, read_cpus, read_gpus
 from numa_lab.sysfs import Tree, format_cpulist, parse_cpulist
 
 __all__ = ["Cache", "Cpu", "Gpu", "Node", "Topology", "format_cpulist", "parse_cpulist", "read_topology"]
@@ -27,12 +27,16 @@ __all__ = ["Cache", "Cpu", "Gpu", "Node", "Topology", "format_cpulist", "parse_c
 
 @dataclass(frozen=True)
 class Node:
-    """A NUMA node: its online CPUs, its memory and what of it holds nothing; `effective`: this process may use both."""
+    """A NUMA node: its online CPUs and its memory; `effective` where this process may use both.
+
+    `free_bytes` hold nothing; `available_bytes` add the file cache that the kernel would give up first.
+    """
 
     id: int
     cpus: tuple[int, ...]
     memory_bytes: int
     free_bytes: int
+    available_bytes: int
     effective: bool
     initiators: tuple[int, ...] = ()  # the nodes with the best access to its memory, where firmware tells (HMAT)
 
@@ -156,7 +160,8 @@ class Topology:
         """Short hash of the hardware, independent of what this process may use and of free memory."""
         identity = [
             self.model_name,
-            [(n.id, n.cpus, round(n.memory_bytes / 2**30)) for n in self.nodes],
+            # Not its size: virtual machines are given and robbed of memory while they run.
+            [(n.id, n.cpus, n.memory_bytes > 0) for n in self.nodes],
             self.distances,
             sorted((c.level, c.kind, c.size_bytes, c.cpus) for c in self.caches),
         ]
@@ -171,6 +176,7 @@ class Topology:
                     "cpus": list(node.cpus),
                     "memory_bytes": node.memory_bytes,
                     "free_bytes": node.free_bytes,
+                    "available_bytes": node.available_bytes,
                     "effective": node.effective,
                     "initiators": list(node.initiators),
                 }
@@ -257,7 +263,7 @@ class _Reader(Tree):
             for node, of in listed.items()
         )
         info = self.text("proc/cpuinfo")
-        name = self.model_name(info)
+        name = model_name(self, info)
         return Topology(
             nodes=nodes,
             cpus=cpus,
@@ -267,31 +273,10 @@ class _Reader(Tree):
             caches=read_caches(self, online),
             gpus=read_gpus(self, list(listed)),
             model_name=name,
-            hypervisor=self.hypervisor(info),
+            hypervisor=hypervisor(self, info),
             # QEMU's own models ("QEMU Virtual CPU") run under KVM as well; only the name of -cpu max tells.
             emulated="TCG" in name,
         )
-
-    def model_name(self, info: str) -> str:
-        """The processor as cpuinfo names it; where it does not (64-bit ARM), the machine and its CPU part numbers."""
-        if named := re.search(r"^(?:[Mm]odel [Nn]ame|cpu|Processor|Hardware)\s*:[ \t]*(\S.*)$", info, re.MULTILINE):
-            return " ".join(named[1].split())
-        parts = sorted(set(re.findall(r"^CPU part\s*:\s*(\w+)", info, re.MULTILINE)))
-        return " ".join(filter(None, [self.product(), *(f"part {part}" for part in parts)]))
-
-    def product(self) -> str:
-        return " ".join(
-            filter(None, (self.text(f"sys/class/dmi/id/{name}") for name in ("sys_vendor", "product_name")))
-        )
-
-    def hypervisor(self, info: str) -> str | None:
-        """From the CPU's own flag, else from the machine's name, which is what ARM guests have."""
-        product = self.product()
-        flagged = re.search(r"^flags\s*:.*\bhypervisor\b", info, re.MULTILINE)
-        if not flagged and not re.search("QEMU|KVM|VMware|VirtualBox|Virtual Machine|HVM domU", product):
-            return self.text("sys/hypervisor/type") or None
-        clocks = self.text("sys/devices/system/clocksource/clocksource0/available_clocksource")
-        return self.text("sys/hypervisor/type") or product or ("KVM" if "kvm-clock" in clocks else "unknown")
 
     def online(self) -> tuple[int, ...]:
         if listed := self.text(self.cpu_dir / "online"):
@@ -313,12 +298,12 @@ class _Reader(Tree):
             for node in ids
         }
 
-    def memory(self, node: int, *, only: bool) -> tuple[int, int]:
-        """Bytes of the node's memory, all and free; the machine's where it is the only node and does not tell."""
+    def memory(self, node: int, *, only: bool) -> tuple[int, int, int]:
+        """Bytes of the node's memory: all, free, available; the machine's where the only node does not tell."""
         text = self.text(self.node_dir(node) / "meminfo") or (self.text("proc/meminfo") if only else "")
-        amounts = [re.search(rf"{name}:\s+(\d+) kB", text) for name in ("MemTotal", "MemFree")]
-        total, free = (int(amount[1]) * 1024 if amount else 0 for amount in amounts)
-        return total, free
+        amounts = [re.search(rf"{name}:\s+(\d+) kB", text) for name in ("MemTotal", "MemFree", r"Inactive\(file\)")]
+        total, free, cache = (int(amount[1]) * 1024 if amount else 0 for amount in amounts)
+        return total, free, free + cache
 
     def initiators(self, node: int) -> tuple[int, ...]:
         for access in ("access0", "access1"):  # 0: all initiators, 1: CPUs only

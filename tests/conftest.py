@@ -33,7 +33,7 @@ CASES = [
 def four_nodes():
     """Three nodes of two CPUs, and one with memory alone."""
     cpus = tuple(Cpu(cpu, cpu, 0, cpu // 2) for cpu in range(6))
-    nodes = tuple(Node(n, tuple(c.id for c in cpus if c.node == n), GIB, GIB, n < 3) for n in range(4))
+    nodes = tuple(Node(n, tuple(c.id for c in cpus if c.node == n), GIB, GIB, GIB, n < 3) for n in range(4))
     return Topology(nodes, cpus, None, tuple(range(6)), tuple(range(4)), (), (), "test", None, False)
 
 
@@ -102,7 +102,7 @@ def synthetic_machine():
 
 def _machine(nodes=1, emulated=False):
     cpus = tuple(Cpu(cpu, cpu, cpu // 2, cpu // 2) for cpu in range(2 * nodes))
-    listed = tuple(Node(n, (2 * n, 2 * n + 1), 8 * GIB, 7 * GIB, True) for n in range(nodes))
+    listed = tuple(Node(n, (2 * n, 2 * n + 1), 8 * GIB, 7 * GIB, 7 * GIB, True) for n in range(nodes))
     distances = tuple(tuple(10 if i == j else 21 for j in range(nodes)) for i in range(nodes))
     topology = Topology(
         listed, cpus, distances, tuple(range(2 * nodes)), tuple(range(nodes)), (), (), "Synthetic 9000", None, emulated

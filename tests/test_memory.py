@@ -44,7 +44,7 @@ def test_memory_goes_back_when_the_last_view_dies():
 
 def test_a_node_without_room_is_refused_with_the_numbers():
     node = read_topology().effective_nodes[0]
-    with pytest.raises(NodeUnavailable, match=r"MiB free and 1,\d{3},\d{3},\d{3} MiB were asked for"):
+    with pytest.raises(NodeUnavailable, match=r"MiB available and 1,\d{3},\d{3},\d{3} MiB were asked for"):
         memory.empty((1 << 50,), torch.uint8, node)
     with pytest.raises(NodeUnavailable, match="77"):
         memory.empty((8,), torch.uint8, 77)

@@ -1,20 +1,47 @@
 import dataclasses
+import itertools
 import json
 import os
+import threading
+import time
 
 import numpy as np
 import pytest
 import torch
 
 from numa_lab import memory, openmp, probes
+from numa_lab.errors import InvalidInput, NumaLabError
 from numa_lab.topology import read_topology
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-@pytest.mark.parametrize("lines", [1, 2, 1000, 4097])
-def test_every_line_is_read_exactly_once(threads, lines):
-    words = torch.arange(lines * 8, dtype=torch.int64) * 7919
-    assert probes.read_once(words, threads) == int(words.sum())
+@pytest.mark.parametrize("words", [1, 7, 8, 17, 8001, 4097 * 8])
+def test_every_byte_is_read_exactly_once(threads, words):
+    block = torch.full((words + 2,), 1 << 40)  # reading past either end shows in the sum
+    tensor = block[1:-1]
+    tensor.copy_(torch.arange(words) * 7919 + 3)
+    assert probes.read_once(tensor, threads) == int(tensor.sum())
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.ones(8).expand(1 << 10, 8),  # its nbytes exceed its storage
+        torch.ones(64, 64).t(),
+        torch.ones(0),
+        torch.ones(7, dtype=torch.bfloat16),
+        torch.ones(10, dtype=torch.bfloat16)[1:9],
+    ],
+)
+def test_a_tensor_that_the_compiled_loop_would_misread_is_refused(tensor):
+    with pytest.raises(InvalidInput, match="contiguous"):
+        probes.read_bandwidth(tensor, 1)
+    with pytest.raises(InvalidInput, match="threads=0"):
+        probes.read_bandwidth(torch.ones(64), 0)
+
+
+def test_the_read_loop_loads_whole_vectors():
+    assert "load <" in probes._team_body().inspect_llvm()
 
 
 def test_a_chase_visits_every_line_before_it_returns():
@@ -25,42 +52,153 @@ def test_a_chase_visits_every_line_before_it_returns():
         at = int(following[at])
     assert at == 0
     assert seen == set(range(0, 4096 * 8, 8))
-    assert probes._chase(following, len(seen)) == 0
+    assert probes._chase(following, np.uint64(0), len(seen)) == 0
+
+
+def test_chases_never_repeat_lines_that_a_cache_may_hold(monkeypatch):
+    following = probes.cycle_through(memory.empty((4096 * 64,), torch.uint8))
+    starts, chase = [], probes._chase
+    monkeypatch.setattr(
+        probes, "_chase", lambda f, at, steps: (starts.append((int(at), steps)), chase(f, at, steps))[1]
+    )
+    probes.read_latency(following, start_line=5, loads=100)
+    (begin, _), *timed = starts
+    assert begin == timed[0][0] == 40
+    for (at, steps), (following_at, _) in itertools.pairwise(timed):
+        assert following_at == chase(following, np.uint64(at), steps)
 
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr(probes, "BUFFER_BYTES", 64 << 20)
+    monkeypatch.setattr(probes, "BUFFER_BYTES", 32 << 20)
+    monkeypatch.setattr(probes, "CHASE_BYTES", 8 << 20)
     monkeypatch.setattr(probes, "CACHE_MULTIPLE", 0)
+    monkeypatch.setattr(probes, "CHASE_CACHE_MULTIPLE", 0)
     return read_topology()
 
 
-def test_probes_are_plausible_and_leave_no_trace(small):
-    affinity, threads, seen = os.sched_getaffinity(0), torch.get_num_threads(), []
-    found = probes.probe_nodes(small, seconds=0.2, progress=lambda *step: seen.append(step))
+@pytest.fixture
+def three_nodes(small, monkeypatch):
+    """This machine's first two cores as nodes 0 and 1, memory alone as node 2; where pages lie is pretended."""
+    cores = small.physical_cores(small.allowed_cpus)[:2]
+    if len(cores) < 2:
+        pytest.skip("two teams at once need two cores")
+    where = {}
+
+    def empty(shape, dtype, node):
+        tensor = torch.empty(shape, dtype=dtype)
+        where[tensor.data_ptr()] = node
+        return tensor
+
+    monkeypatch.setattr(memory, "empty", empty)
+    monkeypatch.setattr(memory, "locate", lambda tensor: {where[tensor.data_ptr()]: 16384})
+    nodes = tuple(
+        dataclasses.replace(small.nodes[0], id=number, cpus=cpus, available_bytes=1 << 30)
+        for number, cpus in enumerate([cores[:1], cores[1:], ()])
+    )
+    cpus = tuple(dataclasses.replace(cpu, node=cores.index(cpu.id)) for cpu in small.cpus if cpu.id in cores)
+    return dataclasses.replace(
+        small, nodes=nodes, cpus=cpus, allowed_cpus=cores, allowed_nodes=(0, 1, 2), distances=None
+    )
+
+
+def state():
+    """Affinity and thread count of this thread, and the thread count that a later thread begins with."""
+    later = []
+    thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    return os.sched_getaffinity(0), torch.get_num_threads(), later
+
+
+def test_this_machine_is_probed_plausibly_within_its_time(small):
+    before, seen = state(), []
+    begin = time.perf_counter()
+    found = probes.probe_nodes(small, seconds=1.0, progress=lambda *step: seen.append(step))
+    assert time.perf_counter() - begin < 10
     node = small.effective_nodes[0]
     at = small.node_ids.index(node)
-    assert 1e8 < found.read_bytes_per_s[at][at] < 1e13
+    assert 5e8 < found.read_bytes_per_s[at][at] < 1e13
     assert 1 < found.latency_ns[at][at] < 10_000
-    assert found.all_nodes_bytes_per_s > 1e8
+    assert found.all_nodes_bytes_per_s > 5e8
     assert set(found.pages[node]) == {node}
     assert [step[0] for step in seen] == sorted(step[0] for step in seen)
     assert seen[-1][0] == seen[-1][1]
-    assert (os.sched_getaffinity(0), torch.get_num_threads()) == (affinity, threads)
-    assert json.loads(json.dumps(found.to_json(), allow_nan=False))["nodes"] == list(small.node_ids)
-    assert "GB/s" in probes.render(found)
+    assert state() == before
 
 
-def test_a_node_without_cpus_has_an_empty_row(small):
-    node = small.nodes[0]
-    bare = dataclasses.replace(node, id=node.id + 1, cpus=(), memory_bytes=0, free_bytes=0, effective=False)
-    topology = dataclasses.replace(small, nodes=(*small.nodes, bare), distances=None)
+def test_a_node_without_cpus_has_an_empty_row_and_the_json_is_strict(three_nodes):
+    before = state()
+    found = probes.probe_nodes(three_nodes, seconds=0.1)
+    for matrix in (found.read_bytes_per_s, found.latency_ns):
+        assert all(value > 0 for row in matrix[:2] for value in row)
+        assert matrix[2] == (None, None, None)
+    assert found.threads == (1, 1, 0)
+    assert found.all_nodes_bytes_per_s > 0
+    assert state() == before  # the leaders overlapped
+    plain = found.to_json()
+    assert json.loads(json.dumps(plain, allow_nan=False)) == plain
+    assert plain["pages"] == {"0": {"0": 16384}, "1": {"1": 16384}, "2": {"2": 16384}}
+    assert set(plain) == {
+        "nodes", "read_bytes_per_s", "latency_ns", "all_nodes_bytes_per_s", "threads", "pages", "notes", "seconds",
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        dataclasses.replace(found, all_nodes_bytes_per_s=float("nan")).to_json()
+
+
+def test_memory_that_lies_elsewhere_or_is_full_gives_nulls_and_says_why(three_nodes, monkeypatch):
+    monkeypatch.setattr(memory, "locate", lambda tensor: {0: 16384})
+    full = dataclasses.replace(three_nodes.nodes[2], available_bytes=1 << 20)
+    topology = dataclasses.replace(three_nodes, nodes=(*three_nodes.nodes[:2], full))
     found = probes.probe_nodes(topology, seconds=0.1)
-    assert found.read_bytes_per_s[-1] == (None,) * len(topology.nodes)
-    assert found.latency_ns[0][-1] is None
+    assert [[value is None for value in row] for row in found.read_bytes_per_s[:2]] == [[False, True, True]] * 2
+    assert found.pages == {0: {0: 16384}, 1: {0: 16384}}
+    assert "node 1 was not measured: the pages of its buffer lie on nodes {0: 16384}" in found.notes[0]
+    assert "node 2 was not measured: 1048576 bytes" in found.notes[1]
+    assert all(note in probes.render(found) for note in found.notes)
 
 
-def test_without_torchs_openmp_its_own_sum_stands_in_and_says_so(monkeypatch):
+def test_a_smaller_buffer_is_noted(three_nodes):
+    small = dataclasses.replace(three_nodes.nodes[0], available_bytes=32 << 20)
+    topology = dataclasses.replace(three_nodes, nodes=(small,), allowed_nodes=(0,), allowed_cpus=small.cpus)
+    assert "buffer of 16 MiB instead of 32 MiB" in probes.probe_nodes(topology, seconds=0.1).notes[0]
+
+
+def test_state_comes_back_after_an_error(three_nodes, monkeypatch):
+    def fail(*_args, **_options):
+        raise ZeroDivisionError
+
+    before = state()
+    monkeypatch.setattr(probes, "read_latency", fail)
+    with pytest.raises(ZeroDivisionError):
+        probes.probe_nodes(three_nodes, seconds=0.1)
+    assert state() == before
+
+
+def test_one_nodes_error_ends_the_leaders_of_all(three_nodes, monkeypatch):
+    before, fill = state(), probes._buffer
+
+    def lacking(topology, node, *rest):
+        if node == 1:
+            raise ZeroDivisionError
+        return fill(topology, node, *rest)
+
+    monkeypatch.setattr(probes, "_buffer", lacking)
+    with pytest.raises(ZeroDivisionError):
+        probes._all_at_once(three_nodes, [0, 1], {0: three_nodes.nodes[0].cpus, 1: three_nodes.nodes[1].cpus}, 0.1)
+    assert state() == before
+
+
+def test_a_process_without_memory_is_told_so(small):
+    with pytest.raises(NumaLabError, match="nothing to probe"):
+        probes.probe_nodes(dataclasses.replace(small, allowed_nodes=()))
+
+
+@pytest.mark.filterwarnings("ignore:torch's OpenMP library was not found")
+def test_without_torchs_openmp_its_own_sum_stands_in_and_says_so(small, monkeypatch):
     monkeypatch.setattr(openmp, "runtime", lambda: None)
     with pytest.warns(UserWarning, match=r"torch\.sum"):
-        assert probes.read_bandwidth(torch.from_numpy(np.ones(1 << 20)), 1, seconds=0.01) > 0
+        assert probes.read_bandwidth(torch.ones(1 << 20), 1, seconds=0.01) > 0
+    found = probes.probe_nodes(small, seconds=0.1)
+    assert "torch.sum was timed" in found.notes[0]
+    assert found.all_nodes_bytes_per_s > 0

@@ -1,9 +1,14 @@
 import json
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections import Counter
 from pathlib import Path
 
+import psutil
 import pytest
 
 from numa_lab import notebook, plan, results, sweep
@@ -58,6 +63,8 @@ def test_profile_as_a_parameter_and_unknown_parameters_are_refused():
         planned_sweep(parameters={"profile": "quick"})
     with pytest.raises(InvalidInput, match="kv_length"):
         planned_sweep(parameters={"kv_length": 1})
+    with pytest.raises(InvalidInput, match="llama-3-8b"):
+        planned_sweep(parameters={"preset": "llama-9"})
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +130,7 @@ def test_the_gate_refuses_rows_that_can_not_be_trusted(finished, tmp_path, spoil
     rows, fingerprint = results.read_rows(finished / "executions" / f"{first.execution_id}.parquet")
     results.write_rows(tmp_path / "rows.parquet", spoil(rows), fingerprint)
     (tmp_path / "log").write_text("")
-    expected = sweep.expected_cases(planned, first, MEASURED, topology)
+    expected = plan.expected_cases(MEASURED, planned.parameters, first.binding, topology)
     refused = sweep.gate(
         notebook.Outcome(0, 1.0), tmp_path / "rows.parquet", first, topology, tmp_path / "log", expected
     )
@@ -143,6 +150,37 @@ def test_the_gate_names_the_exit_status_and_a_missing_result(tmp_path):
     assert "did not end" in sweep.gate(
         notebook.Outcome(None, 1.0), tmp_path / "none", planned.executions[0], read_topology(), tmp_path / "log", []
     )[0]  # fmt: skip
+
+
+@pytest.mark.notebook
+def test_ctrl_c_leaves_what_has_finished_usable_and_no_kernel_behind(tmp_path):
+    run_dir = tmp_path / "run"
+    words = [
+        sys.executable,
+        "-m",
+        "numa_lab",
+        "sweep",
+        "--profile",
+        "smoke",
+        "--executions",
+        "9",
+        "--out",
+        str(run_dir),
+    ]
+    sweeping = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+    end = time.monotonic() + 90
+    while not list(run_dir.glob("executions/*.parquet")):
+        assert sweeping.poll() is None, sweeping.stderr.read()
+        assert time.monotonic() < end, "no execution has finished"
+        time.sleep(0.2)
+    time.sleep(3)  # into the next execution
+    started = psutil.Process(sweeping.pid).children(recursive=True)
+    sweeping.send_signal(signal.SIGINT)
+    _, said = sweeping.communicate(timeout=30)
+    assert sweeping.returncode == 130
+    assert f"numa-lab sweep --resume {run_dir}" in said
+    assert not [process for process in started if process.is_running()]
+    assert len(results.load_run(run_dir)["execution_id"].unique()) >= 1
 
 
 def test_two_sweeps_do_not_measure_at_once():

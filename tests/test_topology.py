@@ -130,6 +130,27 @@ def test_big_and_little_cores(captured, name, performance):
     assert {cpu.kind for cpu in cpus} == ({"performance", "efficiency"} if performance else {""})
 
 
+@pytest.mark.parametrize(
+    ("told", "kinds"),
+    [
+        (("acpi_cppc/highest_perf", "166 186 211 236"), ["", "", "", ""]),  # AMD ranks equal cores
+        (("cpufreq/cpuinfo_max_freq", "5880 5880 5300 5000"), ["", "", "", ""]),  # favoured cores
+        (("cpufreq/cpuinfo_max_freq", "4700 4700 3500 3500"), ["performance"] * 2 + ["efficiency"] * 2),
+        (("cpu_capacity", "1024 997 731 718"), ["performance"] * 2 + ["efficiency"] * 2),
+    ],
+)
+def test_cores_are_of_two_kinds_only_where_they_differ_enough(machine, told, kinds):
+    path, values = told
+    root = machine({f"sys/devices/system/cpu/cpu{n}/{path}": v for n, v in enumerate(values.split())})
+    assert [cpu.kind for cpu in read_topology(root).cpus] == kinds
+
+
+def test_hybrid_kinds_come_from_the_counters_of_intel(machine):
+    pmus = {"core": "0-1", "atom": "2", "lowpower": "3"}
+    root = machine({f"sys/devices/cpu_{name}/cpus": f"{cpus}\n" for name, cpus in pmus.items()})
+    assert [cpu.kind for cpu in read_topology(root).cpus] == ["performance"] * 2 + ["efficiency"] * 2
+
+
 def test_memory_without_cpus_belongs_to_its_initiator_then_to_the_nearest_node(captured):
     tiers = read_topology(captured("fakeheteromemtiers"))
     assert [tiers.nearest_cpu_node(node) for node in tiers.node_ids] == [0, 1, 2, 1, 1, 0, 2]
@@ -145,10 +166,11 @@ def test_gpus_and_their_node(captured, machine):
     assert gpus(captured("32em64t-2n8c+dax+nvme+mic+dimms")) == [("0000:05:00.0", 0)]
     assert gpus(captured("40intel64-2g2n4c+pcilocality")) == [("0000:09:03.0", None)]
     devices = {"0000:01:00.0": ("0x030200", "1"), "0000:02:00.0": ("0x120000", "-1"), "0000:03:00.0": ("0x020000", "0")}
+    devices["0000:04:00.0"] = ("0x038000", "9")  # a node that is not online
     for where in ("sys/bus/pci/devices", "sys/devices/pci0000:00/0000:00:01.0"):
         root = machine({f"{where}/{pci}/class": kind for pci, (kind, _) in devices.items()})
         machine({f"{where}/{pci}/numa_node": node for pci, (_, node) in devices.items()})
-        assert gpus(root) == [("0000:01:00.0", 1), ("0000:02:00.0", None)]
+        assert gpus(root) == [("0000:01:00.0", 1), ("0000:02:00.0", None), ("0000:04:00.0", None)]
         shutil.rmtree(root / where)
 
 
@@ -257,10 +279,12 @@ def test_the_fingerprint_is_the_hardware_alone(machine):
     same = machine({"proc/self/status": status("1", "0"), "sys/devices/system/node/node0/meminfo": fuller})
     assert read_topology(same).fingerprint() == topology.fingerprint()
     (node, other), cache = topology.nodes, ((10, 31), (31, 10))
+    grown = dataclasses.replace(node, memory_bytes=2**31)  # a virtual machine was given more
+    assert dataclasses.replace(topology, nodes=(grown, other)).fingerprint() == topology.fingerprint()
     for changes in (
         {"model_name": "Another CPU"},
         {"distances": cache},
-        {"nodes": (dataclasses.replace(node, memory_bytes=2**31), other)},
+        {"nodes": (dataclasses.replace(node, memory_bytes=0), other)},
         {"nodes": (dataclasses.replace(node, cpus=(0,)), other)},
     ):
         assert dataclasses.replace(topology, **changes).fingerprint() != topology.fingerprint()
@@ -283,7 +307,26 @@ def test_a_written_list_reads_back(numbers):
     assert parse_cpulist(format_cpulist(numbers)) == tuple(sorted(numbers))
 
 
-@pytest.mark.parametrize("text", ["x", "3-1", "-1", "1-", "0-3;8", "0x3", "1 2", "٣", "1--2", "0-3, 8"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        ",",
+        "0,,1",
+        "0,",
+        "0-99999999999",
+        "9" * 5000,
+        "x",
+        "3-1",
+        "-1",
+        "1-",
+        "0-3;8",
+        "0x3",
+        "1 2",
+        "٣",
+        "1--2",
+        "0-3, 8",
+    ],
+)
 def test_what_is_no_list_is_refused(text):
     with pytest.raises(InvalidInput, match=re.escape(repr(text))):
         parse_cpulist(text)

@@ -7,7 +7,9 @@ set -euo pipefail
 PATH=${PATH//"$PWD/.venv/bin:"/} # an activated .venv may be what is about to be rebuilt
 
 fail() {
-    printf 'make: %s\n' "$@" >&2
+    echo "make: $1" >&2
+    shift
+    (($# == 0)) || printf '    %s\n' "$@" >&2
     exit 1
 }
 
@@ -22,9 +24,9 @@ install() {
         dnf install -y -q "$3" >&2 && return
     fi
     fail "$1 is missing. Type the line for this system, then make again:" \
-        "    sudo apt-get install $2        (Debian, Ubuntu)" \
-        "    sudo dnf install $3        (Fedora, RHEL)" \
-        "    $4        (conda)"
+        "sudo apt-get install $2    # Debian, Ubuntu" \
+        "sudo dnf install $3    # Fedora, RHEL" \
+        "$4    # conda"
 }
 
 any_of() {
@@ -36,23 +38,18 @@ any_of() {
 }
 
 find_python() {
-    local name version found=() bare=
-    for name in ${1:-python3.13 python3.12 python3.11 python3 python}; do
+    local name version bare= bare_version= found= candidates=(python3.13 python3.12 python3.11 python3 python)
+    [[ -z ${1:-} ]] || candidates=("$1")
+    for name in "${candidates[@]}"; do
         version=$("$name" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null) || continue
-        found+=("$name is Python $version")
-        if "$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
-            "$name" -c 'import ensurepip, venv' 2>/dev/null && command -v "$name" && return
-            bare=${bare:-$name}
-        fi
+        found+="${found:+, }$name ($version)"
+        [[ $version == 3.* ]] && ((${version#3.} >= 11)) || continue
+        "$name" -c 'import ensurepip, venv' 2>/dev/null && command -v "$name" && return
+        [[ $bare ]] || { bare=$name && bare_version=$version; }
     done
-    if [[ -z $bare ]]; then
-        [[ ${#found[@]} -gt 0 ]] || found=("none")
-        fail "numa_lab needs Python 3.11 or newer. Found: $(printf '%s; ' "${found[@]}")" \
-            "Install one and name it (make setup PYTHON=/path/to/python3.11), or use conda: conda env create -f environment.yml"
-    fi
-    version=$("$bare" -c 'import sys; print("python%d.%d" % sys.version_info[:2])')
-    install "$bare has no ensurepip, so it makes no virtual environment: python3-venv" \
-        "$version-venv" "$version" "conda env create -f environment.yml"
+    [[ $bare ]] || fail "numa_lab needs Python 3.11 or newer; found: ${found:-none}. Install one and name it, or use conda:" \
+        "make setup PYTHON=/path/to/python3.11" "conda env create -f environment.yml"
+    install "python3-venv for $bare" "python$bare_version-venv" "python$bare_version" "conda env create -f environment.yml"
     command -v "$bare"
 }
 
@@ -60,7 +57,7 @@ case ${1:-} in
     numactl) any_of numactl || install numactl numactl numactl "conda install -c conda-forge numactl" ;;
     # The names under which the tests look for it, in this order.
     chromium) any_of chromium chromium-browser google-chrome || install "chromium (the tests open reports in it)" \
-        chromium chromium "python -m playwright install chromium" ;;
+        chromium chromium "conda install -c conda-forge chromium" ;;
     python) find_python "${2:-}" ;;
     *) fail "usage: tools/need.sh numactl|chromium|python [COMMAND]" ;;
 esac

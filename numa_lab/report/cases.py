@@ -4,33 +4,34 @@ from __future__ import annotations
 
 import pandas as pd
 
-from numa_lab.binding import Binding
-from numa_lab.results import CASE
-from numa_lab.stats import AA_SUFFIX
+from numa_lab.stats import AA_SUFFIX, CASE, execution_medians, is_local
 
 KINDS = {"gqa": "GQA", "mha": "MHA", "mqa": "MQA"}
 PHASES = ("decode", "prefill")
 SIZES = ["batch", "q_len", "kv_len"]
-_EXECUTION = ["execution_id", "order", "label", "cpu_nodes", "mem_nodes", "policy"]
-_SHARED = ["kv_bytes", "flops", "limit_bytes_per_s"]
+_FACTS = ["cpu_nodes", "mem_nodes", "policy", "kv_bytes", "flops", "limit_bytes_per_s"]
 
 
 def medians(rows: pd.DataFrame) -> pd.DataFrame:
-    """One row per execution and case, with the median of its steady samples as `seconds` and the first as `cold_seconds`.
+    """One row per execution and case: `seconds` as ``stats.execution_medians`` has them, beside what figures need.
 
-    Limits: the halves of the A/A pair stay apart. Cases without a steady sample are left out.
+    `cold_seconds` is the first call. The halves of the A/A pair stay apart; cases without a steady sample are left out.
     """
-    keys = [*_EXECUTION, *CASE]
-    steady = rows[~rows["cold"]].groupby(keys, sort=False).agg(
-        seconds=("seconds", "median"), **{name: (name, "first") for name in _SHARED}
-    )  # fmt: skip
-    cold = rows[rows["cold"]].groupby(keys, sort=False)["seconds"].first().rename("cold_seconds")
-    return steady.join(cold).reset_index()
+    found, keys = execution_medians(rows), ["execution_id", *CASE]
+    if found.empty:
+        return found.reindex(columns=[*found.columns, *_FACTS, "cold_seconds"])
+    facts = rows.groupby(keys)[_FACTS].first()
+    cold = rows[rows["cold"]].groupby(keys)["seconds"].first().rename("cold_seconds")
+    return found.join(facts, on=keys).join(cold, on=keys)
 
 
 def without_twin(rows: pd.DataFrame) -> pd.DataFrame:
-    """Without the second half of the A/A pair, which is there for the noise floor alone."""
-    return rows[~rows["label"].str.endswith(AA_SUFFIX)]
+    """Without the second half of the A/A pair, which is there for the noise floor alone.
+
+    An execution of the twin holds nothing else: its own notebook then shows it.
+    """
+    twin = rows["label"].str.endswith(AA_SUFFIX)
+    return rows if twin.all() else rows[~twin]
 
 
 def base(cases: pd.DataFrame) -> pd.DataFrame:
@@ -64,11 +65,6 @@ def main_dtype(cases: pd.DataFrame) -> str:
     """The dtype in which most cases were measured; of equals the first in the alphabet: bfloat16."""
     variety = cases[list(CASE)].drop_duplicates().value_counts("dtype")
     return str(min(variety[variety == variety.max()].index))
-
-
-def is_local(label: str) -> bool:
-    """Whether a label, also that of the A/A twin, binds the memory to the one node of its CPUs."""
-    return Binding.parse(label.removesuffix(AA_SUFFIX)).is_local
 
 
 def local(cases: pd.DataFrame) -> pd.DataFrame:

@@ -1,20 +1,47 @@
-"""All figures by name: each takes tidy rows (or the probes) and gives a ``Plot``."""
+"""The figures that notebooks and the report show; each takes tidy rows (or probes) and returns a ``Plot``.
 
+A figure never fails for what was not measured: it then says what is missing, and its table is empty.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+
+from numa_lab.report.figures_certainty import cold_against_steady, run_order, spread
 from numa_lab.report.figures_machine import bandwidth_heatmap, latency_heatmap
 from numa_lab.report.figures_placement import overhead_heatmap, pages
 from numa_lab.report.figures_scaling import batch_curve, kv_curve, limit_share, thread_scaling
-from numa_lab.report.figures_trust import cold_against_steady, run_order, spread
+from numa_lab.report.plots import Plot
 
 __all__ = [
+    "Plot",
     "bandwidth_heatmap",
     "batch_curve",
     "cold_against_steady",
     "kv_curve",
     "latency_heatmap",
     "limit_share",
+    "machine_figures",
     "overhead_heatmap",
     "pages",
+    "run_figures",
     "run_order",
     "spread",
     "thread_scaling",
 ]
+
+
+def run_figures(rows: pd.DataFrame) -> list[Plot]:
+    """All figures of a run, in the order of the report."""
+    drawn = (
+        overhead_heatmap, spread, limit_share, thread_scaling, kv_curve, batch_curve, pages, run_order, cold_against_steady
+    )  # fmt: skip
+    return [draw(rows) for draw in drawn]
+
+
+def machine_figures(probes: Mapping[str, Any]) -> list[Plot]:
+    """The figures of the machine's memory."""
+    return [bandwidth_heatmap(probes), latency_heatmap(probes)]

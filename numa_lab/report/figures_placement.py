@@ -7,7 +7,7 @@ import math
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
-from matplotlib.colors import Normalize
+from matplotlib.colors import Normalize, to_rgb
 from matplotlib.figure import Figure, SubFigure
 
 from numa_lab.binding import Binding, MemPolicy
@@ -26,10 +26,10 @@ from numa_lab.report.plots import (
     nothing,
     number,
 )
+from numa_lab.stats import is_local
 
 SIDE_BY_SIDE, ANNOTATED = 8, 16  # nodes up to which two heatmaps fit beside each other, and cells hold three digits
 LARGEST_CELL_INCHES = 0.42
-SLOWER = "slower than the fastest local binding (%)"
 
 
 @drawn
@@ -64,14 +64,14 @@ def overhead_heatmap(rows: pd.DataFrame, dtype: str | None = None) -> Plot:
     heights += [0.26 * others["binding"].nunique() + 1.45] if len(others) else []
     figure = Figure(figsize=(WIDTH_INCHES, sum(heights)), layout="constrained")
     parts = list(figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0])
+    slower = f"slower than the {_reference(shown)} (%)"
     if nodes:
-        _heatmaps(parts[0], pairs, panels, nodes, (lines, columns))
+        _heatmaps(parts[0], pairs, panels, nodes, (lines, columns), slower)
     if len(others):
-        _other_bindings(parts[-1], others, panels)
-    note = (
-        f"{dtype}; medians over the executions of a binding, with all threads that it allows: a binding over several nodes "
-        "has more of them than one node. 0 % is the fastest local binding of the panel."
-    )
+        _other_bindings(parts[-1], others, panels, slower)
+    note = f"{dtype}; medians over the executions of a binding, with all threads that it allows."
+    if shown["binding"].nunique() > 1:
+        note += f" 0 % is the {_reference(shown)} of the panel; a binding over several nodes has more threads than one node."
     return Plot(name, title, figure, _overhead_words(shown, dtype), table, note)
 
 
@@ -92,6 +92,11 @@ def relative_times(base: pd.DataFrame) -> pd.DataFrame:
     return medians.rename(columns={"label": "binding", "cpu_nodes": "CPU nodes", "mem_nodes": "memory nodes"})
 
 
+def _reference(shown: pd.DataFrame) -> str:
+    """What times are relative to."""
+    return "fastest local binding" if shown["binding"].map(is_local).any() else "fastest binding"
+
+
 def _is_pair(label: str) -> bool:
     """Whether a binding is a cell of the matrix: one CPU node and one memory node, bound."""
     binding = Binding.parse(label)
@@ -99,7 +104,12 @@ def _is_pair(label: str) -> bool:
 
 
 def _heatmaps(
-    part: SubFigure, pairs: pd.DataFrame, panels: list[tuple[str, str]], nodes: list[int], grid: tuple[int, int]
+    part: SubFigure,
+    pairs: pd.DataFrame,
+    panels: list[tuple[str, str]],
+    nodes: list[int],
+    grid: tuple[int, int],
+    slower: str,
 ) -> None:
     percent = 100 * (pairs["relative time"] - 1)
     norm = Normalize(min(0.0, percent.min()), max(5.0, percent.max()))
@@ -133,7 +143,7 @@ def _heatmaps(
         location="top",
         shrink=0.9,
         aspect=35,
-        label=SLOWER,
+        label=slower,
     )
     bar.outline.set_visible(False)
 
@@ -152,7 +162,7 @@ def heatmap(ax: Axes, matrix: pd.DataFrame, texts: pd.DataFrame, norm: Normalize
     ax.tick_params(length=0, rotation=0)
 
 
-def _other_bindings(part: SubFigure, others: pd.DataFrame, panels: list[tuple[str, str]]) -> None:
+def _other_bindings(part: SubFigure, others: pd.DataFrame, panels: list[tuple[str, str]], slower: str) -> None:
     ax = part.subplots()
     labels = sorted(set(others["binding"]), reverse=True)
     for index, panel in enumerate(panels):
@@ -165,7 +175,7 @@ def _other_bindings(part: SubFigure, others: pd.DataFrame, panels: list[tuple[st
     ax.axvline(0, color=GREY, linewidth=1)
     ax.set_yticks(range(len(labels)), labels)
     ax.set_ylim(-0.6, len(labels) - 0.4)
-    ax.set(xlabel=SLOWER, title="Bindings that are no pair of nodes")
+    ax.set(xlabel=slower, title="Bindings that are no pair of nodes")
     part.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3)
 
 
@@ -176,7 +186,7 @@ def _overhead_words(shown: pd.DataFrame, dtype: str) -> str:
     words = f"Heatmaps of time by CPU node and memory node in {dtype}, for {listed([cases.case_name(*p) for p in cases.panels(shown)])}. "
     if shown["binding"].nunique() == 1:
         return words + f"Only {slowest['binding']} was measured: there is nothing to compare."
-    words += f"The slowest is {slowest['binding']} in {case} with {slowest['relative time']:.2f} times the fastest local binding"
+    words += f"The slowest is {slowest['binding']} in {case} with {slowest['relative time']:.2f} times the {_reference(shown)}"
     if remote.empty:
         return words + "; no remote binding was measured."
     return words + f"; the median over remote bindings is {remote['relative time'].median():.2f} times."
@@ -206,7 +216,7 @@ def pages(rows: pd.DataFrame) -> Plot:
             widths = shares.loc[tensor, node].reindex(bars, fill_value=0.0)
             segments = ax.barh(bars, widths, left=left, color=palette[node], height=0.75, label=_node_name(node))
             numbers = [f"{node}" if width >= 25 and node >= 0 else "" for width in widths]
-            ax.bar_label(segments, numbers, label_type="center", fontsize=9)
+            ax.bar_label(segments, numbers, label_type="center", fontsize=9, color=_ink(palette[node]))
             left += widths
         ax.set_title(tensor)
         ax.set_xticks([0, 50, 100])
@@ -249,8 +259,14 @@ def _node_name(node: int) -> str:
     return f"node {node}" if node >= 0 else "never touched"
 
 
-def _node_colors(count: int) -> list[str] | list[tuple[float, float, float]]:
-    return list(COLORS[:count]) if count <= len(COLORS) else sns.color_palette("viridis", count)
+def _node_colors(count: int) -> list[str]:
+    return list(COLORS[:count]) if count <= len(COLORS) else sns.color_palette("viridis", count).as_hex()
+
+
+def _ink(background: str) -> str:
+    """Black or white, whichever is easier to read on a colour."""
+    red, green, blue = to_rgb(background)
+    return "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.45 else "white"
 
 
 def _pages_words(table: pd.DataFrame) -> str:

@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
 from numa_lab.report import cases
-from numa_lab.report.plots import BAND, COLORS, GREY, MARKERS, Plot, canvas, drawn, nothing, number
-from numa_lab.results import CASE
+from numa_lab.report.plots import BAND, COLORS, GREY, MARKERS, Plot, canvas, drawn, listed, nothing, number
+from numa_lab.stats import CASE
 
 MOST_LINES = 6  # more bindings are drawn as their median and range, which stays readable with any number of nodes
 LIMIT: dict[str, Any] = {"color": "black", "linestyle": "--", "linewidth": 1.2}
@@ -27,9 +27,7 @@ def thread_scaling(rows: pd.DataFrame) -> Plot:
     decode = _decode(rows)
     chosen = _varied(decode, "threads")
     if chosen["threads"].nunique() < 2:
-        return nothing(
-            name, title, f"Decode was measured with {_values(decode, 'threads')} threads alone: no scaling to show."
-        )
+        return nothing(name, title, _unvaried(decode, "threads"))
     fewest = int(chosen["threads"].min())
     first = chosen[chosen["threads"] == fewest].set_index("execution_id")["seconds"]
     chosen = chosen.assign(base=chosen["execution_id"].map(first)).dropna(subset="base")
@@ -73,9 +71,7 @@ def _curve(rows: pd.DataFrame, column: str, label: str, title: str) -> Plot:
     decode = cases.whole_bindings(_decode(rows))
     chosen = _varied(decode, column)
     if chosen[column].nunique() < 2:
-        return nothing(
-            column, title, f"Decode was measured with {column} {_values(decode, column)} alone: no curve to show."
-        )
+        return nothing(column, title, _unvaried(decode, column))
     chosen = chosen.assign(
         milliseconds=1e3 * chosen["seconds"],
         limit_milliseconds=1e3 * chosen["kv_bytes"] / chosen["limit_bytes_per_s"],
@@ -268,5 +264,8 @@ def _threads(count: int) -> str:
     return f"{count} thread{'s' if count != 1 else ''}"
 
 
-def _values(decode: pd.DataFrame, column: str) -> str:
-    return ", ".join(str(value) for value in sorted(set(decode[column]))) or "no"
+def _unvaried(decode: pd.DataFrame, column: str) -> str:
+    """Why there is no curve over a column."""
+    if decode.empty:
+        return "No decode was measured."
+    return f"Decode was measured with {column} {listed(sorted(set(decode[column])))} alone: no curve to show."

@@ -1,165 +1,226 @@
-"""The report: one HTML file that holds all it shows, asks for nothing outside, and runs no script.
+"""One self-contained HTML page for a run: the verdict first, then what it rests on.
 
-It works under the content security policy ``default-src 'none'`` with inline styles and data images. Executed
-notebooks are attached through a template of ours, since nbconvert's own loads scripts from outside.
+The page loads nothing from elsewhere, holds no scripts, and stays below ``MOST_BYTES``: where a run is too large, the page
+holds less of it and says so.
 """
 
 from __future__ import annotations
 
-import base64
-import gzip
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import math
+import os
+import re
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import nbconvert
+import numpy as np
 import pandas as pd
-from markupsafe import Markup
+from markupsafe import Markup, escape
+from pandas.api.types import is_numeric_dtype
 
-from numa_lab import notebook, stats
-from numa_lab.report import figures, guide, receipts, verdicts
-from numa_lab.report.plots import Plot, table_markup
-from numa_lab.results import EXECUTIONS, load_machine, load_run, read_json
-
-REPORT = "report.html"
-LARGEST_BYTES = 5_000_000
-SMALLER_DPI = 80  # of the images of a report that would be larger than that
-_TEMPLATES = Path(__file__).parent / "templates"
-_FIGURES: tuple[tuple[str, str, tuple[Callable[[pd.DataFrame], Plot], ...]], ...] = (
-    ("overhead", "Cross-node overhead", (figures.overhead_heatmap, figures.spread)),
-    ("limits", "Nearness to the memory limit", (figures.limit_share,)),
-    ("scaling", "Threads, cache length and batch", (figures.thread_scaling, figures.kv_curve, figures.batch_curve)),
-    ("trust", "Can it be trusted", (figures.run_order, figures.pages, figures.cold_against_steady)),
+from numa_lab import stats
+from numa_lab.errors import RunDirectoryError
+from numa_lab.report import figures, guide, receipts, tables, verdicts
+from numa_lab.report.attachments import (
+    MOST_URI_BYTES,
+    TEMPLATES,
+    Attachment,
+    attach,
+    data_uri,
+    medians_csv,
+    notebooks,
+    rows_csv,
 )
+from numa_lab.report.plots import DPI, Plot, number
+from numa_lab.results import load_machine, load_run, read_json
+
+MOST_BYTES = 5_000_000
+MOST_ROWS = 60  # of a table on the page; the attached data hold the rest
+TALL_INCHES = 7.0  # a figure beside which two others fit
+COARSE_DPI = 80
+REPORT, SAMPLE = "report.html", "sample"
+TITLES = {
+    "certainty": "How sure it is",
+    "comparisons": "Comparisons",
+    "figures": "Figures",
+    "guide": "What to do here · 优化指南",
+    "commands": "Commands",
+    "machine": "The machine",
+    "receipts": "Receipts",
+    "executions": "Executions, failed ones among them",
+    "data": "Data and notebooks",
+}
 
 
-@dataclass(frozen=True)
-class Attachment:
-    """A file in the page, for download."""
-
-    name: str
-    what: str
-    media_type: str
-    content: bytes
-
-    @property
-    def uri(self) -> str:
-        """The file as a data URI."""
-        return f"data:{self.media_type};base64,{base64.b64encode(self.content).decode()}"
-
-
-def write_report(run_dir: Path) -> Path:
-    """Write ``report.html`` into a run directory; the path of it.
+def write_report(run_dir: str | os.PathLike[str]) -> Path:
+    """Write ``report.html`` into a run directory, whole or not at all, and return its path.
 
     Raises
     ------
     RunDirectoryError, MachineMismatch
-        As ``numa_lab.results.load_run`` does.
+        As ``numa_lab.results.load_run`` does, and where the page can't be written.
     """
-    run_dir = Path(run_dir)
-    rows, machine = load_run(run_dir), load_machine(run_dir)
-    plan = read_json(run_dir / "plan.json")
-    probes = read_json(run_dir / "probes.json") if (run_dir / "probes.json").exists() else None
-    context = _context(rows, machine, plan, probes, run_dir)
-    page = _render(context, Plot.png)
-    if len(page) > LARGEST_BYTES:
-        context["shrunk"] = "Images are smaller and notebooks are left out, to keep this page below 5 MB."
-        context["attachments"] = [a for a in context["attachments"] if not a.name.endswith(".html")]
-        page = _render(context, lambda plot: plot.png(SMALLER_DPI))
-    path = run_dir / REPORT
-    with_name = path.with_name(f".{REPORT}")
-    with_name.write_bytes(page)
-    with_name.replace(path)
+    folder = Path(run_dir)
+    path, page = folder / REPORT, render(folder)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(page, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise RunDirectoryError(
+            f"{path} can't be written: {error.strerror or error}. Free space, or make the folder writable"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
     return path
 
 
-def _context(
-    rows: pd.DataFrame, machine: dict[str, Any], plan: dict[str, Any], probes: dict[str, Any] | None, run_dir: Path
+def render(run_dir: Path) -> str:
+    """The page of a run, with as much of it as ``MOST_BYTES`` allow."""
+    rows, machine, plan = load_run(run_dir), load_machine(run_dir), read_json(run_dir / "plan.json")
+    compared, css = stats.compare(rows), (TEMPLATES / "report.css").read_text(encoding="utf-8")
+    probes = read_json(run_dir / "probes.json") if (run_dir / "probes.json").exists() else None
+    facts = _facts(run_dir, rows, machine, plan, compared) | {"css": Markup(css)}
+    plots, machine_plots = figures.run_figures(rows), figures.machine_figures(probes) if probes else []
+    files = [
+        _json_file(
+            "comparisons.json", "every comparison, as `numa-lab verdict --json` prints them", compared.to_json()
+        ),
+        _json_file("machine.json", "the facts of the machine and the findings of `numa-lab doctor`", machine),
+        _json_file("plan.json", "every planned execution with its command", plan),
+    ]
+    files += [_json_file("probes.json", "bandwidth and latency between nodes", probes)] if probes else []
+    template = _environment().get_template("report.html.j2")
+    page = ""
+    for attachments, dpi, left_out in _variants(rows, files, list(notebooks(run_dir, css))):
+        page = template.render(
+            **facts, attachments=attachments, left_out=left_out, plots=[_shown(plot, dpi) for plot in plots],
+            machine_plots=[_shown(plot, dpi) for plot in machine_plots],
+        )  # fmt: skip
+        if len(page.encode()) <= MOST_BYTES:
+            break
+    return page
+
+
+def _variants(
+    rows: pd.DataFrame, files: list[Attachment], found: Sequence[Attachment | str]
+) -> Iterator[tuple[list[Attachment], float, list[str]]]:
+    """What the page may hold, each time less: attachments, pixels per inch of the figures, and what was left out."""
+    left_out = [notebook for notebook in found if isinstance(notebook, str)]
+    pages = []
+    for page in found:
+        if isinstance(page, Attachment) and len(page.uri) <= MOST_URI_BYTES:
+            pages.append(page)
+        elif isinstance(page, Attachment):
+            left_out.append(
+                f"{page.name} is too large to attach ({page.size}): open it in the folder notebooks of the run."
+            )
+    samples = rows_csv(rows)
+    if len(samples.uri) <= MOST_URI_BYTES:
+        yield [samples, *files, *pages], DPI, left_out
+    left_out = [*left_out, f"{len(rows)} samples are too many for this page ({samples.size}): medians stand for them."]
+    medians = [medians_csv(rows), *files]
+    yield [*medians, *pages], DPI, left_out
+    left_out = [*left_out, "Figures have fewer pixels than usual, to keep this page small."]
+    yield [*medians, *pages], COARSE_DPI, left_out
+    left_out = [*left_out, "Executed notebooks are not attached, to keep this page small: see the run directory."]
+    yield medians, COARSE_DPI, left_out
+
+
+def _facts(
+    run_dir: Path, rows: pd.DataFrame, machine: Mapping[str, Any], plan: Mapping[str, Any], compared: stats.Comparisons
 ) -> dict[str, Any]:
-    compared = stats.compare(rows)
-    outcomes = [read_json(file) for file in sorted((run_dir / EXECUTIONS).glob("*.json"))]
-    sections = [(anchor, title, [draw(rows) for draw in draws]) for anchor, title, draws in _FIGURES]
-    if probes:
-        limits = [figures.bandwidth_heatmap(probes), figures.latency_heatmap(probes)]
-        sections.insert(1, ("machine-limits", "What the machine can do", limits))
+    """All of the page but figures and attachments."""
+    notices = []
+    if run_dir.resolve().name == SAMPLE:
+        notices.append(
+            "**Sample data** that comes with numa_lab: it says nothing of your machine. Run `make report` there."
+        )
+    if machine["topology"]["emulated"]:
+        notices.append(
+            "**Emulated machine**: software runs its instructions. Its times mean nothing; its placement does."
+        )
     return {
-        "machine": machine,
+        "machine_name": machine["topology"]["model_name"] or "an unnamed processor",
         "plan": plan,
+        "run_name": run_dir.resolve().name,
+        "measured_with": machine["numa_lab"],
+        "row_count": f"{len(rows):,}",
+        "notices": notices,
         "headline": verdicts.headline(rows, machine, compared),
-        "trust": verdicts.noise_sentence(rows, compared),
-        "placement": verdicts.placement_sentence(rows),
-        "claims": [c for c in compared.comparisons if c.verdict in ("slower", "faster")],
-        "comparisons": _comparisons_table(compared),
-        "receipts": receipts.receipts_table(rows),
-        "contradictions": receipts.found_contradictions(rows, machine),
-        "failed": [outcome for outcome in outcomes if outcome["status"] != "ok"],
-        "finished": sum(outcome["status"] == "ok" for outcome in outcomes),
-        "sections": sections,
-        "guide": {language: guide.sections(rows, machine, compared, language) for language in ("en", "zh")},
+        "titles": TITLES,
+        "contents": list(TITLES.items()),
+        "most_rows": MOST_ROWS,
+        "noise": verdicts.noise_sentence(rows, compared),
+        "comparisons": tables.comparisons(compared),
+        "verdict_counts": tables.verdict_counts(compared),
+        "guides": {
+            code: guide.sections(rows, machine, compared, name) for code, name in (("en", "en"), ("zh-Hans", "zh"))
+        },
         "commands": verdicts.commands(rows, machine, compared),
-        "attachments": list(_attachments(rows, run_dir)),
-        "shrunk": "",
+        "again": f"numa-lab report {shlex.quote(str(run_dir))}",
+        "identity": tables.identity(machine),
+        "nodes": tables.nodes(machine),
+        "distances": tables.distances(machine),
+        "gpus": tables.gpus(machine),
+        "findings": machine.get("findings", []),
+        "no_findings": "Nothing was found." if "findings" in machine else "`numa-lab doctor` did not look.",
+        "receipts": tables.receipts(rows, machine),
+        "receipt_notes": tables.receipt_notes(rows),
+        "contradictions": _contradictions(rows, machine),
+        "executions": tables.executions(run_dir, plan),
     }
 
 
-def _comparisons_table(compared: stats.Comparisons) -> pd.DataFrame:
-    """Every comparison, claims first, in few columns."""
-    order = {"slower": 0, "faster": 0, "same": 1, "unclear": 2}
-    return pd.DataFrame(
-        [
-            {
-                "case": f"{str(c.case['attention']).upper()} {c.case['phase']}",
-                "dtype": c.case["dtype"],
-                "batch": c.case["batch"],
-                "kv_len": c.case["kv_len"],
-                "threads": c.case["threads"],
-                "a": c.a,
-                "b": c.b,
-                "time a / time b": c.ratio,
-                "low": c.low,
-                "high": c.high,
-                "a is": c.verdict,
-            }
-            for c in sorted(compared.comparisons, key=lambda c: (order[c.verdict], -abs(c.ratio - 1)))
-        ]
-    )
+def _contradictions(rows: pd.DataFrame, machine: Mapping[str, Any]) -> list[str]:
+    """What receipts say against their labels: as many sentences as a reader looks at, and how many there are beyond."""
+    found = receipts.found_contradictions(rows, machine)
+    more = len(found) - MOST_ROWS
+    rest = [f"And {more} more."] if more > 0 else []
+    return [*found[:MOST_ROWS], *rest] or ["No receipt contradicts its binding."]
 
 
-def _attachments(rows: pd.DataFrame, run_dir: Path) -> Iterator[Attachment]:
-    csv = gzip.compress(rows.drop(columns="observed").to_csv(index=False).encode(), mtime=0)
-    yield Attachment(
-        "rows.csv.gz", "every sample (the receipts' thread lists are in the Parquet files)", "application/gzip", csv
-    )
-    for name in ("machine.json", "plan.json", "probes.json"):
-        if (run_dir / name).exists():
-            yield Attachment(name, "as the run directory holds it", "application/json", (run_dir / name).read_bytes())
-    for executed in sorted((run_dir / "notebooks").glob("*.ipynb")):
-        yield Attachment(f"{executed.stem}.html", "executed notebook", "text/html", notebook_page(executed).encode())
+def _shown(plot: Plot, dpi: float) -> dict[str, Any]:
+    """A figure as the template takes it; where there is nothing to draw, its note alone."""
+    width, height = plot.figure.get_size_inches()
+    return {
+        "name": plot.name,
+        "title": plot.title,
+        "alt": plot.alt,
+        "note": plot.note,
+        "table": None if plot.table.empty else plot.table,
+        "image": "" if plot.missing else data_uri(plot.png(dpi), "image/png"),
+        "width": round(96 * width),
+        "height": round(96 * height),
+        "tall": height > TALL_INCHES,
+    }
 
 
-def notebook_page(executed: Path) -> str:
-    """An executed notebook as one HTML page that asks for nothing outside."""
-    exporter = nbconvert.HTMLExporter(
-        template_name="notebook",
-        extra_template_basedirs=[str(_TEMPLATES)],
-        extra_template_paths=[str(_TEMPLATES)],  # the style sheet, which both templates share
-        embed_images=True,
-        exclude_input_prompt=True,
-        exclude_output_prompt=True,
-    )
-    page, _ = exporter.from_notebook_node(notebook.read(executed))
-    return str(page)
+def _json_file(name: str, description: str, value: object) -> Attachment:
+    return attach(name, description, json.dumps(value, indent=1).encode(), "application/json")
 
 
-def _render(context: dict[str, Any], draw: Callable[[Plot], bytes]) -> bytes:
+def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
+        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters["table"] = lambda table: Markup(table_markup(table))
-    environment.filters["image"] = lambda plot: "data:image/png;base64," + base64.b64encode(draw(plot)).decode()
-    environment.filters["json"] = lambda value: json.dumps(value, indent=1)
-    return environment.get_template("report.html.j2").render(context).encode()
+    environment.filters |= {"cell": _cell, "prose": _prose}
+    environment.tests["numeric"] = is_numeric_dtype
+    return environment
+
+
+def _cell(value: object) -> str:
+    """A value in a table: three digits that count, and a dash for what is not known."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "–"
+    return number(float(value)) if isinstance(value, float | np.floating) else str(value)
+
+
+def _prose(sentence: str) -> Markup:
+    """A sentence in which `code` and **strong words** are marked as in Markdown; all else is text."""
+    marked = re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(sentence)))
+    return Markup(re.sub(r"\*\*([^*]+)\*\*", r"<strong>\1</strong>", marked))

@@ -37,6 +37,7 @@ _STYLE: dict[Any, Any] = {
     "axes.titlelocation": "left",
     "axes.titlesize": 10,
     "axes.labelsize": 9.5,
+    "figure.constrained_layout.w_pad": 0.08,  # inches; the default lets long labels touch the edge
     "figure.facecolor": "white",
     "figure.titlesize": 10.5,
     "font.family": "DejaVu Sans",  # comes with matplotlib, so figures look alike everywhere
@@ -69,7 +70,9 @@ class Plot:
     table
         The numbers, with units in the column names. Empty where there was nothing to draw.
     note
-        How the figure was made: which cases, which rows.
+        How the figure was made: which cases, which rows. Where nothing could be drawn, what is missing.
+    missing
+        Whether there was nothing to draw.
     """
 
     name: str
@@ -78,6 +81,7 @@ class Plot:
     alt: str
     table: pd.DataFrame
     note: str
+    missing: bool = False
 
     def png(self, dpi: float = DPI) -> bytes:
         """The figure as a PNG of at most 256 colours, which halves its size and can't be seen."""
@@ -142,7 +146,7 @@ def nothing(name: str, title: str, missing: str) -> Plot:
     figure, (ax,) = canvas(height=0.9)
     ax.set_axis_off()
     ax.text(0.5, 0.5, missing, ha="center", va="center", wrap=True, color=GREY)
-    return Plot(name, title, figure, f"Nothing to draw: {missing}", pd.DataFrame(), missing)
+    return Plot(name, title, figure, f"Nothing to draw: {missing}", pd.DataFrame(), missing, missing=True)
 
 
 def listed(items: Sequence[object]) -> str:

@@ -1,0 +1,59 @@
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from numa_lab import notebook
+
+NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
+SAMPLE = Path(__file__).parents[2] / "data" / "sample"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_has_the_common_form(path):
+    cells = notebook.read(path).cells
+    code = [cell.source for cell in cells if cell.cell_type == "code"]
+    assert len(cells) <= 15
+    assert cells[0].source.startswith(f"# {path.name[:2]} · ")
+    assert "import" in code[0]
+    assert [cell.metadata.get("tags") for cell in cells].index(["parameters"]) == 2
+    assert not re.search(r"^\s*(def|class) ", "\n".join(code), re.MULTILINE)
+    assert "bad " in " ".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    assert cells[-1].source.startswith("## Where to go next")
+    for parameter in notebook.parameters_of(path).values():
+        assert parameter["help"], f"{parameter['name']} has no comment that says what it means"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_links_lead_somewhere(path):
+    text = "\n".join(cell.source for cell in notebook.read(path).cells if cell.cell_type == "markdown")
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        assert (path.parent / target).exists(), target
+
+
+@pytest.mark.notebook
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("01_machine", {"seconds": 1.0}),
+        ("02_attention_under_binding", {"kv_len": 64}),
+        ("06_cross_node_overhead", {}),
+        ("07_optimization_guide", {}),
+    ],
+)
+def test_a_notebook_runs_and_every_figure_has_alternative_text(name, parameters, tmp_path):
+    output, log = tmp_path / "out.ipynb", tmp_path / "log"
+    outcome = notebook.execute(notebook.find(name), output, parameters, log=log)
+    assert outcome.exit_status == 0, notebook.failure(outcome, log)
+    outputs = [output for cell in notebook.read(output).cells for output in cell.get("outputs", ())]
+    figures = [output for output in outputs if "image/png" in output.get("data", {})]
+    assert figures
+    assert all(len(figure.metadata["image/png"]["alt"]) > 20 for figure in figures)
+    assert not [output for output in outputs if output.output_type == "stream" and output.name == "stderr"]
+
+
+def test_the_sample_says_which_machine_it_is():
+    machine = json.loads((SAMPLE / "machine.json").read_text())
+    assert machine["identity"]["model"]
+    assert list((SAMPLE / "executions").glob("*.parquet"))
