@@ -60,7 +60,7 @@ constraints: ## write constraints.txt anew: the newest versions that pyproject.t
 	rm -rf build/newest && "$$(tools/need.sh python "$(PYTHON)")" -m venv build/newest
 	build/newest/bin/python -m pip install -qq --editable '.[dev]'
 	{ sed '/^[^#]/,$$d' constraints.txt; build/newest/bin/python -m pip freeze --all --exclude-editable \
-	  | sed -E '/^pip==/d; s/\+[a-z0-9.]+$$//' | LC_ALL=C sort -f; } > build/constraints.txt
+	  | sed -E '/^(pip|triton|(cuda|nvidia)-.*)==/d; s/\+[a-z0-9.]+$$//' | LC_ALL=C sort -f; } > build/constraints.txt
 	mv build/constraints.txt constraints.txt
 
 numactl chromium:

@@ -28,7 +28,7 @@ from numa_lab.topology import Topology
 
 __all__ = [
     "CASE", "COLUMNS", "EXECUTIONS", "MACHINE", "SCHEMA_VERSION", "Column", "differences", "load_machine", "load_run",
-    "load_runs", "machine_facts", "read_json", "read_rows", "write_json", "write_rows",
+    "load_runs", "machine_facts", "read_json", "read_rows", "whole", "write_json", "write_rows",
 ]  # fmt: skip
 
 SCHEMA_VERSION = 1
@@ -114,8 +114,14 @@ def _version(distribution: str) -> str:
 
 
 @contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its name once the block ends without an error."""
+def whole(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path` that takes its name once the block ends without an error.
+
+    Raises
+    ------
+    RunDirectoryError
+        The folder can't be written, or the disk is full; what was there before stays.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -132,7 +138,7 @@ def _whole(path: Path) -> Iterator[Path]:
 
 def write_json(path: Path, value: object) -> None:
     """Write strict JSON whole or not at all."""
-    with _whole(path) as temporary:
+    with whole(path) as temporary:
         temporary.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
@@ -175,7 +181,7 @@ def write_rows(path: Path, rows: pd.DataFrame | Sequence[Mapping[str, object]], 
         )
     table = pa.Table.from_pandas(frame[expected], schema=_SCHEMA, preserve_index=False)
     table = table.replace_schema_metadata({"numa_lab.schema": str(SCHEMA_VERSION), "numa_lab.machine": fingerprint})
-    with _whole(path) as temporary:
+    with whole(path) as temporary:
         pq.write_table(table, temporary, compression="zstd")
 
 

@@ -21,6 +21,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CONDA_NAMES = {"torch": "pytorch-cpu", "matplotlib": "matplotlib-base"}
+CUDA = re.compile(r"(cuda|nvidia)-.*|triton")  # torch's builds for CUDA pin these themselves
 NOT_FROM_PYPI = {"python", "pip", "numactl", "setuptools"}
 
 
@@ -41,15 +42,16 @@ def direct_dependencies() -> set[str]:
 
 
 def needed(name: str, extras: frozenset[str], seen: set[tuple[str, frozenset[str]]]) -> Iterator[str]:
-    """Every distribution that `name` with `extras` requires in this environment."""
+    """Every distribution that `name` with `extras` requires in this environment, but for CUDA."""
     if (name, extras) in seen:
         return
     seen.add((name, extras))
     for line in metadata.requires(name) or ():
         requirement = Requirement(line)
-        marker = requirement.marker
+        dependency, marker = canonicalize_name(requirement.name), requirement.marker
+        if CUDA.fullmatch(dependency):
+            continue
         if marker is None or any(marker.evaluate({"extra": extra}) for extra in extras | {""}):
-            dependency = canonicalize_name(requirement.name)
             yield dependency
             yield from needed(dependency, frozenset(requirement.extras), seen)
 

@@ -63,7 +63,7 @@ def test_where_mbind_is_refused_a_pinned_thread_touches_the_pages(monkeypatch):
 
 def test_where_move_pages_is_refused_numa_maps_tells(monkeypatch):
     node = read_topology().effective_nodes[0]
-    tensor = memory.empty((64 * MIB,), torch.uint8).fill_(1)
+    tensor = memory.empty((64 * MIB,), torch.uint8, node).fill_(1)  # a policy of its own keeps its mapping apart
     monkeypatch.setattr(memory, "locator", lambda: "numa_maps")
     located = memory.locate(tensor)
     assert set(located) == {node}

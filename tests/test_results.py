@@ -84,6 +84,6 @@ def test_a_folder_that_can_not_be_written_and_a_full_disk_are_said(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunDirectoryError, match="can't be written"):
         results.write_json(tmp_path / "file" / "x.json", {})
-    with pytest.raises(RunDirectoryError, match="No space left"), results._whole(tmp_path / "y.json"):
+    with pytest.raises(RunDirectoryError, match="No space left"), results.whole(tmp_path / "y.json"):
         Path("/dev/full").write_text("x" * 10000)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]

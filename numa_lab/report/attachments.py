@@ -84,7 +84,9 @@ def notebook_page(path: Path, css: str) -> str:
     ValueError
         It is no notebook.
     """
-    exporter = HTMLExporter(template_name="notebook", extra_template_basedirs=[str(TEMPLATES)])
+    exporter = HTMLExporter(
+        template_name="notebook", extra_template_basedirs=[str(TEMPLATES)], exclude_anchor_links=True
+    )
     notebook = nbformat.read(path, as_version=4)
     resources: dict[str, Any] = {"css": css, "metadata": {"name": path.stem}}
     page, _ = exporter.from_notebook_node(notebook, resources)

@@ -28,10 +28,10 @@ def medians(rows: pd.DataFrame) -> pd.DataFrame:
 def without_twin(rows: pd.DataFrame) -> pd.DataFrame:
     """Without the second half of the A/A pair, which is there for the noise floor alone.
 
-    An execution of the twin holds nothing else: its own notebook then shows it.
+    The notebook of an execution of the twin holds nothing else, and then the twin stands for its binding.
     """
     twin = rows["label"].str.endswith(AA_SUFFIX)
-    return rows if twin.all() else rows[~twin]
+    return rows.assign(label=rows["label"].str.removesuffix(AA_SUFFIX)) if twin.all() else rows[~twin]
 
 
 def base(cases: pd.DataFrame) -> pd.DataFrame:

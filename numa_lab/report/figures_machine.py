@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
@@ -27,7 +28,7 @@ def bandwidth_heatmap(probes: Mapping[str, Any]) -> Plot:
     note = f"One node reads at a time, with a thread on each of its physical cores ({threads})."
     if together:
         note += f" All nodes reading their own memory at once: {number(together / 1e9)} GB/s in all."
-    return Plot(plot.name, plot.title, plot.figure, plot.alt, plot.table, note)
+    return plot if plot.missing else replace(plot, note=note)
 
 
 @drawn

@@ -22,7 +22,6 @@ from markupsafe import Markup, escape
 from pandas.api.types import is_numeric_dtype
 
 from numa_lab import stats
-from numa_lab.errors import RunDirectoryError
 from numa_lab.report import figures, guide, receipts, tables, verdicts
 from numa_lab.report.attachments import (
     MOST_URI_BYTES,
@@ -35,7 +34,7 @@ from numa_lab.report.attachments import (
     rows_csv,
 )
 from numa_lab.report.plots import DPI, Plot, number
-from numa_lab.results import load_machine, load_run, read_json
+from numa_lab.results import load_machine, load_run, read_json, whole
 
 MOST_BYTES = 5_000_000
 MOST_ROWS = 60  # of a table on the page; the attached data hold the rest
@@ -64,18 +63,10 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
         As ``numa_lab.results.load_run`` does, and where the page can't be written.
     """
     folder = Path(run_dir)
-    path, page = folder / REPORT, render(folder)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    page = render(folder)
+    with whole(folder / REPORT) as temporary:
         temporary.write_text(page, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise RunDirectoryError(
-            f"{path} can't be written: {error.strerror or error}. Free space, or make the folder writable"
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
+    return folder / REPORT
 
 
 def render(run_dir: Path) -> str:
@@ -97,9 +88,12 @@ def render(run_dir: Path) -> str:
     page = ""
     for attachments, dpi, left_out in _variants(rows, files, list(notebooks(run_dir, css))):
         page = template.render(
-            **facts, attachments=attachments, left_out=left_out, plots=[_shown(plot, dpi) for plot in plots],
+            **facts,
+            attachments=attachments,
+            left_out=left_out,
+            plots=[_shown(plot, dpi) for plot in plots],
             machine_plots=[_shown(plot, dpi) for plot in machine_plots],
-        )  # fmt: skip
+        )
         if len(page.encode()) <= MOST_BYTES:
             break
     return page
