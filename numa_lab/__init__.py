@@ -3,11 +3,12 @@
 The modules, from the machine up to the reader; each imports only from those above it in this list:
 
 - ``errors``: what goes wrong, in words
-- ``topology``, ``libnuma``, ``timing``, ``stats``: the machine, the kernel's NUMA calls, the clock, honest comparison
+- ``sysfs``, ``hardware``, ``topology``, ``libnuma``: the machine, and the kernel's NUMA calls
+- ``timing``, ``stats``: the clock, and honest comparison
 - ``binding``, ``memory``, ``openmp``, ``results``: place threads and pages, see where they are, keep rows
-- ``receipt``, ``notebook``: proof of placement; one notebook in a process of its own
+- ``receipt``, ``notebook``, ``reading``: proof of placement; one notebook in a process of its own; timed reads
 - ``probes``, ``doctor``, ``attention``: the limits of memory, what spoils them, what is computed
-- ``workloads``: which cases an execution measures
+- ``workloads``, ``plan``: which cases an execution measures, and which executions a sweep runs
 - ``run``, ``sweep``, ``report``: one execution, all executions of a plan, what is told of them
 - ``cli``: the commands
 

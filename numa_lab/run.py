@@ -15,12 +15,13 @@ from typing import Any
 import pandas as pd
 import torch
 
-from numa_lab import memory, openmp, probes, timing
+from numa_lab import memory, openmp, timing
 from numa_lab.attention import gqa
 from numa_lab.attention.reference import attention as reference
 from numa_lab.attention.shapes import AttentionShape
 from numa_lab.binding import Binding, effective
 from numa_lab.errors import InvalidInput, NodeUnavailable, UntrustedResult
+from numa_lab.reading import read_bandwidth
 from numa_lab.receipt import Receipt, ThreadWatch, contradictions
 from numa_lab.results import machine_facts, write_rows
 from numa_lab.sysfs import format_cpulist
@@ -130,7 +131,7 @@ class Execution:
         for threads in sorted({case.threads for case in cases}):
             cpus = [self.cores[i * len(self.cores) // threads] for i in range(threads)]  # spread over the caches
             with openmp.pinned_team(cpus):
-                limit = probes.read_bandwidth(pool.block, threads, seconds=LIMIT_SECONDS)
+                limit = read_bandwidth(pool.block, threads, seconds=LIMIT_SECONDS)
                 for case in cases:
                     if case.threads == threads:
                         rows += self._measure(case, pool, limit)

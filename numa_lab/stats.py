@@ -145,6 +145,12 @@ class Comparison:
         }
         return f"{what} ({sizes}): {said[self.verdict]}"
 
+    def slower_first(self) -> tuple[str, str, float, float, float]:
+        """The binding with the longer time, the other one, and their ratio above 1 with its interval."""
+        if self.ratio >= 1:
+            return self.a, self.b, self.ratio, self.low, self.high
+        return self.b, self.a, 1 / self.ratio, 1 / self.high, 1 / self.low
+
     @property
     def _margin(self) -> float:
         return max(self.noise_floor, EQUIVALENCE_MARGIN)

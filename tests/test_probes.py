@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from numa_lab import memory, openmp, probes
+from numa_lab import memory, openmp, probes, reading
 from numa_lab.errors import InvalidInput, NumaLabError
 from numa_lab.topology import read_topology
 
@@ -20,7 +20,7 @@ def test_every_byte_is_read_exactly_once(threads, words):
     block = torch.full((words + 2,), 1 << 40)  # reading past either end shows in the sum
     tensor = block[1:-1]
     tensor.copy_(torch.arange(words) * 7919 + 3)
-    assert probes.read_once(tensor, threads) == int(tensor.sum())
+    assert reading.read_once(tensor, threads) == int(tensor.sum())
 
 
 @pytest.mark.parametrize(
@@ -35,33 +35,33 @@ def test_every_byte_is_read_exactly_once(threads, words):
 )
 def test_a_tensor_that_the_compiled_loop_would_misread_is_refused(tensor):
     with pytest.raises(InvalidInput, match="contiguous"):
-        probes.read_bandwidth(tensor, 1)
+        reading.read_bandwidth(tensor, 1)
     with pytest.raises(InvalidInput, match="threads=0"):
-        probes.read_bandwidth(torch.ones(64), 0)
+        reading.read_bandwidth(torch.ones(64), 0)
 
 
 def test_the_read_loop_loads_whole_vectors():
-    assert "load <" in probes._team_body().inspect_llvm()
+    assert "load <" in reading._team_body().inspect_llvm()
 
 
 def test_a_chase_visits_every_line_before_it_returns():
-    following = probes.cycle_through(memory.empty((4096 * 64,), torch.uint8))
+    following = reading.cycle_through(memory.empty((4096 * 64,), torch.uint8))
     at, seen = 0, set()
     while at not in seen:
         seen.add(at)
         at = int(following[at])
     assert at == 0
     assert seen == set(range(0, 4096 * 8, 8))
-    assert probes._chase(following, np.uint64(0), len(seen)) == 0
+    assert reading._chase(following, np.uint64(0), len(seen)) == 0
 
 
 def test_chases_never_repeat_lines_that_a_cache_may_hold(monkeypatch):
-    following = probes.cycle_through(memory.empty((4096 * 64,), torch.uint8))
-    starts, chase = [], probes._chase
+    following = reading.cycle_through(memory.empty((4096 * 64,), torch.uint8))
+    starts, chase = [], reading._chase
     monkeypatch.setattr(
         probes, "_chase", lambda f, at, steps: (starts.append((int(at), steps)), chase(f, at, steps))[1]
     )
-    probes.read_latency(following, start_line=5, loads=100)
+    reading.read_latency(following, start_line=5, loads=100)
     (begin, _), *timed = starts
     assert begin == timed[0][0] == 40
     for (at, steps), (following_at, _) in itertools.pairwise(timed):
@@ -198,7 +198,7 @@ def test_a_process_without_memory_is_told_so(small):
 def test_without_torchs_openmp_its_own_sum_stands_in_and_says_so(small, monkeypatch):
     monkeypatch.setattr(openmp, "runtime", lambda: None)
     with pytest.warns(UserWarning, match=r"torch\.sum"):
-        assert probes.read_bandwidth(torch.ones(1 << 20), 1, seconds=0.01) > 0
+        assert reading.read_bandwidth(torch.ones(1 << 20), 1, seconds=0.01) > 0
     found = probes.probe_nodes(small, seconds=0.1)
     assert "torch.sum was timed" in found.notes[0]
     assert found.all_nodes_bytes_per_s > 0

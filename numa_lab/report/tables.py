@@ -28,18 +28,16 @@ def comparisons(compared: Comparisons) -> pd.DataFrame:
 
 
 def _comparison(c: Comparison) -> dict[str, object]:
-    names, ratio, ends = (c.a, c.b), c.ratio, (c.low, c.high)
-    if ratio < 1:
-        names, ratio, ends = (c.b, c.a), 1 / ratio, (1 / c.high, 1 / c.low)
+    slower, faster, ratio, low, high = c.slower_first()
     return {
         "case": cases.case_name(c.case["attention"], c.case["phase"], c.case["dtype"]),
         "batch": c.case["batch"],
         "kv_len": c.case["kv_len"],
         "threads": c.case["threads"],
-        "binding a": names[0],
-        "binding b": names[1],
+        "binding a": slower,
+        "binding b": faster,
         "time of a over b": f"{ratio:.3f}",
-        f"{CONFIDENCE:.0%} interval": "too few executions" if math.isnan(c.low) else f"{ends[0]:.3f} to {ends[1]:.3f}",
+        f"{CONFIDENCE:.0%} interval": "too few executions" if math.isnan(c.low) else f"{low:.3f} to {high:.3f}",
         "executions": c.executions,
         "verdict": "a is slower" if c.verdict in _DIFFERENT else c.verdict,
     }

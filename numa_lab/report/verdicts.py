@@ -10,7 +10,7 @@ import pandas as pd
 
 from numa_lab import stats
 from numa_lab.binding import Binding
-from numa_lab.stats import AA_SUFFIX, Comparison, Comparisons
+from numa_lab.stats import AA_SUFFIX, Comparisons
 
 _EMULATED = "This machine is emulated: its times mean nothing, its placement does. "
 _UNSETTLED_IQR = 0.10
@@ -27,7 +27,7 @@ def headline(rows: pd.DataFrame, machine: Mapping[str, Any], compared: Compariso
     if not claims:
         return f"{said}{_no_claim(compared)} {limit}"
     worst = max(claims, key=lambda c: abs(math.log(c.ratio)))
-    slow, fast, ratio, low, high = _ordered(worst)
+    slow, fast, ratio, low, high = worst.slower_first()
     return (
         f"{said}{slow} takes {ratio:.2f} times as long as {fast} [{low:.2f}, {high:.2f}] in "
         f"{_case(worst.case)}: {len(claims)} of {len(compared.comparisons)} comparisons show a difference above the "
@@ -167,7 +167,7 @@ def best_node(compared: Comparisons) -> int | None:
     wins: dict[str, int] = {}
     for c in compared.comparisons:
         if c.verdict in ("slower", "faster") and stats.is_local(c.a) and stats.is_local(c.b):
-            slow, fast, *_ = _ordered(c)
+            slow, fast, *_ = c.slower_first()
             wins[fast] = wins.get(fast, 0) + 1
             wins[slow] = wins.get(slow, 0) - 1
     best = max(wins, key=wins.__getitem__, default=None)
@@ -206,13 +206,6 @@ def _matrix_sentence(probes: Mapping[str, Any], key: str, verb: str, scale: floa
 def bindings(rows: pd.DataFrame) -> list[str]:
     """Labels of a run without that of the A/A twin."""
     return sorted(label for label in set(rows["label"]) if not label.endswith(AA_SUFFIX))
-
-
-def _ordered(c: Comparison) -> tuple[str, str, float, float, float]:
-    """Slower label, faster label, ratio above 1 and its interval."""
-    if c.ratio >= 1:
-        return c.a, c.b, c.ratio, c.low, c.high
-    return c.b, c.a, 1 / c.ratio, 1 / c.high, 1 / c.low
 
 
 def _case(case: Mapping[str, Any]) -> str:

@@ -114,10 +114,10 @@ def test_four_nodes_in_a_browser(chromium, synthetic_run, synthetic_rows):
 
 
 @pytest.mark.chromium
-def test_attached_notebooks_are_whole_pages_of_their_own(chromium, notebook_run, tmp_path):
+def test_attached_notebooks_are_whole_pages_of_their_own(chromium, notebook_run, no_figures, tmp_path):
     run_dir, plot = notebook_run
     path = write_report(run_dir)
-    assert check_in_browser(chromium, path) == 11
+    assert check_in_browser(chromium, path) == 2
     page, files = path.read_text(), attached(path.read_text())
     assert set(files) == {
         "rows.csv", "comparisons.json", "machine.json", "plan.json", "probes.json", "06_cross_node_overhead.html"
