@@ -59,7 +59,7 @@ def test_chases_never_repeat_lines_that_a_cache_may_hold(monkeypatch):
     following = reading.cycle_through(memory.empty((4096 * 64,), torch.uint8))
     starts, chase = [], reading._chase
     monkeypatch.setattr(
-        probes, "_chase", lambda f, at, steps: (starts.append((int(at), steps)), chase(f, at, steps))[1]
+        reading, "_chase", lambda f, at, steps: (starts.append((int(at), steps)), chase(f, at, steps))[1]
     )
     reading.read_latency(following, start_line=5, loads=100)
     (begin, _), *timed = starts
