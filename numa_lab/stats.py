@@ -22,6 +22,7 @@ CONFIDENCE = 0.95
 EQUIVALENCE_MARGIN = 0.02  # effects below 2 % are of no practical interest
 MIN_EXECUTIONS = 3  # per binding: with two, no spread can be told from chance
 RESAMPLES = 2000
+PAIRS_AT_ONCE = 200  # resampled together, which bounds the memory that it takes
 
 CASE = (  # what tells one measured case from another
     "attention", "phase", "batch", "q_heads", "kv_heads", "q_len", "kv_len", "head_dim", "dtype", "backend", "threads",
@@ -55,26 +56,40 @@ def ratio_of_medians(a: ArrayLike, b: ArrayLike, *, confidence: float = CONFIDEN
         Of the interval.
     """
     left, right = np.asarray(a, float), np.asarray(b, float)
-    ratio = float(np.median(left) / np.median(right))
-    fewest = min(len(left), len(right))
+    (ratio,) = _ratios(left[np.newaxis], right[np.newaxis], confidence)
+    return ratio
+
+
+def _ratios(a: NDArray[np.float64], b: NDArray[np.float64], confidence: float = CONFIDENCE) -> list[Ratio]:
+    """``ratio_of_medians`` of each row of a to the same row of b, resampled together: one by one takes ten times as long."""
+    centre = _ratio(a, b)
+    fewest = min(a.shape[-1], b.shape[-1])
     if fewest < MIN_EXECUTIONS:
-        return Ratio(ratio, math.nan, math.nan, 1.0)
-    if np.ptp(left) == 0 == np.ptp(right):  # nothing varies: no resample differs
-        return Ratio(ratio, ratio, ratio, 1.0 if ratio == 1 else 0.0)
+        return [Ratio(float(ratio), math.nan, math.nan, 1.0) for ratio in centre]
     interval = scipy_stats.bootstrap(
-        (left, right), _ratio, n_resamples=RESAMPLES, confidence_level=_expanded(confidence, fewest),
-        method="percentile", rng=np.random.default_rng(0),
+        (a, b), _ratio, n_resamples=RESAMPLES, confidence_level=_expanded(confidence, fewest), method="percentile",
+        axis=-1, rng=np.random.default_rng(0),
     ).confidence_interval  # fmt: skip
-    # From moments, since ttest_ind warns where one of the two samples hardly varies.
-    a_logs, b_logs = np.log(left), np.log(right)
-    p_value = scipy_stats.ttest_ind_from_stats(
-        a_logs.mean(), a_logs.std(ddof=1), len(a_logs), b_logs.mean(), b_logs.std(ddof=1), len(b_logs), equal_var=False
-    ).pvalue
-    return Ratio(ratio, float(interval.low), float(interval.high), float(p_value))
+    return [
+        Ratio(float(centre[i]), float(interval.low[i]), float(interval.high[i]), _p_value(a[i], b[i]))
+        for i in range(len(centre))
+    ]
 
 
 def _ratio(a: NDArray[np.float64], b: NDArray[np.float64], axis: int = -1) -> NDArray[np.float64]:
     return np.asarray(np.median(a, axis=axis) / np.median(b, axis=axis))
+
+
+def _p_value(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
+    """Welch's t-test on logarithms, from moments: ttest_ind warns where a sample hardly varies."""
+    if np.ptp(a) == 0 == np.ptp(b):
+        return float(a[0] == b[0])
+    a, b = np.log(a), np.log(b)
+    return float(
+        scipy_stats.ttest_ind_from_stats(
+            a.mean(), a.std(ddof=1), len(a), b.mean(), b.std(ddof=1), len(b), equal_var=False
+        ).pvalue
+    )
 
 
 def _expanded(confidence: float, executions: int) -> float:
@@ -200,17 +215,22 @@ def compare(rows: pd.DataFrame) -> Comparisons:
     """
     medians = execution_medians(rows)
     floor = noise_floor(medians)
-    found: list[tuple[dict[str, Any], str, str, Ratio, int]] = []
+    pairs: list[tuple[dict[str, Any], str, str, NDArray[np.float64], NDArray[np.float64]]] = []
     for values, case in medians.groupby(list(CASE), sort=False):
         samples = {str(label): group["seconds"].to_numpy() for label, group in case.groupby("label")}
         labels = sorted(label for label in samples if not label.endswith(AA_SUFFIX))
         local = [label for label in labels if is_local(label)] or labels
         described = {name: _plain(value) for name, value in zip(CASE, values, strict=True)}
-        for i, a in enumerate(labels):
-            for b in labels[i + 1 :]:
-                if a in local or b in local:
-                    few = min(len(samples[a]), len(samples[b]))
-                    found.append((described, a, b, ratio_of_medians(samples[a], samples[b]), few))
+        pairs += [
+            (described, a, b, samples[a], samples[b])
+            for i, a in enumerate(labels)
+            for b in labels[i + 1 :]
+            if a in local or b in local
+        ]
+    found = [
+        (case, a, b, ratio, min(len(left), len(right)))
+        for (case, a, b, left, right), ratio in zip(pairs, _all_ratios([pair[3:] for pair in pairs]), strict=True)
+    ]
     adjusted = holm([ratio.p_value for _, _, _, ratio, _ in found])
     return Comparisons(
         floor,
@@ -219,6 +239,19 @@ def compare(rows: pd.DataFrame) -> Comparisons:
             for (case, a, b, r, few), p in zip(found, adjusted, strict=True)
         ),
     )
+
+
+def _all_ratios(pairs: Sequence[tuple[NDArray[np.float64], NDArray[np.float64]]]) -> list[Ratio]:
+    """The ratio of each pair of samples; pairs of the same sizes are resampled together, some hundreds at a time."""
+    found: dict[int, Ratio] = {}
+    sizes: dict[tuple[int, int], list[int]] = {}
+    for place, (a, b) in enumerate(pairs):
+        sizes.setdefault((len(a), len(b)), []).append(place)
+    for places in sizes.values():
+        for some in (places[i : i + PAIRS_AT_ONCE] for i in range(0, len(places), PAIRS_AT_ONCE)):
+            a, b = (np.array([pairs[place][side] for place in some]) for side in (0, 1))
+            found |= dict(zip(some, _ratios(a, b), strict=True))
+    return [found[place] for place in range(len(pairs))]
 
 
 def is_local(label: str) -> bool:
