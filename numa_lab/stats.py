@@ -70,10 +70,8 @@ def _ratios(a: NDArray[np.float64], b: NDArray[np.float64], confidence: float = 
         (a, b), _ratio, n_resamples=RESAMPLES, confidence_level=_expanded(confidence, fewest), method="percentile",
         axis=-1, rng=np.random.default_rng(0),
     ).confidence_interval  # fmt: skip
-    return [
-        Ratio(float(centre[i]), float(interval.low[i]), float(interval.high[i]), _p_value(a[i], b[i]))
-        for i in range(len(centre))
-    ]
+    lows, highs = np.asarray(interval.low), np.asarray(interval.high)
+    return [Ratio(float(centre[i]), float(lows[i]), float(highs[i]), _p_value(a[i], b[i])) for i in range(len(centre))]
 
 
 def _ratio(a: NDArray[np.float64], b: NDArray[np.float64], axis: int = -1) -> NDArray[np.float64]:
