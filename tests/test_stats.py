@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from numa_lab import stats
+from numa_lab import ratios, stats
 
 LABELS = ("c0m0", "c0m1", "c1m0", "c1m1")
 
@@ -38,12 +38,12 @@ def test_equal_bindings_tie_where_the_noise_is_small(synthetic_rows):
 
 
 def test_a_difference_below_the_noise_floor_is_not_claimed():
-    ratio = stats.Ratio(1.05, 1.04, 1.06, 1e-9)
+    ratio = ratios.Ratio(1.05, 1.04, 1.06, 1e-9)
     assert stats._verdict(ratio, 1e-9, floor=0.01) == "slower"
     assert stats._verdict(ratio, 1e-9, floor=0.05) == "unclear"
     assert stats._verdict(ratio, 0.2, floor=0.01) == "unclear"
     assert stats._verdict(ratio, 1e-9, floor=math.nan) == "unclear"
-    assert stats._verdict(stats.Ratio(1.0, 0.99, 1.01, 0.5), 0.5, floor=0.0) == "same"
+    assert stats._verdict(ratios.Ratio(1.0, 0.99, 1.01, 0.5), 0.5, floor=0.0) == "same"
 
 
 def test_too_few_executions_are_unclear_and_say_how_many_are_needed(synthetic_rows):
@@ -88,7 +88,7 @@ def test_drift_over_the_run_order_is_seen(synthetic_rows):
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=30))
 def test_holm_is_never_below_the_p_value_nor_above_bonferroni(p_values):
-    adjusted = stats.holm(p_values)
+    adjusted = ratios.holm(p_values)
     for p, corrected in zip(p_values, adjusted, strict=True):
         assert p <= corrected <= min(1.0, p * len(p_values)) + 1e-12
     assert [adjusted[i] for i in np.argsort(p_values)] == sorted(adjusted)
@@ -96,7 +96,7 @@ def test_holm_is_never_below_the_p_value_nor_above_bonferroni(p_values):
 
 @given(st.lists(st.floats(0.001, 100), min_size=1, max_size=8), st.lists(st.floats(0.001, 100), min_size=1, max_size=8))
 def test_no_sample_makes_it_fail_or_warn(a, b):
-    ratio = stats.ratio_of_medians(a, b)
+    ratio = ratios.ratio_of_medians(a, b)
     assert ratio.ratio == pytest.approx(np.median(a) / np.median(b))
     assert math.isnan(ratio.low) == (min(len(a), len(b)) < stats.MIN_EXECUTIONS)
 
@@ -105,3 +105,31 @@ def test_a_large_matrix_is_compared_in_seconds(synthetic_rows):
     labels = [f"c{cpu}m{mem}" for cpu in range(4) for mem in range(4)]
     compared = stats.compare(synthetic_rows(labels, samples=2))
     assert len(compared.comparisons) == 8 * (12 * 4 + 6)
+
+
+def test_executions_without_any_spread_prove_no_noiseless_machine():
+    nearly = ratios.ratio_of_medians([1.0] * 3, [1.001] * 3)
+    assert nearly.low < 1 < nearly.high
+    assert nearly.p_value > 0.05
+    assert ratios.ratio_of_medians([1.2] * 5, [1.0] * 5).low > 1.19
+
+
+@pytest.mark.parametrize("executions", [3, 5, 8])
+def test_the_interval_misses_the_truth_as_seldom_as_it_says(executions):
+    a, b = np.exp(np.random.default_rng(0).normal(0, 0.02, (2, 1000, executions)))
+    missed = sum(not r.low <= 1 <= r.high for r in ratios._ratios(a, b))
+    assert missed <= 60  # 50 are allowed to be
+
+
+def test_the_spread_of_equal_nodes_may_be_none(synthetic_rows):
+    found = stats.spread(synthetic_rows(("c0m0", "c1m1", "c2m2", "c3m3"), noise=0.02, executions=6, seed=1))
+    assert (found["low"] == 0).all()
+
+
+def test_noise_widens_no_tie_beyond_five_percent():
+    assert stats._verdict(ratios.Ratio(1.0, 0.9, 1.1, 0.9), 0.9, floor=0.3) == "unclear"
+
+
+def test_labels_are_ordered_by_node_number(synthetic_rows):
+    compared = stats.compare(synthetic_rows(("c2m2", "c10m10"), executions=3))
+    assert {(c.a, c.b) for c in compared.comparisons} == {("c2m2", "c10m10")}

@@ -63,7 +63,7 @@ def spread(rows: pd.DataFrame) -> Plot:
 
 
 _SPREAD_NOTE = (
-    "95 % intervals by bootstrap over executions; grey marks are the spread that shuffled labels give. The numbers of the "
+    "95 % intervals for all pairs of nodes together; grey marks are the spread that shuffled labels give. The numbers of the "
     "source guide come from another machine."
 )
 

@@ -13,6 +13,7 @@ from typing import Any
 import pandas as pd
 
 from numa_lab import stats
+from numa_lab.binding import Binding
 from numa_lab.report import verdicts
 from numa_lab.stats import Comparisons
 
@@ -61,22 +62,33 @@ class _Facts:
     def __init__(self, rows: pd.DataFrame, machine: Mapping[str, Any], compared: Comparisons) -> None:
         self.floor = compared.noise_floor
         self.local = [label for label in verdicts.bindings(rows) if stats.is_local(label)]
+        self.nodes = len(verdicts.usable_nodes(machine))
         self.best = verdicts.best_node(compared)
+        self.tie = verdicts.nodes_tie(compared)
+        self.slow = ", ".join(map(str, verdicts.slow_nodes(compared)))
+        self.differ = verdicts.nodes_differ(compared)
         self.executions = int(stats.execution_medians(rows).groupby("label")["execution_id"].nunique().min())
         self.unclear = sum(c.verdict == "unclear" for c in compared.comparisons)
         self.compared = len(compared.comparisons)
-        remote = [c for c in compared.comparisons if stats.is_local(c.a) != stats.is_local(c.b)]
+        # The same CPUs with other memory: a different number of threads would be another comparison.
+        remote = [
+            c
+            for c in compared.comparisons
+            if stats.is_local(c.a) != stats.is_local(c.b)
+            and Binding.parse(c.a).cpu_nodes == Binding.parse(c.b).cpu_nodes
+        ]
         self.remote_measured = bool(remote)
         costs = [c.ratio if stats.is_local(c.b) else 1 / c.ratio for c in remote if c.verdict in ("slower", "faster")]
-        self.remote_costs = sorted(cost for cost in costs if cost > 1)
+        self.remote_costs = sorted(costs)
         spread = stats.spread(rows)
         self.spreads = {
             str(kind): float(value)
             for kind, value in spread[spread["phase"] == "decode"].groupby("attention")["spread"].median().items()
             if not math.isnan(value)
         }
-        self.threads = _thread_gain(rows)
-        self.batch = _batch_gain(rows)
+        here = rows[rows["label"].isin(self.local or verdicts.bindings(rows))]
+        self.threads = _thread_gain(here)
+        self.batch = _batch_gain(here)
         self.limit_sentence = verdicts.limit_sentence(rows)
         self.shares = verdicts.limit_shares(rows)
 
@@ -123,13 +135,21 @@ class _English:
     open_title = "What could not be concluded"
 
     def node(self, f: _Facts) -> str:
-        if len(f.local) < 2:
+        if f.nodes < 2:
             return "There is one node with CPUs and memory: nothing to choose."
-        if f.best is None:
-            tie = f"The {len(f.local)} nodes tie within the noise floor of {_percent(f.floor)}"
-            return f"{tie}: take any, and keep memory on it."
+        if len(f.local) < 2:
+            return f"{len(f.local)} of {f.nodes} nodes was measured with its own memory: run `numa-lab sweep --bindings local`."
+        if f.best is not None:
+            return f"Node {f.best} is the fastest for local memory: bind there, and look for the cause (load, memory modules)."
+        if f.tie:
+            return f"The {len(f.local)} nodes tie: take any, and keep memory on it."
+        if f.slow:
+            return f"Avoid node {f.slow}, shown to be slower than another; the rest could not be ranked. Keep memory on the node."
+        if f.differ:
+            return "Nodes differ in some cases, and none is the fastest throughout: take any, and keep memory on it."
         return (
-            f"Node {f.best} is the fastest for local memory: bind there, and look for the cause (load, memory modules)."
+            f"The {len(f.local)} nodes could not be told apart, nor shown to be equal (noise floor {_percent(f.floor)}): "
+            "take any, and keep memory on it."
         )
 
     def source(self, f: _Facts) -> str:
@@ -184,11 +204,22 @@ class _Chinese:
     open_title = "尚无结论的部分"
 
     def node(self, f: _Facts) -> str:
-        if len(f.local) < 2:
+        if f.nodes < 2:
             return "只有一个节点同时拥有 CPU 和内存，无需选择。"
-        if f.best is None:
-            return f"{len(f.local)} 个节点在 {_percent(f.floor)} 的噪声范围内没有差别：任选其一，并把内存留在该节点。"
-        return f"就本地内存而言节点 {f.best} 最快：请绑定到该节点，并查明原因（负载、内存条配置）。"
+        if len(f.local) < 2:
+            return f"{f.nodes} 个节点中只有 {len(f.local)} 个测量了本地内存：请运行 `numa-lab sweep --bindings local`。"
+        if f.best is not None:
+            return f"就本地内存而言节点 {f.best} 最快：请绑定到该节点，并查明原因（负载、内存条配置）。"
+        if f.tie:
+            return f"{len(f.local)} 个节点速度相同：任选其一，并把内存留在该节点。"
+        if f.slow:
+            return f"避开节点 {f.slow}：已证实慢于其他节点；其余节点未能排出先后。请把内存留在所用节点。"
+        if f.differ:
+            return "节点之间在部分情形下有差别，但没有一个始终最快：任选其一，并把内存留在该节点。"
+        return (
+            f"{len(f.local)} 个节点既未能区分，也未能证明相同（噪声 {_percent(f.floor)}）："
+            "任选其一，并把内存留在该节点。"
+        )
 
     def source(self, f: _Facts) -> str:
         quoted = "，".join(

@@ -10,7 +10,8 @@ import pandas as pd
 
 from numa_lab import stats
 from numa_lab.binding import Binding
-from numa_lab.stats import AA_SUFFIX, Comparisons
+from numa_lab.ratios import MIN_EXECUTIONS
+from numa_lab.stats import AA_SUFFIX, Comparison, Comparisons
 
 _EMULATED = "This machine is emulated: its times mean nothing, its placement does. "
 _UNSETTLED_IQR = 0.10
@@ -21,8 +22,8 @@ def headline(rows: pd.DataFrame, machine: Mapping[str, Any], compared: Compariso
     """The verdict of a run in one line."""
     said = _EMULATED if machine["topology"]["emulated"] else ""
     labels, limit = bindings(rows), limit_sentence(rows)
-    if len(labels) == 1:
-        return f"{said}One node: nothing to compare ({labels[0]}). {limit}"
+    if not compared.comparisons:
+        return f"{said}{_nothing_to_compare(labels, usable_nodes(machine))} {limit}"
     claims = [c for c in compared.comparisons if c.verdict in ("slower", "faster")]
     if not claims:
         return f"{said}{_no_claim(compared)} {limit}"
@@ -35,10 +36,25 @@ def headline(rows: pd.DataFrame, machine: Mapping[str, Any], compared: Compariso
     )
 
 
+def _nothing_to_compare(labels: list[str], nodes: list[int]) -> str:
+    if len(labels) > 1:
+        return f"Nothing to compare: {', '.join(labels)} have no case in common, since their thread counts differ."
+    if len(nodes) > 1:
+        return f"One binding ({labels[0]}) on {len(nodes)} nodes: nothing to compare."
+    return f"One node: nothing to compare ({labels[0]})."
+
+
+def usable_nodes(machine: Mapping[str, Any]) -> list[int]:
+    """Nodes whose CPUs and memory this process may use."""
+    return [node["id"] for node in machine["topology"]["nodes"] if node["effective"]]
+
+
 def _no_claim(compared: Comparisons) -> str:
     verdicts = [c.verdict for c in compared.comparisons]
     if verdicts and all(verdict == "same" for verdict in verdicts):
         return f"No difference between bindings above the noise floor ({_percent(compared.noise_floor)})."
+    if math.isnan(compared.noise_floor):
+        return "No difference between bindings can be claimed: the run has no A/A pair, so its noise floor is unknown."
     return (
         f"No difference between bindings could be shown: {verdicts.count('same')} comparisons are ties and "
         f"{verdicts.count('unclear')} unclear at a noise floor of {_percent(compared.noise_floor)}; "
@@ -122,7 +138,7 @@ def instability(rows: pd.DataFrame) -> list[str]:
             "something else runs on this machine; stop it, or run `numa-lab doctor`."
         )
     few = medians.groupby("label")["execution_id"].nunique().min()
-    if few < stats.MIN_EXECUTIONS + 2:
+    if few < MIN_EXECUTIONS + 2:
         found.append(
             f"{few} execution(s) per binding can't show a small effect: run `numa-lab sweep --profile standard`."
         )
@@ -139,7 +155,7 @@ def commands(rows: pd.DataFrame, machine: Mapping[str, Any], compared: Compariso
     local = [label for label in bindings(rows) if stats.is_local(label)]
     nodes = [Binding.parse(label).cpu_nodes[0] for label in local] or machine["topology"]["allowed_nodes"]
     best = best_node(compared)
-    chosen = best if best is not None else nodes[0]
+    chosen = best if best is not None else next((n for n in nodes if n not in slow_nodes(compared)), nodes[0])
     program = "python your_program.py"
     found = [
         (
@@ -163,15 +179,43 @@ def commands(rows: pd.DataFrame, machine: Mapping[str, Any], compared: Compariso
 
 
 def best_node(compared: Comparisons) -> int | None:
-    """The node that beats every other local one in some claim and loses none; None where local nodes tie."""
-    wins: dict[str, int] = {}
-    for c in compared.comparisons:
-        if c.verdict in ("slower", "faster") and stats.is_local(c.a) and stats.is_local(c.b):
-            slow, fast, *_ = c.slower_first()
-            wins[fast] = wins.get(fast, 0) + 1
-            wins[slow] = wins.get(slow, 0) - 1
-    best = max(wins, key=wins.__getitem__, default=None)
-    return Binding.parse(best).cpu_nodes[0] if best and wins[best] > 0 else None
+    """The node that is faster than each other local one in some case and slower in none; None where no node is."""
+    beaten = _beaten(compared)
+    losers = set().union(*beaten.values())
+    best = [node for node in beaten.keys() - losers if beaten[node] == beaten.keys() - {node}]
+    return best[0] if best else None
+
+
+def slow_nodes(compared: Comparisons) -> list[int]:
+    """Nodes that are slower than another local one in some case and faster in none."""
+    beaten = _beaten(compared)
+    losers = set().union(*beaten.values())
+    return sorted(node for node in losers if not beaten[node])
+
+
+def _beaten(compared: Comparisons) -> dict[int, set[int]]:
+    """For each node the nodes than which it was shown to be faster, each with its own memory."""
+    found: dict[int, set[int]] = {}
+    for c in _between_local(compared):
+        slow, fast = (Binding.parse(label).cpu_nodes[0] for label in c.slower_first()[:2])
+        found.setdefault(slow, set())
+        found.setdefault(fast, set()).update({slow} if c.verdict in ("slower", "faster") else ())
+    return found
+
+
+def nodes_tie(compared: Comparisons) -> bool:
+    """Whether the local bindings were shown to be the same in every case, which is more than that none was shown to differ."""
+    verdicts = {c.verdict for c in _between_local(compared)}
+    return verdicts == {"same"}
+
+
+def nodes_differ(compared: Comparisons) -> bool:
+    """Whether two local bindings differ in some case."""
+    return any(c.verdict in ("slower", "faster") for c in _between_local(compared))
+
+
+def _between_local(compared: Comparisons) -> list[Comparison]:
+    return [c for c in compared.comparisons if stats.is_local(c.a) and stats.is_local(c.b)]
 
 
 def bandwidth_sentence(probes: Mapping[str, Any]) -> str:

@@ -100,3 +100,34 @@ def test_probe_sentences(synthetic_rows):
     assert "4 pair(s)" in receipts.require_probes(probes)
     with pytest.raises(UntrustedResult, match="a note"):
         receipts.require_probes(probes | {"read_bytes_per_s": [[None]]})
+
+
+def test_a_node_is_best_only_where_it_beats_every_other_and_loses_nowhere(synthetic_rows, synthetic_machine):
+    rows, machine = synthetic_rows(("c0m0", "c1m1", "c2m2"), effects={"c0m0": 1.2}, executions=6), synthetic_machine(3)
+    three = stats.compare(rows)
+    assert verdicts.best_node(three) is None  # nodes 1 and 2 are not told apart
+    assert verdicts.slow_nodes(three) == [0]
+    assert "--cpunodebind=1 " in verdicts.commands(rows, machine, three)[0][1]
+    assert "Avoid node 0" in guide.markdown(rows, machine, three)
+    rows = synthetic_rows(("c0m0", "c1m1"), executions=8)
+    rows.loc[(rows["label"] == "c1m1") & (rows["phase"] == "prefill"), "seconds"] *= 1.3
+    rows.loc[(rows["label"] == "c1m1") & (rows["phase"] == "decode"), "seconds"] /= 1.3
+    compared = stats.compare(rows)
+    assert verdicts.best_node(compared) is None
+    assert "none is the fastest throughout" in guide.markdown(rows, synthetic_machine(2), compared)
+
+
+def test_what_was_not_told_apart_is_not_called_a_tie(synthetic_rows, synthetic_machine):
+    rows = synthetic_rows(("c0m0", "c1m1"), noise=0.2, executions=3)
+    assert "could not be told apart" in guide.markdown(rows, synthetic_machine(2), stats.compare(rows))
+    quiet = synthetic_rows(("c0m0", "c1m1"), noise=0.001, executions=8)
+    assert "nodes tie" in guide.markdown(quiet, synthetic_machine(2), stats.compare(quiet))
+
+
+def test_nothing_to_compare_says_why(synthetic_rows, synthetic_machine):
+    assert told(synthetic_rows(), synthetic_machine(4)).startswith("One binding (c0m0) on 4 nodes")
+    rows = synthetic_rows(("c0m0", "c*m*"))
+    rows.loc[rows["label"] == "c*m*", "threads"] *= 4
+    assert "no case in common" in told(rows, synthetic_machine(2))
+    pair = synthetic_rows(("c0m0", "c1m1"))
+    assert "no A/A pair" in told(pair[~pair["label"].str.endswith("~aa")], synthetic_machine(2))

@@ -1,0 +1,113 @@
+"""The ratio of the medians of two samples: interval, p-value, and the correction for asking many times."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats as scipy_stats
+
+CONFIDENCE = 0.95
+MIN_EXECUTIONS = 3  # per binding: with two, no spread can be told from chance
+LEAST_NOISE = 1e-3  # relative spread of executions that is assumed where less was seen
+RESAMPLES = 2000
+PAIRS_AT_ONCE = 200  # resampled together, which bounds the memory that it takes
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Median of a over median of b, with its interval; low and high are NaN where there are too few executions."""
+
+    ratio: float
+    low: float
+    high: float
+    p_value: float  # of no difference
+
+
+def ratio_of_medians(a: ArrayLike, b: ArrayLike, *, confidence: float = CONFIDENCE) -> Ratio:
+    """Compare the execution medians of two bindings.
+
+    Limits: blocks are not paired, so drift between blocks widens the interval and hides effects; it makes no false ones.
+
+    Parameters
+    ----------
+    a, b
+        Seconds, one value per execution.
+    confidence
+        Of the interval.
+    """
+    (ratio,) = _ratios(np.array([a], float), np.array([b], float), confidence)
+    return ratio
+
+
+def _ratios(a: NDArray[np.float64], b: NDArray[np.float64], confidence: float = CONFIDENCE) -> list[Ratio]:
+    """``ratio_of_medians`` of each row of a to the same row of b, resampled together: one by one takes ten times as long."""
+    centre = np.median(a, axis=-1) / np.median(b, axis=-1)
+    if min(a.shape[-1], b.shape[-1]) < MIN_EXECUTIONS:
+        return [Ratio(float(ratio), math.nan, math.nan, 1.0) for ratio in centre]
+    low, high, p_value = _intervals(np.log(a), np.log(b), confidence)
+    low, high = np.minimum(np.exp(low), centre), np.maximum(np.exp(high), centre)
+    return [Ratio(*map(float, values)) for values in zip(centre, low, high, p_value, strict=True)]
+
+
+def _intervals(
+    a: NDArray[np.float64], b: NDArray[np.float64], confidence: float
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """Lower end, upper end and p-value of the difference of log medians, for each row of a and b.
+
+    The interval is the wider of the percentile bootstrap and Welch's t: resampling n values can't reach past their
+    extremes, and t takes the noise for normal. Equal bindings were missed, of 2,000 simulated pairs in percent, under
+    log-normal noise of 2 %, the same with an outlier in ten, and with 40 % of the executions 8 % slower:
+
+    =============  =============  =============  =============
+    at 95 %        n = 3          n = 5          n = 8
+    =============  =============  =============  =============
+    bootstrap      9.6 10.3 11.3  2.8 3.4 3.8    4.3 4.1 4.0
+    basic          27 21 40       15 8 32        13 9 22
+    Welch's t      2.9 2.3 4.3    4.4 2.1 5.0    5.2 2.0 4.8
+    wider of both  2.9 2.3 4.3    2.6 1.5 3.3    3.5 1.4 2.9
+    =============  =============  =============  =============
+    """
+    resampled = scipy_stats.bootstrap(
+        (a, b), _difference, axis=-1, vectorized=True, method="percentile", confidence_level=confidence,
+        n_resamples=RESAMPLES, rng=np.random.default_rng(0),
+    ).confidence_interval  # fmt: skip
+    n_a, n_b = a.shape[-1], b.shape[-1]
+    # Executions that agree to the last digit don't prove a noiseless machine.
+    error_a, error_b = (np.maximum(x.var(axis=-1, ddof=1), LEAST_NOISE**2) / x.shape[-1] for x in (a, b))
+    error = np.sqrt(error_a + error_b)
+    degrees = (error_a + error_b) ** 2 / (error_a**2 / (n_a - 1) + error_b**2 / (n_b - 1))
+    centre = a.mean(axis=-1) - b.mean(axis=-1)
+    reach = scipy_stats.t.isf((1 - confidence) / 2, degrees) * error
+    p_value = 2 * scipy_stats.t.sf(np.abs(centre) / error, degrees)
+    return np.minimum(resampled.low, centre - reach), np.maximum(resampled.high, centre + reach), p_value
+
+
+def _difference(a: NDArray[np.float64], b: NDArray[np.float64], axis: int = -1) -> NDArray[np.float64]:
+    return np.asarray(np.median(a, axis=axis) - np.median(b, axis=axis))
+
+
+def all_ratios(
+    pairs: Sequence[tuple[NDArray[np.float64], NDArray[np.float64]]], confidence: float = CONFIDENCE
+) -> list[Ratio]:
+    """The ratio of each pair of samples; pairs of the same sizes are resampled together, some hundreds at a time."""
+    found: dict[int, Ratio] = {}
+    sizes: dict[tuple[int, int], list[int]] = {}
+    for place, (a, b) in enumerate(pairs):
+        sizes.setdefault((len(a), len(b)), []).append(place)
+    for places in sizes.values():
+        for some in (places[i : i + PAIRS_AT_ONCE] for i in range(0, len(places), PAIRS_AT_ONCE)):
+            a, b = (np.array([pairs[place][side] for place in some]) for side in (0, 1))
+            found |= dict(zip(some, _ratios(a, b, confidence), strict=True))
+    return [found[place] for place in range(len(pairs))]
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Adjust p-values for testing them all (Holm 1979): a family's chance of one false claim stays as asked for."""
+    order = np.argsort(p_values)
+    scaled = np.asarray(p_values, float)[order] * (len(order) - np.arange(len(order)))
+    adjusted = np.minimum(1.0, np.maximum.accumulate(scaled))
+    return [float(value) for value in adjusted[np.argsort(order)]]
