@@ -18,7 +18,7 @@ from typing import Any
 
 from numa_lab import doctor, notebook
 from numa_lab.binding import Binding, MemPolicy
-from numa_lab.errors import InvalidInput, MachineMismatch, RunDirectoryError
+from numa_lab.errors import InvalidInput, MachineMismatch, NodeUnavailable, RunDirectoryError
 from numa_lab.results import (
     EXECUTIONS,
     MACHINE,
@@ -30,11 +30,12 @@ from numa_lab.results import (
     write_json,
 )
 from numa_lab.stats import AA_SUFFIX
+from numa_lab.sysfs import format_cpulist
 from numa_lab.topology import Topology
 from numa_lab.workloads import PROFILES, Case, usable_bytes, workload
 
 PLAN = "plan.json"
-OVERHEAD_SECONDS = 8  # of one execution before and after its cases: papermill, imports, first compilation
+OVERHEAD_SECONDS = 10  # of one execution before and after its cases: papermill, imports, first compilation
 
 
 def choose_bindings(spec: str, topology: Topology) -> list[Binding]:
@@ -54,15 +55,20 @@ def choose_bindings(spec: str, topology: Topology) -> list[Binding]:
     matrix = [Binding((cpu,), (mem,), MemPolicy.BIND) for cpu in cpu_nodes for mem in mem_nodes]
     spread = [Binding(tuple(cpu_nodes), tuple(mem_nodes), MemPolicy.INTERLEAVE)] if len(mem_nodes) > 1 else []
     named = {"local": local, "matrix": matrix, "all": [*matrix, *spread, Binding()]}
-    # Node lists hold commas too (c0,2m0): a label ends before the next c.
-    bindings = named.get(spec) or [Binding.parse(label.rstrip(",")) for label in _labels(spec)]
+    bindings = named[spec] if spec in named else [Binding.parse(label) for label in _labels(spec)]
+    if not bindings:
+        raise NodeUnavailable(
+            f"bindings {spec!r}: no node has both CPUs and memory that this process may use (CPUs on nodes "
+            f"{format_cpulist(cpu_nodes)}, memory on {format_cpulist(mem_nodes)}); try matrix, or name labels"
+        )
     for binding in bindings:
         binding.require(topology)
     return list(dict.fromkeys(bindings))
 
 
 def _labels(spec: str) -> list[str]:
-    labels = ["c" + part for part in spec.split("c") if part]
+    # Node lists hold commas too (c0,2m0): a label ends before the next c.
+    labels = ["c" + part.rstrip(",") for part in spec.split("c") if part]
     if not labels or not spec.startswith("c"):
         raise InvalidInput(f"bindings {spec!r}: expected local, matrix, all, or labels such as c0m0,c0m1")
     return labels
