@@ -48,7 +48,13 @@ def spread(rows: pd.DataFrame) -> Plot:
             label="expected by chance where all nodes are equal",
         )  # fmt: skip
     if not math.isnan(floor):
-        ax.axvspan(0, floor, color=BAND, zorder=0, label=f"noise floor: the A/A pair differs by up to {floor:.1f} %")
+        ax.axvspan(
+            0,
+            floor,
+            color=BAND,
+            zorder=0,
+            label=f"noise floor: nine tenths of the A/A pairs differ by less than {floor:.1f} %",
+        )
     _source_marks(ax, len(found) + 1)
     ax.set_yticks(places, names)
     ax.set_ylim(0.3, len(found) + 2.2)
@@ -85,7 +91,11 @@ _SOURCE_INK = "#a84300"
 
 def _spread_words(table: pd.DataFrame, floor: float) -> str:
     source = " and ".join(f"{100 * claim:.2f} % for {_SOURCE_NAMES[kind]}" for kind, claim in SOURCE_CLAIMS.items())
-    pair = "There is no A/A pair" if math.isnan(floor) else f"The A/A pair differs from itself by up to {floor:.1f} %"
+    pair = (
+        "There is no A/A pair"
+        if math.isnan(floor)
+        else f"In nine tenths of the cases the A/A pair differs by less than {floor:.1f} %"
+    )
     words = f"{pair}. Dashed lines mark what the source guide found on another machine: {source}."
     if table.empty:
         return f"There are no two local bindings to compare. {words}"

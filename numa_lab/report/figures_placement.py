@@ -248,6 +248,7 @@ def _pages_table(rows: pd.DataFrame) -> pd.DataFrame:
     frame = pd.DataFrame(found, columns=["binding", "tensor", "node", "pages"])
     order = {tensor: position for position, tensor in enumerate(dict.fromkeys(frame["tensor"]))}
     medians = frame.groupby(["binding", "tensor", "node"], as_index=False)["pages"].median()
+    medians["pages"] = medians["pages"].round().astype(int)
     return medians.sort_values(["binding", "tensor", "node"], key=lambda c: c.map(order) if c.name == "tensor" else c)
 
 

@@ -118,7 +118,8 @@ def noise_sentence(rows: pd.DataFrame, compared: Comparisons) -> str:
     floor = (
         "There is no A/A pair, so no difference can be claimed"
         if math.isnan(compared.noise_floor)
-        else f"One binding differs from itself by up to {_percent(compared.noise_floor)}, which is the noise floor"
+        else f"In nine tenths of the cases one binding differs from itself by less than {_percent(compared.noise_floor)}, "
+        "which is the noise floor"
     )
     runs = "too few to see a drift" if math.isnan(drift) else f"their lag-1 autocorrelation is {drift:.2f}"
     return f"{floor}; {len(order)} executions, {runs}. {' '.join(instability(rows)) or 'Nothing looks unstable.'}"
