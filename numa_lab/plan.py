@@ -193,8 +193,11 @@ def load_plan(run_dir: Path) -> Plan:
     stored = read_json(run_dir / PLAN)
     if not isinstance(stored, dict) or stored.get("schema_version") != SCHEMA_VERSION:
         raise RunDirectoryError(f"{run_dir / PLAN}: expected schema version {SCHEMA_VERSION}; start a new sweep")
-    executions = tuple(Planned(**planned) for planned in stored.pop("executions"))
-    return Plan(**stored | {"bindings": tuple(stored["bindings"]), "executions": executions})
+    try:
+        executions = tuple(Planned(**planned) for planned in stored["executions"])
+        return Plan(**stored | {"bindings": tuple(stored["bindings"]), "executions": executions})
+    except (KeyError, TypeError) as error:
+        raise RunDirectoryError(f"{run_dir / PLAN} is damaged ({error}): start a new sweep") from error
 
 
 def prepare(plan: Plan, run_dir: Path, topology: Topology) -> None:

@@ -208,7 +208,13 @@ def read_rows(path: Path) -> tuple[pd.DataFrame, str]:
 
 
 def load_machine(run_dir: str | os.PathLike[str]) -> dict[str, Any]:
-    """``machine.json`` of a run directory."""
+    """``machine.json`` of a run directory.
+
+    Raises
+    ------
+    RunDirectoryError
+        It is missing, damaged or of another schema version.
+    """
     facts = read_json(Path(run_dir) / MACHINE)
     if not isinstance(facts, dict) or facts.get("schema_version") != SCHEMA_VERSION:
         found = facts.get("schema_version") if isinstance(facts, dict) else type(facts).__name__
@@ -216,6 +222,8 @@ def load_machine(run_dir: str | os.PathLike[str]) -> dict[str, Any]:
             f"{Path(run_dir) / MACHINE} has schema version {found!r}, expected {SCHEMA_VERSION}: measure again, "
             "or read it with the numa_lab that wrote it"
         )
+    if missing := {"fingerprint", "identity", "topology"} - set(facts):
+        raise RunDirectoryError(f"{Path(run_dir) / MACHINE} is damaged, without {sorted(missing)}: measure again")
     return facts
 
 

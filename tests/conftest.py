@@ -144,6 +144,7 @@ def synthetic_run(tmp_path, synthetic_machine):
                 "profile": "quick", "bindings": sorted(set(rows["label"])), "notebook": "02_attention_under_binding.ipynb",
                 "notebook_sha256": "0" * 64, "parameters": {"profile": "quick"},
                 "command": "numa-lab sweep --profile quick", "executions": executions,
+                "estimated_seconds": 60,
             },
         )  # fmt: skip
         return run_dir

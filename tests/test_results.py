@@ -16,7 +16,12 @@ def row(**changed):
 def run_dir(tmp_path):
     results.write_json(
         tmp_path / "machine.json",
-        {"schema_version": results.SCHEMA_VERSION, "fingerprint": "here", "identity": {"model": "A", "nodes": "0"}},
+        {
+            "schema_version": results.SCHEMA_VERSION,
+            "fingerprint": "here",
+            "topology": {},
+            "identity": {"model": "A", "nodes": "0"},
+        },
     )
     results.write_rows(tmp_path / "executions" / "one.parquet", [row(execution_id="one", order=1)], "here")
     results.write_rows(tmp_path / "executions" / "two.parquet", [row(execution_id="two", order=0)], "here")
@@ -43,6 +48,7 @@ def test_a_row_without_a_column_is_refused(tmp_path):
     [
         (lambda d: (d / "machine.json").unlink(), RunDirectoryError, "has no machine.json"),
         (lambda d: (d / "machine.json").write_text("{"), RunDirectoryError, "damaged"),
+        (lambda d: (d / "machine.json").write_text('{"schema_version": 1}'), RunDirectoryError, "without.*identity"),
         (lambda d: (d / "machine.json").write_text('{"schema_version": 99}'), RunDirectoryError, "schema version 99"),
         (lambda d: [f.unlink() for f in d.glob("executions/*")], RunDirectoryError, "--resume"),
         (lambda d: (d / "executions/one.parquet").write_bytes(b"PAR1"), RunDirectoryError, r"one\.parquet"),

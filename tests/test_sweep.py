@@ -183,6 +183,15 @@ def test_ctrl_c_leaves_what_has_finished_usable_and_no_kernel_behind(tmp_path):
     assert len(results.load_run(run_dir)["execution_id"].unique()) >= 1
 
 
+def test_a_damaged_plan_is_said_to_be_damaged(tmp_path):
+    plan.prepare(planned_sweep(), tmp_path, read_topology())
+    stored = json.loads((tmp_path / "plan.json").read_text())
+    for damaged in (stored | {"executions": [{}]}, stored | {"unknown": 1}, {"schema_version": 1}, [], {}):
+        results.write_json(tmp_path / "plan.json", damaged)
+        with pytest.raises(RunDirectoryError, match="new sweep"):
+            plan.load_plan(tmp_path)
+
+
 def test_two_sweeps_do_not_measure_at_once():
     with sweep.alone(), pytest.raises(NumaLabError, match="another sweep"), sweep.alone():
         pass

@@ -12,6 +12,7 @@ import os
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from markupsafe import Markup, escape
 from pandas.api.types import is_numeric_dtype
 
 from numa_lab import stats
+from numa_lab.plan import load_plan
 from numa_lab.report import figures, guide, receipts, tables, verdicts
 from numa_lab.report.attachments import (
     MOST_URI_BYTES,
@@ -71,7 +73,7 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
 
 def render(run_dir: Path) -> str:
     """The page of a run, with as much of it as ``MOST_BYTES`` allow."""
-    rows, machine, plan = load_run(run_dir), load_machine(run_dir), read_json(run_dir / "plan.json")
+    rows, machine, plan = load_run(run_dir), load_machine(run_dir), asdict(load_plan(run_dir))
     compared, css = stats.compare(rows), (TEMPLATES / "report.css").read_text(encoding="utf-8")
     probes = read_json(run_dir / "probes.json") if (run_dir / "probes.json").exists() else None
     facts = _facts(run_dir, rows, machine, plan, compared) | {"css": Markup(css)}
