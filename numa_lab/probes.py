@@ -22,6 +22,7 @@ BUFFER_BYTES = 256 << 20  # and are at least so large
 CHASE_CACHE_MULTIPLE = 2  # a chase visits each line once, so that less suffices; its random cycle takes long to make
 CHASE_BYTES = 64 << 20
 MEMORY_SHARE = 0.5  # of a node's available memory that a buffer may take
+EMULATED_BYTES = 8 << 20  # of an emulated machine, whose caches are invented and whose times mean nothing
 MIN_CELL_SECONDS = 0.05
 
 Progress = Callable[[int, int, str], None]
@@ -95,7 +96,7 @@ def probe_nodes(topology: Topology, *, seconds: float = 10.0, progress: Progress
             notes.append(f"Memory of node {mem} was not measured: {error}.")
             done += len(cpu_nodes)
             continue
-        lines = max(CHASE_BYTES, CHASE_CACHE_MULTIPLE * topology.last_cache_bytes) // LINE_BYTES
+        lines = _beyond_caches(topology, CHASE_BYTES, CHASE_CACHE_MULTIPLE) // LINE_BYTES
         following = cycle_through(buffer[: lines * LINE_BYTES])
         for i, cpu in enumerate(cpu_nodes):
             share = next_cell(f"c{cpu}m{mem}")
@@ -127,13 +128,17 @@ def probe_nodes(topology: Topology, *, seconds: float = 10.0, progress: Progress
     )
 
 
+def _beyond_caches(topology: Topology, least: int, multiple: int) -> int:
+    return EMULATED_BYTES if topology.emulated else max(least, multiple * topology.last_cache_bytes)
+
+
 def _buffer(
     topology: Topology, node: int, cpus: Sequence[int], pages: dict[int, dict[int, int]], notes: list[str]
 ) -> torch.Tensor:
     """A buffer on the node, filled by a team on `cpus`; says where its pages lie, and where it is smaller than wanted."""
     page = memory.HUGE_PAGE_BYTES
     available = topology.node(node).available_bytes
-    wanted = -(-max(BUFFER_BYTES, CACHE_MULTIPLE * topology.last_cache_bytes) // page) * page
+    wanted = -(-_beyond_caches(topology, BUFFER_BYTES, CACHE_MULTIPLE) // page) * page
     size = min(wanted, int(MEMORY_SHARE * available) // page * page)
     if not size:
         raise NodeUnavailable(f"{available} bytes of it are available, too few to probe: free memory on it")

@@ -155,7 +155,9 @@ class Execution:
     def _pool_bytes(self) -> int:
         """Room for K and V: the largest case, and more than the caches hold where memory allows it."""
         largest = self.workload.largest_kv_bytes
-        wanted = max(largest, CACHE_MULTIPLE * self.topology.last_cache_bytes_of(self.cores))
+        # The caches of an emulated machine are invented, and filling much memory there takes minutes.
+        caches = 0 if self.topology.emulated else self.topology.last_cache_bytes_of(self.cores)
+        wanted = max(largest, CACHE_MULTIPLE * caches)
         nodes = self.effective.mem_nodes or self.topology.allowed_nodes
         free = sum(self.topology.node(node).available_bytes for node in nodes)
         if largest > free:
