@@ -5,6 +5,7 @@ The modules, from the machine up to the reader; each imports only from those abo
 - ``errors``: what goes wrong, in words
 - ``sysfs``, ``hardware``, ``topology``, ``libnuma``: the machine, and the kernel's NUMA calls
 - ``timing``, ``ratios``, ``stats``: the clock, and honest comparison
+- ``overview``: the machine in words
 - ``binding``, ``memory``, ``openmp``, ``results``: place threads and pages, see where they are, keep rows
 - ``receipt``, ``notebook``, ``reading``: proof of placement; one notebook in a process of its own; timed reads
 - ``probes``, ``doctor``, ``attention``: the limits of memory, what spoils them, what is computed

@@ -47,13 +47,14 @@ def _print_json(value: object) -> None:
 @click.option("--root", default="/", show_default=True, metavar="DIR", help="Read sysfs and procfs below this folder.")
 def topology(as_json: bool, root: str) -> None:
     """Nodes, CPUs, memory, distances, caches and GPUs, and what this process may use."""
+    from numa_lab.overview import overview
     from numa_lab.topology import read_topology
 
     found = read_topology(root)
     if as_json:
         _print_json(found.to_json())
     else:
-        click.echo(found.summary())
+        click.echo(overview(found))
 
 
 @main.command()

@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -193,40 +192,6 @@ class Topology:
             "hypervisor": self.hypervisor,
             "emulated": self.emulated,
         }
-
-    def summary(self) -> str:
-        """A few lines for a terminal."""
-        cores, kinds = {cpu.core for cpu in self.cpus}, Counter(cpu.kind for cpu in self.cpus if cpu.kind)
-        lines = [
-            f"{self.model_name or 'unknown processor'}: sockets {len(self.sockets) or 'not told'}, cores {len(cores)}, "
-            f"CPUs online {len(self.cpus)}{''.join(f', {n} {kind}' for kind, n in sorted(kinds.items()))}, "
-            f"last-level cache {f'{self.last_cache_bytes / 2**20:.0f} MiB' if self.last_cache_bytes else 'not told'}",
-            *([f"virtual machine ({self.hypervisor})"] if self.hypervisor else []),
-            *(["EMULATED: software runs these instructions, so times mean nothing here"] if self.emulated else []),
-            f"this process may use CPUs {format_cpulist(self.allowed_cpus)} "
-            f"and memory of nodes {format_cpulist(self.allowed_nodes)}",
-            "",
-            f"{'node':>4}  {'memory':>9}  {'free':>9}  {'usable':<14} CPUs",
-        ]
-        lines += [
-            f"{node.id:>4}  {node.memory_bytes / 2**30:>5.1f} GiB  {node.free_bytes / 2**30:>5.1f} GiB  "
-            f"{self._usable(node):<14} {format_cpulist(node.cpus) or 'none'}"
-            for node in self.nodes
-        ]
-        if self.distances and len(self.nodes) > 1:
-            lines += ["", "distances " + " ".join(f"{node:>4}" for node in self.node_ids)]
-            lines += [
-                f"{node:>9} " + " ".join(f"{value:>4}" for value in row)
-                for node, row in zip(self.node_ids, self.distances, strict=True)
-            ]
-        elif len(self.nodes) > 1:
-            lines += ["", "distances: not told"]
-        lines += [f"GPU {gpu.pci}: node {'not told' if gpu.node is None else gpu.node}" for gpu in self.gpus]
-        return "\n".join(lines)
-
-    def _usable(self, node: Node) -> str:
-        cpus, memory = bool(self.cpus_of([node.id])), node.id in self.allowed_nodes
-        return {(True, True): "yes", (True, False): "CPUs only", (False, True): "memory only"}.get((cpus, memory), "no")
 
 
 def read_topology(root: str | os.PathLike[str] = "/") -> Topology:

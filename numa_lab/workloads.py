@@ -18,7 +18,6 @@ class Profile:
     """How much is measured. Lengths are tokens; curves multiply `kv_len` or `batch` of the base case."""
 
     name: str
-    answers: str
     executions: int  # processes per binding
     case_seconds: float
     kv_len: int
@@ -33,10 +32,10 @@ _BOTH = ("bfloat16", "float32")
 PROFILES = {
     p.name: p
     for p in (
-        Profile("smoke", "does it work here", 1, 0.05, 256, 32, ("bfloat16",), (), (), "local"),
-        Profile("quick", "is there an effect", 5, 0.3, 4096, 256, _BOTH, (0.125, 0.5, 2), (2, 4), "matrix"),
-        Profile("standard", "how large is it", 8, 1.0, 4096, 512, _BOTH, (0.125, 0.25, 0.5, 2, 4), (2, 4, 8), "matrix"),
-        Profile("full", "and how does it scale", 10, 2.0, 8192, 1024, (*_BOTH, "float16"),
+        Profile("smoke", 1, 0.05, 256, 32, ("bfloat16",), (), (), "local"),
+        Profile("quick", 5, 0.3, 4096, 256, _BOTH, (0.125, 0.5, 2), (2, 4), "matrix"),
+        Profile("standard", 8, 1.0, 4096, 512, _BOTH, (0.125, 0.25, 0.5, 2, 4), (2, 4, 8), "matrix"),
+        Profile("full", 10, 2.0, 8192, 1024, (*_BOTH, "float16"),
                 (1 / 16, 1 / 8, 1 / 4, 1 / 2, 2, 4, 8), (2, 4, 8, 16), "all"),
     )
 }  # fmt: skip
@@ -113,7 +112,7 @@ def workload(profile: str, model: str, kv_len: int = 0, batch: int = 0, *, memor
         Tokens in the cache and sequences of the base case; 0 for the profile's kv_len and a batch of 1. The preset
         ``guide`` brings its own of both.
     memory_bytes
-        What K and V may take. Where it does not suffice the base case is scaled down, and ``message`` says so.
+        What the tensors of one call may take. Where it does not suffice the base case is scaled down, and ``message`` says so.
 
     Raises
     ------

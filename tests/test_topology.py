@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from numa_lab.errors import InvalidInput, NodeUnavailable
+from numa_lab.overview import overview
 from numa_lab.topology import format_cpulist, parse_cpulist, read_topology
 
 CAPTURED = Path(__file__).parent / "topologies"
@@ -112,7 +113,7 @@ def test_every_captured_machine_is_read_right_and_fast(captured, name):
     assert topology.physical_cores(online) == tuple(sorted(cores))
     assert all(topology.node_of_cpu(cpu) == node.id for node in topology.nodes for cpu in node.cpus)
     assert json.loads(json.dumps(found)) == found
-    assert topology.summary()
+    assert overview(topology)
     assert seconds < 2
 
 
@@ -203,7 +204,7 @@ def test_a_distance_matrix_that_does_not_fit_is_none(machine, row):
     topology = read_topology(machine({"sys/devices/system/node/node0/distance": row}))
     assert topology.distances is None
     assert topology.to_json()["distances"] is None
-    assert "distances: not told" in topology.summary()
+    assert "distances: not told" in overview(topology)
 
 
 def test_a_node_with_neither_its_memory_told_nor_the_machine_to_itself_has_none(machine):
@@ -265,8 +266,8 @@ def test_virtual_and_emulated_machines_are_told_apart(machine, files, hypervisor
     topology = read_topology(machine(files))
     assert topology.hypervisor == hypervisor or topology.hypervisor.startswith(hypervisor)
     assert topology.emulated is emulated
-    assert ("times mean nothing" in topology.summary()) is emulated
-    assert ("virtual machine" in topology.summary()) is bool(hypervisor)
+    assert ("times mean nothing" in overview(topology)) is emulated
+    assert ("virtual machine" in overview(topology)) is bool(hypervisor)
 
 
 def test_a_processor_without_a_name_is_called_by_its_machine_and_parts(captured):
