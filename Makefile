@@ -9,15 +9,16 @@ RUN_DIR := data/runs/$(RUN_ID)
 SWEEP_ARGS ?= --profile quick
 PYTEST_ARGS ?=
 LAB_ARGS ?=
+BENCH_ARGS ?=
 STRIP := --keep-id --extra-keys "metadata.papermill metadata.language_info cell.metadata.papermill"
 
 # papermill and JupyterLab find the kernel of .venv before any that the user has registered.
 export JUPYTER_PREFER_ENV_PATH := 1
 
-.PHONY: help setup report test lab figures lint format clean constraints numactl chromium
+.PHONY: help setup report test lab figures bench-enter lint format clean constraints numactl chromium
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo "Settings: PYTHON=python3.12  SWEEP_ARGS='--profile quick'  PYTEST_ARGS='-k topology'  LAB_ARGS=--port=8890"
 
 setup: numactl .venv/installed ## make .venv and install numa_lab with the tested versions
@@ -39,6 +40,9 @@ figures: setup ## draw the README's figure anew from data/sample
 	@mkdir -p figures
 	$(BIN)/python -c "from pathlib import Path; from numa_lab import load_run; from numa_lab.report import figures; \
 	  Path('figures/readme-limit-share.png').write_bytes(figures.limit_share(load_run('data/sample')).png())"
+
+bench-enter: setup ## what it costs to enter and leave the helper, beside torch's own call
+	@$(BIN)/python bench/enter.py $(BENCH_ARGS)
 
 lint: setup ## check style, types, imports between modules, and that notebooks hold no output
 	$(BIN)/ruff check

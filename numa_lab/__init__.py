@@ -6,10 +6,13 @@ The modules, from the machine up to the reader; each imports only from those abo
 - ``sysfs``, ``hardware``, ``topology``, ``libnuma``: the machine, and the kernel's NUMA calls
 - ``timing``, ``ratios``, ``stats``: the clock, and honest comparison
 - ``overview``: the machine in words
-- ``binding``, ``memory``, ``openmp``, ``results``: place threads and pages, see where they are, keep rows
-- ``receipt``, ``notebook``, ``reading``: proof of placement; one notebook in a process of its own; timed reads
+- ``openmp``, ``thread_state``: torch's own threads, and their masks and policies
+- ``binding``, ``memory``, ``gpus``, ``results``: place threads and pages, see where they are, keep rows
+- ``receipt``, ``team``, ``notebook``, ``reading``: proof of placement; a team on its place; one notebook in a process
+  of its own; timed reads
 - ``probes``, ``doctor``, ``attention``: the limits of memory, what spoils them, what is computed
-- ``workloads``, ``plan``: which cases an execution measures, and which executions a sweep runs
+- ``workloads``, ``sampling``, ``optimal_node``: which cases are measured, one case with its receipt, and which node is best
+- ``plan``, ``optimized``, ``pool``: which executions a sweep runs; attention on one node, and on all of them
 - ``run``, ``sweep``, ``report``: one execution, all executions of a plan, what is told of them
 - ``cli``: the commands
 

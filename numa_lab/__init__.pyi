@@ -3,6 +3,12 @@ from .attention.shapes import AttentionShape as AttentionShape
 from .binding import Binding as Binding
 from .binding import MemPolicy as MemPolicy
 from .errors import NumaLabError as NumaLabError
+from .optimal_node import bind_to_numa_node as bind_to_numa_node
+from .optimal_node import get_optimal_numa_node as get_optimal_numa_node
+from .optimal_node import rank_nodes as rank_nodes
+from .optimized import NUMAOptimizedGQA as NUMAOptimizedGQA
+from .optimized import scaled_dot_product_attention_gqa as scaled_dot_product_attention_gqa
+from .pool import NUMAThreadPool as NUMAThreadPool
 from .receipt import Receipt as Receipt
 from .results import load_run as load_run
 from .results import load_runs as load_runs
@@ -13,11 +19,17 @@ __all__ = [
     "AttentionShape",
     "Binding",
     "MemPolicy",
+    "NUMAOptimizedGQA",
+    "NUMAThreadPool",
     "NumaLabError",
     "Receipt",
     "Topology",
+    "bind_to_numa_node",
+    "get_optimal_numa_node",
     "gqa_attention",
     "load_run",
     "load_runs",
+    "rank_nodes",
     "read_topology",
+    "scaled_dot_product_attention_gqa",
 ]

@@ -23,13 +23,20 @@ MPOL_DEFAULT, MPOL_PREFERRED, MPOL_BIND, MPOL_INTERLEAVE, MPOL_LOCAL, MPOL_PREFE
 MPOL_MODE_FLAGS = 0xE000  # static, relative and numa_balancing flags, which the kernel returns or-ed to the mode
 MPOL_MF_MOVE = 1 << 1
 
-_MAX_NODES = 1024  # the largest CONFIG_NODES_SHIFT of a distribution kernel; the kernel wants room for all of its nodes
+MAX_NODES = 1024  # the largest CONFIG_NODES_SHIFT of a distribution kernel; the kernel wants room for all of its nodes
 _LONG_BITS = 8 * ctypes.sizeof(ctypes.c_ulong)
-_Mask = ctypes.c_ulong * (_MAX_NODES // _LONG_BITS)
+_Mask = ctypes.c_ulong * (MAX_NODES // _LONG_BITS)
 
 
 @cache
-def _library() -> ctypes.CDLL:
+def library() -> ctypes.CDLL:
+    """libnuma itself.
+
+    Raises
+    ------
+    MissingDependency
+        It is not installed; the message holds the line to type.
+    """
     try:
         library = ctypes.CDLL("libnuma.so.1", use_errno=True)
     except OSError as error:
@@ -50,7 +57,7 @@ def _library() -> ctypes.CDLL:
 def available() -> bool:
     """Whether libnuma.so.1 can be loaded."""
     try:
-        _library()
+        library()
     except MissingDependency:
         return False
     return True
@@ -73,8 +80,8 @@ def _check(status: int, call: str, what: str) -> None:
 def _mask(nodes: Iterable[int]) -> ctypes.Array[ctypes.c_ulong]:
     mask = _Mask()
     for node in nodes:
-        if not 0 <= node < _MAX_NODES:
-            raise ValueError(f"node {node}: Linux numbers nodes from 0 to {_MAX_NODES - 1}")
+        if not 0 <= node < MAX_NODES:
+            raise ValueError(f"node {node}: Linux numbers nodes from 0 to {MAX_NODES - 1}")
         mask[node // _LONG_BITS] |= 1 << node % _LONG_BITS
     return mask
 
@@ -100,7 +107,7 @@ def set_mempolicy(mode: int, nodes: Iterable[int] = ()) -> None:
     nodes = frozenset(nodes)
     # The kernel reads one bit less than it is told (an old off-by-one that it keeps for compatibility).
     _check(
-        _library().set_mempolicy(mode, _mask(nodes), _MAX_NODES + 1),
+        library().set_mempolicy(mode, _mask(nodes), MAX_NODES + 1),
         "set_mempolicy",
         f"mode {mode}, nodes {set(nodes)}",
     )
@@ -109,9 +116,7 @@ def set_mempolicy(mode: int, nodes: Iterable[int] = ()) -> None:
 def get_mempolicy() -> tuple[int, frozenset[int]]:
     """Mode (without its flags) and nodes of the calling thread's memory policy, as the kernel granted them."""
     mode, mask = ctypes.c_int(), _Mask()
-    _check(
-        _library().get_mempolicy(ctypes.byref(mode), mask, _MAX_NODES + 1, None, 0), "get_mempolicy", "calling thread"
-    )
+    _check(library().get_mempolicy(ctypes.byref(mode), mask, MAX_NODES + 1, None, 0), "get_mempolicy", "calling thread")
     return mode.value & ~MPOL_MODE_FLAGS, _nodes(mask)
 
 
@@ -120,7 +125,7 @@ def mbind(address: int, nbytes: int, mode: int, nodes: Iterable[int], *, move: b
     nodes = frozenset(nodes)
     flags = MPOL_MF_MOVE if move else 0
     _check(
-        _library().mbind(address, nbytes, mode, _mask(nodes), _MAX_NODES + 1, flags),
+        library().mbind(address, nbytes, mode, _mask(nodes), MAX_NODES + 1, flags),
         "mbind",
         f"mode {mode}, nodes {set(nodes)}",
     )
@@ -134,7 +139,7 @@ def page_status(addresses: NDArray[np.uint64]) -> NDArray[np.int32]:
     addresses = np.ascontiguousarray(addresses, np.uint64)
     status = np.empty(len(addresses), np.int32)
     _check(
-        _library().move_pages(0, len(addresses), addresses.ctypes.data, None, status.ctypes.data, 0),
+        library().move_pages(0, len(addresses), addresses.ctypes.data, None, status.ctypes.data, 0),
         "move_pages",
         f"{len(addresses)} pages",
     )

@@ -27,6 +27,7 @@ from numa_lab.topology import read_topology
 
 PAGE_BYTES = mmap.PAGESIZE
 HUGE_PAGE_BYTES = 2 << 20  # what transparent huge pages have on x86-64 and on arm64 with 4 KiB pages
+HOME_SAMPLE = 64  # pages that `home` looks at, about
 UNTOUCHED = -1  # the key under which `locate` counts pages that do not exist yet
 
 
@@ -119,6 +120,22 @@ def locate(tensor: torch.Tensor) -> dict[int, int]:
     status = libnuma.page_status(np.arange(start, last, PAGE_BYTES, dtype=np.uint64))
     nodes, counts = np.unique(np.maximum(status, UNTOUCHED), return_counts=True)
     return {int(node): int(count) for node, count in zip(nodes, counts, strict=True)}
+
+
+def home(tensor: torch.Tensor) -> int | None:
+    """The node on which most of a tensor lies; None where nothing of it has been touched.
+
+    By a sample of its pages, so that it is quick for a large one (see ``locate`` for all of them).
+    """
+    if locator() == "numa_maps":
+        found = locate(tensor)
+    else:
+        first, last = _span(tensor)
+        pages = np.arange(first // PAGE_BYTES, -(-last // PAGE_BYTES), dtype=np.uint64)
+        status = libnuma.page_status(pages[:: max(1, len(pages) // HOME_SAMPLE)] * np.uint64(PAGE_BYTES))
+        found = Counter(status.tolist())
+    touched = {node: count for node, count in found.items() if node >= 0}
+    return max(touched, key=touched.__getitem__) if touched else None
 
 
 @cache

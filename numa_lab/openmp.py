@@ -1,12 +1,11 @@
-"""torch's own OpenMP team: see its threads, pin them, run a compiled function on them.
+"""torch's own OpenMP team: see its threads, run a function on them, set how many there are.
 
 torch computes on one team of threads per calling Python thread. They keep the mask that they were born with, so binding
 the Python thread alone leaves the computing threads where they were. ``GOMP_parallel`` of the very library that torch
 loaded reaches that same team (seen with libgomp; LLVM's libomp and Intel's libiomp5 export the same entry). A second
 OpenMP runtime on the same cores would cost up to half of the speed.
 
-Limits: Linux, and a torch built with OpenMP. Where its library can't be found, ``runtime()`` is None, ``pinned_team``
-binds the calling thread alone and says so in a warning.
+Limits: Linux, and a torch built with OpenMP. Where its library can't be found, ``runtime()`` is None.
 """
 
 from __future__ import annotations
@@ -14,9 +13,7 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -147,38 +144,47 @@ def team(threads: int | None = None) -> list[TeamThread]:
     return run_on_each(look, threads or torch.get_num_threads())
 
 
-@contextmanager
-def pinned_team(cpus: Sequence[int]) -> Iterator[list[TeamThread]]:
-    """Compute with one thread on each of `cpus`, in that order; masks and thread count come back on exit.
+def threads() -> int:
+    """How many threads torch computes with for the calling thread."""
+    return torch.get_num_threads()
 
-    Yields the team as it is pinned. It is the calling thread's team alone; torch's other threads are not touched.
+
+def set_threads(count: int) -> int:
+    """Compute with so many threads for the calling thread; the count before.
+
+    ``torch.set_num_threads`` also sets the default of threads that are started later, so that two threads which each set
+    and give back a count would leave the other's behind. OpenMP and MKL are therefore told directly.
     """
-    threads_before = torch.get_num_threads()
-    own_mask = os.sched_getaffinity(0)
-    torch.set_num_threads(len(cpus))
-    if runtime() is None:
-        warnings.warn(
-            "torch's OpenMP library was not found: only the calling thread is bound, and threads that torch starts "
-            "from now on; those that exist keep their CPUs",
-            stacklevel=3,
-        )
-        before = []
-    else:
-        before = team(len(cpus))  # makes the team grow while its leader may still use all CPUs: threads inherit masks
+    before = torch.get_num_threads()
+    if before == count:
+        return before
+    found = runtime()
+    if found is None:
+        torch.set_num_threads(count)
+        return before
+    found.library.omp_set_num_threads(count)
+    if mkl := _mkl_set_threads():
+        mkl(count)
+    return before
 
-    def pin(number: int) -> None:
-        os.sched_setaffinity(0, {cpus[number]})
 
-    try:
-        if before:
-            run_on_each(pin, len(cpus))
-            yield team(len(cpus))
-        else:
-            os.sched_setaffinity(0, set(cpus))
-            yield []
-    finally:
-        for thread in before:
-            if os.path.exists(f"/proc/self/task/{thread.tid}"):  # a team that was made smaller has ended its last ones
-                os.sched_setaffinity(thread.tid, thread.cpus)
-        os.sched_setaffinity(0, own_mask)
-        torch.set_num_threads(threads_before)
+@cache
+def _mkl_set_threads() -> Callable[[int], int] | None:
+    """MKL's own thread count for the calling thread, None where torch has no MKL."""
+    function = getattr(ctypes.CDLL(torch._C.__file__), "MKL_Set_Num_Threads_Local", None)
+    if function is not None:
+        function.argtypes, function.restype = [ctypes.c_int], ctypes.c_int
+    return function
+
+
+def _end_team() -> None:
+    """End the forking thread's team; its next parallel region starts a new one."""
+    found = runtime()
+    if found is not None and hasattr(found.library, "omp_pause_resource_all"):
+        found.library.omp_pause_resource_all(_PAUSE_HARD)
+
+
+_PAUSE_HARD = 2  # omp_pause_hard
+# A fork copies the calling thread alone. libgomp does not know, and the child's first parallel region would wait for
+# ever for workers that only the parent has.
+os.register_at_fork(before=_end_team)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from numa_lab import memory, openmp
+from numa_lab import memory, openmp, team
 from numa_lab.errors import NodeUnavailable, NumaLabError
 from numa_lab.reading import LINE_BYTES, LINE_WORDS, cycle_through, read_bandwidth, read_latency
 from numa_lab.sysfs import format_cpulist
@@ -102,7 +102,7 @@ def probe_nodes(topology: Topology, *, seconds: float = 10.0, progress: Progress
             share = next_cell(f"c{cpu}m{mem}")
             # Each CPU node chases through lines of its own, which no other has brought into its caches.
             start_line = len(following) // LINE_WORDS * i // len(cpu_nodes)
-            with openmp.pinned_team(cores[cpu]):
+            with team.pinned_team(cores[cpu]):
                 bandwidth[cpu, mem] = read_bandwidth(buffer, len(cores[cpu]), seconds=0.8 * share)
                 latency[cpu, mem] = 1e9 * read_latency(following, start_line=start_line)
             done += 1
@@ -142,7 +142,7 @@ def _buffer(
     size = min(wanted, int(MEMORY_SHARE * available) // page * page)
     if not size:
         raise NodeUnavailable(f"{available} bytes of it are available, too few to probe: free memory on it")
-    with openmp.pinned_team(cpus):
+    with team.pinned_team(cpus):
         buffer = memory.empty((size,), torch.uint8, node)
         buffer.fill_(1)
     pages[node] = memory.locate(buffer)
@@ -165,7 +165,7 @@ def _all_at_once(topology: Topology, nodes: Sequence[int], cores: Mapping[int, S
     def lead(node: int) -> None:
         try:
             buffer = _buffer(topology, node, cores[node], {}, [])  # what it has to say was said when it read alone
-            with openmp.pinned_team(cores[node]):
+            with team.pinned_team(cores[node]):
                 start.wait()
                 rates[node] = read_bandwidth(buffer, len(cores[node]), seconds=seconds)
         except Exception as error:
@@ -177,9 +177,6 @@ def _all_at_once(topology: Topology, nodes: Sequence[int], cores: Mapping[int, S
         leader.start()
     for leader in leaders:
         leader.join()
-    # Setting a thread count also sets the default of threads started later, and leaders that overlap give back each
-    # other's: it becomes the caller's again.
-    torch.set_num_threads(torch.get_num_threads())
     if errors:
         raise errors[0]
     return sum(rates.values())

@@ -112,7 +112,7 @@ def _require_readable(tensor: torch.Tensor, threads: int) -> None:
 def read_bandwidth(tensor: torch.Tensor, threads: int, *, seconds: float = 0.2) -> float:
     """Bytes per second at which the calling thread's team reads a tensor: the median of at least three passes over it.
 
-    Pin the team first (``openmp.pinned_team``), and take a tensor several times larger than the caches. Where torch's
+    Pin the team first (``team.pinned_team``), and take a tensor several times larger than the caches. Where torch's
     OpenMP library is not found, torch's own sum is timed instead, and a warning says so.
 
     Raises

@@ -44,7 +44,7 @@ class ThreadWatch:
     def look(self) -> None:
         """Note the CPU that each thread was last on."""
         for tid in _thread_ids():
-            cpu = _last_cpu(tid)
+            cpu = last_cpu(tid)
             if cpu is not None:
                 self._seen.setdefault(tid, set()).add(cpu)
 
@@ -66,15 +66,20 @@ def _thread_ids() -> list[int]:
     return [int(tid) for tid in os.listdir("/proc/self/task")]
 
 
-def _run_nanoseconds(tid: int) -> int:
-    """Time that the thread has spent on a CPU; 0 for a thread that has ended."""
+def schedstat(tid: int) -> tuple[int, int]:
+    """Nanoseconds that a thread of this process has run, and has waited for a CPU that others had; 0 where it has ended."""
     try:
-        return int(Path(f"/proc/self/task/{tid}/schedstat").read_text().split()[0])
+        ran, waited, _ = Path(f"/proc/self/task/{tid}/schedstat").read_text().split()
     except (FileNotFoundError, ProcessLookupError):
-        return 0
+        return 0, 0
+    return int(ran), int(waited)
 
 
-def _last_cpu(tid: int) -> int | None:
+def _run_nanoseconds(tid: int) -> int:
+    return schedstat(tid)[0]
+
+
+def last_cpu(tid: int) -> int | None:
     """The CPU that the thread was last on (field 39 of proc(5)'s stat), None for a thread that has ended."""
     try:
         stat = Path(f"/proc/self/task/{tid}/stat").read_text()

@@ -15,29 +15,25 @@ from typing import Any
 import pandas as pd
 import torch
 
-from numa_lab import memory, openmp, timing
+from numa_lab import memory, openmp, team
 from numa_lab.attention import gqa
 from numa_lab.attention.reference import attention as reference
-from numa_lab.attention.shapes import AttentionShape
 from numa_lab.binding import Binding, effective
 from numa_lab.errors import InvalidInput, NodeUnavailable, UntrustedResult
 from numa_lab.reading import read_bandwidth
-from numa_lab.receipt import Receipt, ThreadWatch, contradictions
+from numa_lab.receipt import contradictions
 from numa_lab.results import machine_facts, write_rows
+from numa_lab.sampling import BY_HAND, KVPool, noise, pool_bytes, sample_case
 from numa_lab.sysfs import format_cpulist
-from numa_lab.topology import Topology, read_topology
-from numa_lab.workloads import MEMORY_SHARE, Case, Workload, usable_bytes, workload
+from numa_lab.topology import Topology, read_topology, spread
+from numa_lab.workloads import MEMORY_SHARE, Workload, usable_bytes, workload
 
-CACHE_MULTIPLE = 4  # K and V of so many layers as exceed the last cache this much: a model reads one after another
 LIMIT_SECONDS = 0.2
 TOLERANCE = {
     "float32": 1e-5,
     "bfloat16": 2e-2,
     "float16": 2e-3,
 }  # of outputs of size about 1: a few units in the last place
-
-_BY_HAND = {"run_id": "by-hand", "execution_id": "by-hand", "block": 0, "order": 0}
-_SIZES = ("batch", "q_heads", "kv_heads", "q_len", "kv_len", "head_dim", "dtype")
 
 
 def start(
@@ -69,7 +65,7 @@ def start(
     if backend not in ("auto", *gqa.BACKENDS):
         raise InvalidInput(f"backend {backend!r}: expected auto or one of {', '.join(gqa.BACKENDS)}")
     identity = dict(execution or {})
-    unknown = set(identity) - {*_BY_HAND, "label", "binding", "result"}
+    unknown = set(identity) - {*BY_HAND, "label", "binding", "result"}
     if unknown:
         raise InvalidInput(f"execution={identity}: unknown {sorted(unknown)}; leave it empty outside a sweep")
     topology = read_topology()
@@ -126,15 +122,24 @@ class Execution:
             The memory nodes have too little free memory.
         """
         cases = self.workload.cases(len(self.cores))
-        pool = _Pool(self._pool_bytes())
+        pool = KVPool(self._pool_bytes())
         rows: list[dict[str, object]] = []
         for threads in sorted({case.threads for case in cases}):
-            cpus = [self.cores[i * len(self.cores) // threads] for i in range(threads)]  # spread over the caches
-            with openmp.pinned_team(cpus):
+            with team.pinned_team(spread(self.cores, threads)):
                 limit = read_bandwidth(pool.block, threads, seconds=LIMIT_SECONDS)
                 for case in cases:
                     if case.threads == threads:
-                        rows += self._measure(case, pool, limit)
+                        rows += sample_case(
+                            case,
+                            pool,
+                            requested=self.requested,
+                            granted=self.effective,
+                            topology=self.topology,
+                            backend=self.backend,
+                            seconds=self.workload.profile.case_seconds,
+                            limit=limit,
+                            identity={**self.identity, "label": self.label},
+                        )
         return pd.DataFrame(rows)
 
     def finish(self, rows: pd.DataFrame) -> str:
@@ -155,9 +160,7 @@ class Execution:
     def _pool_bytes(self) -> int:
         """Room for K and V: the largest case, and more than the caches hold where memory allows it."""
         largest = self.workload.largest_kv_bytes
-        # The caches of an emulated machine are invented, and filling much memory there takes minutes.
-        caches = 0 if self.topology.emulated else self.topology.last_cache_bytes_of(self.cores)
-        wanted = max(largest, CACHE_MULTIPLE * caches)
+        wanted = pool_bytes(self.topology, self.cores, largest)
         nodes = self.effective.mem_nodes or self.topology.allowed_nodes
         free = sum(self.topology.node(node).available_bytes for node in nodes)
         if largest > free:
@@ -168,100 +171,14 @@ class Execution:
             )
         return max(largest, min(wanted, int(MEMORY_SHARE * free)))
 
-    def _measure(self, case: Case, pool: _Pool, limit: float) -> list[dict[str, object]]:
-        shape = case.shape
-        layers, query = pool.layers(shape), _query(shape)
-        options: dict[str, Any] = {"is_causal": shape.phase == "prefill", "enable_gqa": shape.group > 1}
-        backend = gqa.choose_backend(query, *layers[0], **options, backend=self.backend)
-        output = query
-
-        def call(turn: int) -> None:
-            nonlocal output
-            key, value = layers[turn % len(layers)]
-            output = gqa.gqa_attention(query, key, value, **options, backend=backend)
-
-        def pages() -> dict[str, dict[int, int]]:
-            tensors = {"key": pool.keys, "value": pool.values, "query": query}
-            return {name: memory.locate(tensor) for name, tensor in tensors.items()}
-
-        before, watch = pages(), ThreadWatch()
-        taken = timing.measure(call, seconds=self.workload.profile.case_seconds, after_sample=watch.look)
-        threads, after = watch.threads(), pages() | {"output": memory.locate(output)}
-        receipt = Receipt(self.requested, self.effective, threads, before, after, _notes(taken))
-        shared: dict[str, object] = {
-            **{name: self.identity.get(name, default) for name, default in _BY_HAND.items()},
-            "label": self.label,
-            "cpu_nodes": format_cpulist(self.requested.cpu_nodes),
-            "mem_nodes": format_cpulist(self.requested.mem_nodes),
-            "policy": self.requested.policy.value,
-            "observed_cpus": format_cpulist(receipt.observed_cpus),
-            "local_page_share": receipt.page_share({self.topology.node_of_cpu(cpu) for cpu in self.cores}),
-            "attention": shape.kind,
-            "phase": shape.phase,
-            **{name: getattr(shape, name) for name in _SIZES},
-            "backend": backend,
-            "threads": case.threads,
-            "kv_bytes": shape.kv_bytes,
-            "flops": shape.flops,
-            "limit_bytes_per_s": limit,
-            **receipt.to_columns(),
-        }
-        samples = [taken.cold_seconds, *taken.samples]
-        return [{**shared, "sample": i, "cold": i == 0, "seconds": seconds} for i, seconds in enumerate(samples)]
-
-
-class _Pool:
-    """Memory for K and V of several layers, on pages of its own, touched under the policy of the calling thread.
-
-    Every case looks at the same pages: the noise of bfloat16 numbers is sensible data in each of the three dtypes.
-    """
-
-    def __init__(self, nbytes: int) -> None:
-        half = -(-nbytes // 2 // memory.HUGE_PAGE_BYTES) * memory.HUGE_PAGE_BYTES
-        self.block = memory.empty((2 * half,), torch.uint8)
-        self.keys, self.values = self.block[:half], self.block[half:]
-        noise = _noise(torch.bfloat16)
-        for part in self.block.view(torch.bfloat16).split(len(noise)):
-            part.copy_(noise[: len(part)])
-
-    def layers(self, shape: AttentionShape) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """As many K and V of this shape as fit."""
-        dtype, size = getattr(torch, shape.dtype), (shape.batch, shape.kv_heads, shape.kv_len, shape.head_dim)
-        nbytes = shape.kv_bytes // 2
-
-        def layer(half: torch.Tensor, index: int) -> torch.Tensor:
-            return half[index * nbytes : (index + 1) * nbytes].view(dtype).view(size)
-
-        return [(layer(self.keys, i), layer(self.values, i)) for i in range(len(self.keys) // nbytes)]
-
-
-def _noise(dtype: torch.dtype, elements: int = 1 << 20) -> torch.Tensor:
-    return torch.randn(elements, generator=torch.Generator().manual_seed(0)).to(dtype)
-
-
-def _query(shape: AttentionShape) -> torch.Tensor:
-    size = (shape.batch, shape.q_heads, shape.q_len, shape.head_dim)
-    query = memory.empty(size, getattr(torch, shape.dtype))
-    return query.copy_(_noise(query.dtype, query.numel()).view(size))
-
-
-def _notes(taken: timing.Timing) -> tuple[str, ...]:
-    """What the receipt could not see, or what makes the timing doubtful."""
-    doubts = {
-        "move_pages was refused: pages are those of whole mappings in numa_maps": memory.locator() != "move_pages",
-        "torch's OpenMP library was not found: its threads were not pinned one by one": openmp.runtime() is None,
-        "the warm-up did not settle": not taken.settled,
-    }
-    return tuple(doubt for doubt, holds in doubts.items() if holds)
-
 
 def _wrong_backends(rows: pd.DataFrame) -> list[str]:
     """A sentence for each kind of case whose backend is further from float64 than its dtype explains."""
     wrong = []
     kinds = rows[["backend", "phase", "dtype", "q_heads", "kv_heads", "head_dim"]].drop_duplicates()
     for backend, phase, dtype, q_heads, kv_heads, head_dim in kinds.itertuples(index=False):
-        query = _noise(getattr(torch, dtype), q_heads * 16 * head_dim).view(1, q_heads, 16, head_dim)
-        key, value = (_noise(query.dtype, 2 * kv_heads * 16 * head_dim).view(2, 1, kv_heads, 16, head_dim)).unbind()
+        query = noise(getattr(torch, dtype), q_heads * 16 * head_dim).view(1, q_heads, 16, head_dim)
+        key, value = (noise(query.dtype, 2 * kv_heads * 16 * head_dim).view(2, 1, kv_heads, 16, head_dim)).unbind()
         if phase == "decode":
             query = query[:, :, :1]
         options: dict[str, Any] = {"is_causal": phase == "prefill", "enable_gqa": kv_heads < q_heads}

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +21,7 @@ from numa_lab.errors import InvalidInput, NodeUnavailable
 from numa_lab.hardware import Cache, Cpu, Gpu, hypervisor, model_name, read_caches, read_cpus, read_gpus
 from numa_lab.sysfs import Tree, format_cpulist, parse_cpulist
 
-__all__ = ["Cache", "Cpu", "Gpu", "Node", "Topology", "format_cpulist", "parse_cpulist", "read_topology"]
+__all__ = ["Cache", "Cpu", "Gpu", "Node", "Topology", "format_cpulist", "parse_cpulist", "read_topology", "spread"]
 
 
 @dataclass(frozen=True)
@@ -118,6 +118,28 @@ class Topology:
             first.setdefault(self._cpu_by_id[cpu].core, cpu)
         return tuple(sorted(first.values()))
 
+    def cpus_for(self, nodes: Collection[int], threads: int | None = None) -> tuple[int, ...]:
+        """A CPU for each of `threads` threads on these nodes; as many as there are physical cores where None is given.
+
+        They are spread evenly, hence over the caches. Two threads share a core only where the cores don't suffice.
+
+        Raises
+        ------
+        InvalidInput
+            More threads than CPUs that may be used there, or none.
+        """
+        cpus = self.cpus_of(nodes)
+        cores = self.physical_cores(cpus)
+        threads = len(cores) if threads is None else threads
+        if not 1 <= threads <= len(cpus):
+            raise InvalidInput(
+                f"threads={threads}: expected 1 to {len(cpus)}, since this process may use {len(cpus)} CPUs "
+                f"({len(cores)} physical cores) of nodes {format_cpulist(nodes)}"
+            )
+        if threads > len(cores):
+            return (*cores, *(cpu for cpu in cpus if cpu not in cores))[:threads]
+        return spread(cores, threads)
+
     def last_cache_bytes_of(self, cpus: Iterable[int]) -> int:
         """Bytes of the last-level caches that these CPUs reach, all together; 0 where the kernel does not tell."""
         wanted = set(cpus)
@@ -135,6 +157,21 @@ class Topology:
         if self.distances is None:
             return None
         return self.distances[self.node_ids.index(one)][self.node_ids.index(other)]
+
+    def require_effective(self, node_id: int) -> None:
+        """Refuse a node whose CPUs and memory this process may not use.
+
+        Raises
+        ------
+        NodeUnavailable
+            The message names the nodes that serve.
+        """
+        self.node(node_id)
+        if node_id not in self.effective_nodes:
+            raise NodeUnavailable(
+                f"node {node_id} has no CPUs, or no memory, that this process may use; nodes with both: "
+                f"{format_cpulist(self.effective_nodes) or 'none'}"
+            )
 
     def nearest_cpu_node(self, node_id: int) -> int:
         """The node whose CPUs are nearest to this node's memory: itself where it has usable CPUs.
@@ -192,6 +229,11 @@ class Topology:
             "hypervisor": self.hypervisor,
             "emulated": self.emulated,
         }
+
+
+def spread(cpus: Sequence[int], count: int) -> tuple[int, ...]:
+    """So many of these CPUs, at even distances: spread over the caches."""
+    return tuple(cpus[i * len(cpus) // count] for i in range(count))
 
 
 def read_topology(root: str | os.PathLike[str] = "/") -> Topology:

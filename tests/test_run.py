@@ -53,12 +53,3 @@ def test_finish_refuses_a_contradiction_and_a_wrong_backend(measured, monkeypatc
 def test_a_parameter_that_makes_no_sense_is_named(changed, message):
     with pytest.raises(InvalidInput, match=message):
         run.start(**{"profile": "smoke", "preset": "llama-3-8b"} | changed)
-
-
-def test_k_and_v_of_the_layers_do_not_overlap_and_fill_the_pool():
-    pool = run._Pool(1 << 22)
-    shape = run.workload("smoke", "llama-3-8b", 64, memory_bytes=1 << 30).base
-    layers = pool.layers(shape)
-    starts = [(key.data_ptr(), value.data_ptr()) for key, value in layers]
-    assert len(set(starts)) == len(layers) == pool.keys.nbytes // (shape.kv_bytes // 2)
-    assert all(key.is_contiguous() and key.isfinite().all() for key, _ in layers)

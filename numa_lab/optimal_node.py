@@ -1,0 +1,322 @@
+"""Which node runs attention best: measured, with its certainty, and "tie" where it is one.
+
+Each node is visited several times, in random order within blocks: its team is placed, K and V lie in its memory, decode
+steps are timed, and a receipt is taken. One node is visited twice per block under two labels, and the spread of that pair
+is the noise floor that a difference has to clear.
+
+Limits: the visits are those of one process, so what differs between processes is not seen: `numa-lab sweep` is the
+stronger evidence. Other load is of the moment.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import random
+import threading
+import time
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import platformdirs
+import torch
+
+from numa_lab import libnuma, openmp, stats, team
+from numa_lab.attention.shapes import AttentionShape, preset
+from numa_lab.binding import Binding, MemPolicy, effective
+from numa_lab.errors import InvalidInput, NodeUnavailable, RunDirectoryError
+from numa_lab.receipt import contradictions, last_cpu, schedstat
+from numa_lab.results import read_json, write_json
+from numa_lab.sampling import KVPool, pool_bytes, sample_case
+from numa_lab.sysfs import format_cpulist
+from numa_lab.topology import Topology, read_topology
+from numa_lab.workloads import Case
+
+BLOCKS = 8
+NEW_MEMORY_BLOCKS = (
+    2  # after so many blocks K and V move to other pages: how pages lie in a node is chance, not the node
+)
+VISIT_SECONDS = 0.1
+DEFAULT_SHAPE = preset("llama-3-8b", kv_len=1024)
+BUSY_SHARE = 0.1  # of a visit's time that threads waited for their CPUs, from which on other load is named as a cause
+NEARLY_FULL = 0.1  # of a node's memory that is still available
+CACHE_VERSION = 1
+
+COLUMNS = ("median_seconds", "ratio", "low", "high", "tie_group", "cause", "visits", "receipt")
+
+
+@dataclass
+class Visits:
+    """What was measured: tidy rows, and for each node the shares of time that its threads waited for a CPU."""
+
+    rows: list[dict[str, object]] = field(default_factory=list)
+    waited: dict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
+    too_small: dict[int, str] = field(default_factory=dict)  # nodes without room, and the reason
+
+
+def rank_nodes(
+    shape: AttentionShape | str | None = None, *, seconds: float | None = None, refresh: bool = False
+) -> pd.DataFrame:
+    """Rank the effective nodes by the time of a decode step.
+
+    The ranking is kept in the user's cache folder for this machine and this set of allowed CPUs and nodes, unless other
+    load was seen. One node: nothing is measured.
+
+    Parameters
+    ----------
+    shape
+        What is computed: a shape, the name of a preset, or None for a decode step of llama-3-8b with 1024 tokens.
+    seconds
+        Time for all visits; about a second for each node by default.
+    refresh
+        Measure although a ranking is kept.
+
+    Returns
+    -------
+    DataFrame, the best node first; index `node`, and the columns
+
+    - `median_seconds`: of the visits' medians; NaN where nothing was measured
+    - `ratio`, `low`, `high`: time relative to the best node's, and its interval
+    - `tie_group`: 1 for the nodes that were not shown to be slower than the best by 2 % or more, 2 for the others
+    - `cause`: why a node may be slow, as far as it is seen: other load, memory nearly full, fewer cores
+    - `visits`: how many there were
+    - `receipt`: what contradicts the claim that threads and pages were there; empty where nothing does
+
+    and `attrs["noise_floor"]`.
+
+    Raises
+    ------
+    InvalidInput
+        An unknown preset, or no positive time.
+    NodeUnavailable
+        This process may use no node's CPUs and memory together.
+    """
+    chosen = DEFAULT_SHAPE if shape is None else preset(shape) if isinstance(shape, str) else shape
+    if seconds is not None and not seconds > 0:
+        raise InvalidInput(f"seconds={seconds}: expected a positive time for all visits, or None")
+    topology = read_topology()
+    nodes = topology.effective_nodes
+    if not nodes:
+        raise NodeUnavailable(
+            "no node has both CPUs and memory that this process may use: allowed are CPUs "
+            f"{format_cpulist(topology.allowed_cpus) or 'none'} and memory of nodes "
+            f"{format_cpulist(topology.allowed_nodes) or 'none'}"
+        )
+    if len(nodes) == 1:
+        return _rank(Visits(), topology)
+    path = _cache_path(topology, chosen)
+    if not refresh and (kept := _read(path, nodes)) is not None:
+        return kept
+    visit_seconds = VISIT_SECONDS if seconds is None else seconds / (BLOCKS * (len(nodes) + 1))
+    visits = _visit(topology, chosen, visit_seconds)
+    ranking = _rank(visits, topology)
+    if not ranking["cause"].str.contains("other load").any():
+        _keep(path, ranking)
+    return ranking
+
+
+def get_optimal_numa_node(shape: AttentionShape | str | None = None, *, refresh: bool = False) -> int:
+    """The node that runs attention best; see ``rank_nodes``, which says how sure that is.
+
+    Of nodes that tie it is the one on which the calling thread runs now, so that the processes of a machine don't all
+    gather on one; and the first of them where that one is slower.
+    """
+    ranking = rank_nodes(shape, refresh=refresh)
+    best = [int(node) for node in ranking.index[ranking["tie_group"] == 1]]
+    cpu = last_cpu(threading.get_native_id())
+    here = read_topology().node_of_cpu(cpu) if cpu is not None else None
+    return here if here in best else best[0]
+
+
+def bind_to_numa_node(node: int) -> Binding:
+    """Bind the calling thread, its OpenMP team and their new memory to a node, for good; what the kernel granted.
+
+    The policy is *preferred*: a bound process whose node is full gets killed. Threads of other teams stay where they are.
+    ``NUMAOptimizedGQA`` does the same for a while.
+
+    Raises
+    ------
+    NodeUnavailable
+        The node does not exist, or is not effective.
+    """
+    topology = read_topology()
+    topology.require_effective(node)
+    cpus = topology.cpus_for([node])
+    team.Placement(cpus, (libnuma.MPOL_PREFERRED, [node]), topology.cpus_of([node])).enter()
+    return effective(topology)
+
+
+def sentence(ranking: pd.DataFrame) -> str:
+    """What a ranking says, in words."""
+    best, slower = (ranking[ranking["tie_group"] == group] for group in (1, 2))
+    if len(ranking) == 1:
+        return f"One node, {ranking.index[0]}: nothing to compare."
+    tie = format_cpulist(best.index)
+    floor = ranking.attrs["noise_floor"]
+    if slower.empty:
+        return f"Nodes {tie} tie: no difference was shown above the noise floor of {floor:.1%}."
+    told = [f"Nodes {tie} tie for the best." if len(best) > 1 else f"Node {tie} is the best."]
+    for node, row in slower.iterrows():
+        why = f" ({row['cause']})" if row["cause"] else " (no cause was seen)"
+        by = f"slower by {row['low'] - 1:.0%} to {row['high'] - 1:.0%}" if math.isfinite(row["low"]) else "not usable"
+        told.append(f"Node {node} is {by}{why}.")
+    return " ".join(told)
+
+
+def _visit(topology: Topology, shape: AttentionShape, seconds: float) -> Visits:
+    """Visit every effective node once per block, in random order, and the first of them twice."""
+    visits = Visits()
+    cpus = {node: topology.cpus_for([node]) for node in topology.effective_nodes}
+    size = max(pool_bytes(topology, of, shape.kv_bytes) for of in cpus.values())
+    labels = {f"c{node}m{node}": node for node in cpus}
+    labels[next(iter(labels)) + stats.AA_SUFFIX] = next(iter(cpus))
+    order = random.Random(time.time_ns())
+    pools: dict[str, KVPool] = {}
+    for block in range(BLOCKS):
+        if block % NEW_MEMORY_BLOCKS == 0:
+            pools.clear()  # before new ones are taken
+            pools |= _pools(labels, cpus, size, visits)
+        for label in order.sample(list(pools), len(pools)):
+            node = labels[label]
+            binding = Binding((node,), (node,), MemPolicy.BIND)
+            with team.pinned_team(cpus[node], (libnuma.MPOL_BIND, [node])), _waiting(visits.waited[node]):
+                visits.rows += sample_case(
+                    Case(shape, len(cpus[node])),
+                    pools[label],
+                    requested=binding,
+                    granted=effective(topology),
+                    topology=topology,
+                    backend="auto",
+                    seconds=seconds,
+                    limit=math.nan,
+                    identity={"label": label, "execution_id": f"{block:04}-{label}", "block": block, "order": block},
+                )
+    return visits
+
+
+def _pools(
+    labels: Mapping[str, int], cpus: Mapping[int, Sequence[int]], size: int, visits: Visits
+) -> dict[str, KVPool]:
+    """Memory for K and V under each label: the pair of one node has two, so that its noise is also that of memory."""
+    pools = {}
+    for label, node in labels.items():
+        try:
+            with team.pinned_team(cpus[node]):
+                pools[label] = KVPool(size, node)
+        except NodeUnavailable as error:
+            visits.too_small[node] = str(error)
+    if not pools:
+        raise NodeUnavailable("no node has room for the tensors: " + "; ".join(visits.too_small.values()))
+    return pools
+
+
+@contextmanager
+def _waiting(shares: list[float]) -> Iterator[None]:
+    """Add the share of the time that the team's threads wait for a CPU while another thread has it."""
+    tids = [thread.tid for thread in openmp.team()] if openmp.runtime() else [threading.get_native_id()]
+    start, before = time.perf_counter_ns(), sum(schedstat(tid)[1] for tid in tids)
+    yield
+    waited = sum(schedstat(tid)[1] for tid in tids) - before
+    shares.append(waited / len(tids) / (time.perf_counter_ns() - start))
+
+
+def _rank(visits: Visits, topology: Topology) -> pd.DataFrame:
+    """Let ``numa_lab.stats`` decide, and add the causes that are seen."""
+    nodes = topology.effective_nodes
+    found = {node: _unmeasured(node, visits, topology) for node in nodes}
+    floor = math.nan
+    if visits.rows:
+        rows = pd.DataFrame(visits.rows)
+        # Nodes with fewer cores compute with fewer threads, or by another backend, and are compared all the same.
+        rows[["threads", "backend"]] = 0, "auto"
+        medians = stats.execution_medians(rows)
+        by_label = medians.groupby("label")["seconds"]
+        compared = stats.compare(rows)
+        floor = compared.noise_floor
+        seconds = {int(label[1:].partition("m")[0]): s for label, s in by_label.median().items() if "~" not in label}
+        best = min(seconds, key=seconds.__getitem__)
+        for node, median in seconds.items():
+            low, high, verdict = _against(compared, f"c{node}m{node}", f"c{best}m{best}")
+            slower = verdict == "slower" and low > 1 + stats.EQUIVALENCE_MARGIN
+            label_rows = rows[rows["label"] == f"c{node}m{node}"]
+            found[node] |= {
+                "median_seconds": median, "ratio": median / seconds[best], "low": low, "high": high,
+                "tie_group": 2 if slower else 1, "visits": int(by_label.size()[f"c{node}m{node}"]),
+                "receipt": " ".join(contradictions(label_rows, topology.node_cpus)),
+            }  # fmt: skip
+    elif len(nodes) == 1:
+        found[nodes[0]]["tie_group"] = 1
+    ranking = pd.DataFrame.from_dict(found, orient="index", columns=list(COLUMNS)).rename_axis("node")
+    ranking = ranking.sort_values(["tie_group", "median_seconds"], kind="stable")
+    ranking.attrs["noise_floor"] = floor
+    return ranking
+
+
+def _against(compared: stats.Comparisons, label: str, best: str) -> tuple[float, float, str]:
+    """Interval of the time of one label over that of the best, and the verdict on it."""
+    turned = {"faster": "slower", "slower": "faster"}
+    for one in compared.comparisons:
+        if (one.a, one.b) == (label, best):
+            return one.low, one.high, one.verdict
+        if (one.a, one.b) == (best, label):
+            return 1 / one.high, 1 / one.low, turned.get(one.verdict, one.verdict)
+    return 1.0, 1.0, "same"
+
+
+def _unmeasured(node: int, visits: Visits, topology: Topology) -> dict[str, Any]:
+    """The row of a node without times: its causes are known all the same."""
+    causes = []
+    shares = sorted(visits.waited.get(node, ()))
+    if shares and shares[len(shares) // 2] > BUSY_SHARE:
+        causes.append("other load")
+    memory = topology.node(node)
+    if node in visits.too_small or memory.available_bytes < NEARLY_FULL * memory.memory_bytes:
+        causes.append("memory nearly full")
+    cores = {other: len(topology.cpus_for([other])) for other in topology.effective_nodes}
+    if cores[node] < max(cores.values()):
+        causes.append("fewer cores")
+    nothing = dict.fromkeys(("median_seconds", "ratio", "low", "high"), math.nan)
+    return {**nothing, "tie_group": 2, "cause": "; ".join(causes), "visits": 0, "receipt": ""}
+
+
+def _cache_path(topology: Topology, shape: AttentionShape) -> Path:
+    seen = [
+        CACHE_VERSION, topology.fingerprint(), topology.allowed_cpus, topology.allowed_nodes, torch.__version__,
+        repr(shape),
+    ]  # fmt: skip
+    key = hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:16]
+    return platformdirs.user_cache_path("numa_lab") / f"ranking-{key}.json"
+
+
+def _read(path: Path, nodes: tuple[int, ...]) -> pd.DataFrame | None:
+    """A ranking that was kept; None where there is none, or none that can be read."""
+    if not path.exists():
+        return None
+    try:
+        kept: Mapping[str, Any] = read_json(path)
+        ranking = pd.DataFrame(kept["rows"]).set_index("node")
+        ranking[["median_seconds", "ratio", "low", "high"]] = ranking[
+            ["median_seconds", "ratio", "low", "high"]
+        ].astype(float)
+        if set(ranking.index) != set(nodes) or list(ranking) != list(COLUMNS):
+            return None
+        ranking.attrs["noise_floor"] = math.nan if kept["noise_floor"] is None else float(kept["noise_floor"])
+        return ranking
+    except (KeyError, TypeError, ValueError, RunDirectoryError, OSError):
+        return None  # it is only a copy of what can be measured again
+
+
+def _keep(path: Path, ranking: pd.DataFrame) -> None:
+    rows = json.loads(ranking.reset_index().to_json(orient="records"))  # NaN becomes null
+    floor = ranking.attrs["noise_floor"]
+    try:
+        write_json(path, {"noise_floor": floor if math.isfinite(floor) else None, "rows": rows})
+    except (OSError, RunDirectoryError) as error:
+        warnings.warn(f"the ranking of nodes could not be kept, and is measured again next time: {error}", stacklevel=3)

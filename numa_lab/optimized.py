@@ -1,0 +1,292 @@
+"""NUMAOptimizedGQA: attention on one node, with its threads and its memory there; the source guide's helper.
+
+Inside its ``with`` block the calling thread, the OpenMP workers that torch computes on, those that exist already
+included, and the memory that they touch first are on the node. Afterwards all is as it was.
+
+Limits: memory that was touched before stays where it is, and ``malloc`` may hand such memory out again: tensors that
+must lie on the node come from ``empty``, ``create_tensors`` or ``memory_pool``, and ``receipt`` tells where they lie.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from types import TracebackType
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+
+from numa_lab import gpus, libnuma, memory, openmp
+from numa_lab.attention.gqa import gqa_attention
+from numa_lab.binding import Binding, MemPolicy, effective
+from numa_lab.errors import InvalidInput
+from numa_lab.optimal_node import get_optimal_numa_node
+from numa_lab.receipt import Receipt, ThreadSeen, last_cpu
+from numa_lab.team import Before, Placement
+from numa_lab.topology import Topology, read_topology
+
+Shape = Sequence[int]
+
+
+class _Entered(threading.local):
+    """The placements that this thread is inside of, innermost last; None where one was entered again."""
+
+    def __init__(self) -> None:
+        self.stack: list[tuple[NUMAOptimizedGQA, Before | None]] = []
+
+
+_entered = _Entered()
+
+
+class _Own(threading.local):
+    """What one thread holds of a helper: its memory pool, and the tensors that its receipt speaks of."""
+
+    def __init__(self) -> None:
+        self.blocks: dict[str, Tensor] = {}
+        self.seen: dict[str, weakref.ref[Tensor]] = {}
+
+
+class NUMAOptimizedGQA:
+    """Place threads and memory of attention on one NUMA node.
+
+    One object can be entered again inside itself, inside others, and by several threads at once; each thread that
+    enters it has its own OpenMP team there. Entering and leaving costs some tens of microseconds where the thread
+    computes with as many threads outside as inside (see ``numa_lab.team``).
+
+    The memory policy inside is *preferred*: a bound process whose node is full gets killed. ``empty`` and its kin bind,
+    after they have looked whether there is room.
+
+    Parameters
+    ----------
+    numa_node
+        The node. It wins over `near_gpu` and `auto_detect`.
+    auto_detect
+        Take the node that ``get_optimal_numa_node`` finds; the first time on a machine that takes some seconds.
+    threads
+        Computing threads; one for each physical core of the node where None is given.
+    near_gpu
+        Take the node next to this GPU: its number as CUDA counts them, or its PCI address. It wins over `auto_detect`.
+
+    Raises
+    ------
+    NodeUnavailable
+        The node does not exist, or its CPUs or memory may not be used; the message names those that may.
+    InvalidInput
+        No node is named and none may be detected, there is no such GPU, or the node has fewer CPUs than `threads`.
+
+    Examples
+    --------
+    >>> numa_gqa = NUMAOptimizedGQA(numa_node=0)
+    >>> with numa_gqa:
+    ...     query, key, value = numa_gqa.create_tensors([(1, 32, 1, 128), (1, 8, 64, 128), (1, 8, 64, 128)])
+    ...     output = numa_gqa.compute(query, key, value)
+    """
+
+    def __init__(
+        self,
+        numa_node: int | None = None,
+        auto_detect: bool = True,
+        *,
+        threads: int | None = None,
+        near_gpu: int | str | None = None,
+    ) -> None:
+        # Inside a helper the thread's mask is that of one node; what it may use is what the outermost one saw.
+        topology = _entered.stack[0][0]._topology if _entered.stack else read_topology()
+        if numa_node is not None:
+            node = numa_node
+        elif near_gpu is not None:
+            node = gpus.nearest_node(topology, near_gpu)
+        elif auto_detect:
+            node = get_optimal_numa_node()
+        else:
+            raise InvalidInput("numa_node=None with auto_detect=False: name a node, or leave auto_detect=True")
+        topology.require_effective(node)
+        self.node = node
+        self.cpus = topology.cpus_for([node], threads)
+        self._topology: Topology = topology
+        self._placement = Placement(self.cpus, (libnuma.MPOL_PREFERRED, [node]), topology.cpus_of([node]))
+        self._own = _Own()
+
+    def __repr__(self) -> str:
+        return f"NUMAOptimizedGQA(numa_node={self.node}, threads={self.threads})"
+
+    @property
+    def threads(self) -> int:
+        """How many threads compute inside, the calling one included."""
+        return len(self.cpus)
+
+    def __enter__(self) -> NUMAOptimizedGQA:
+        stack = _entered.stack
+        again = bool(stack) and stack[-1][0] is self
+        stack.append((self, None if again else self._placement.enter()))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        _, before = _entered.stack.pop()
+        if before is not None:
+            self._placement.leave(before)
+
+    def compute(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        """Attention on the node, entered for the call where the caller is outside.
+
+        Parameters
+        ----------
+        query, key, value
+            ``[batch, q_heads, q_len, head_dim]`` and twice ``[batch, kv_heads, kv_len, head_dim]``. They are read where
+            they lie: memory of another node is read over the link.
+        **options
+            As ``scaled_dot_product_attention_gqa``: attn_mask, dropout_p, enable_gqa, is_causal, output_tensor, scale.
+
+        Returns
+        -------
+        Tensor
+            ``[batch, q_heads, q_len, head_dim]``.
+        """
+        with self:
+            output = scaled_dot_product_attention_gqa(query, key, value, **options)
+        self._remember(query=query, key=key, value=value, output=output)
+        return output
+
+    def empty(self, shape: Shape, dtype: torch.dtype | None = None) -> Tensor:
+        """A tensor of zeros on pages of its own, bound to the node and huge where the kernel grants it.
+
+        The pages come when they are first written; `dtype` is torch's default where None is given.
+
+        Raises
+        ------
+        NodeUnavailable
+            The node has too little free memory.
+        """
+        return memory.empty(shape, dtype or torch.get_default_dtype(), self.node)
+
+    @overload
+    def create_tensors(self, shapes: Mapping[str, Shape], dtype: torch.dtype | None = None) -> dict[str, Tensor]: ...
+    @overload
+    def create_tensors(self, shapes: Sequence[Shape], dtype: torch.dtype | None = None) -> list[Tensor]: ...
+    def create_tensors(
+        self, shapes: Mapping[str, Shape] | Sequence[Shape], dtype: torch.dtype | None = None
+    ) -> dict[str, Tensor] | list[Tensor]:
+        """Tensors on the node, filled with standard normal numbers: a dict for named shapes, else a list.
+
+        Raises
+        ------
+        NodeUnavailable
+            The node has too little free memory.
+        """
+        if isinstance(shapes, Mapping):
+            named = {name: self._normal(shape, dtype) for name, shape in shapes.items()}
+            self._remember(**named)
+            return named
+        return [self._normal(shape, dtype) for shape in shapes]
+
+    create_tensors_on_numa = create_tensors  # its name in the source guide
+
+    def memory_pool(self, shapes: Mapping[str, Shape], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """Named tensors in memory of the node that is touched already, and handed out again for the same name.
+
+        A name whose memory is too small for its new shape gets new memory. Contents are what was left there: a tensor
+        that was handed out before shares its memory with its successor. Each thread has its own pool.
+
+        Raises
+        ------
+        NodeUnavailable
+            The node has too little free memory.
+        """
+        dtype = dtype or torch.get_default_dtype()
+        pool = {}
+        for name, shape in shapes.items():
+            nbytes = math.prod(shape) * dtype.itemsize
+            block = self._own.blocks.get(name)
+            if block is None or block.nbytes < nbytes:
+                with self:
+                    block = self._own.blocks[name] = memory.empty((nbytes,), torch.uint8, self.node).zero_()
+            pool[name] = block[:nbytes].view(dtype).view(tuple(shape))
+        self._remember(**pool)
+        return pool
+
+    def receipt(self) -> Receipt:
+        """Where the calling thread's team is inside the block, and where its tensors lie, as the kernel tells it now.
+
+        It speaks of the tensors of this thread's last ``compute``, ``create_tensors`` (named ones) and ``memory_pool``
+        that are still alive. Their pages are looked at now; that they have not moved meanwhile it does not prove.
+        """
+        with self:
+            granted = effective(self._topology)
+            team = openmp.team() if openmp.runtime() else []
+            before = next((b for _, b in reversed(_entered.stack) if b is not None), None)
+        cpus = {thread.tid: last_cpu(thread.tid) for thread in team}
+        threads = tuple(
+            ThreadSeen(thread.tid, tuple(sorted(thread.cpus)), (cpu,) if (cpu := cpus[thread.tid]) is not None else ())
+            for thread in team
+        )
+        alive = {name: tensor for name, ref in self._own.seen.items() if (tensor := ref()) is not None}
+        pages = {name: memory.locate(tensor) for name, tensor in alive.items() if tensor.device.type == "cpu"}
+        notes = [before.refusal] if before and before.refusal else []
+        if openmp.runtime() is None:
+            notes.append("torch's OpenMP library was not found: its threads were not pinned one by one")
+        for name, found in pages.items():
+            away = sum(count for node, count in found.items() if node not in (self.node, memory.UNTOUCHED))
+            if away:
+                notes.append(f"{away} of {sum(found.values())} pages of {name} lie on other nodes than {self.node}")
+        requested = Binding((self.node,), (self.node,), MemPolicy.PREFERRED)
+        return Receipt(requested, granted, threads, {}, pages, tuple(notes))
+
+    def _normal(self, shape: Shape, dtype: torch.dtype | None) -> Tensor:
+        with self:
+            return self.empty(shape, dtype).normal_()
+
+    def _remember(self, **tensors: Tensor) -> None:
+        self._own.seen.update({name: weakref.ref(tensor) for name, tensor in tensors.items()})
+
+
+def scaled_dot_product_attention_gqa(
+    query_states: Tensor,
+    key_states: Tensor,
+    value_states: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    enable_gqa: bool = True,
+    is_causal: bool = False,
+    output_tensor: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Grouped-query attention by the source guide's signature; on ``gqa_attention``, which says what each argument means.
+
+    Parameters
+    ----------
+    query_states
+        ``[..., q_heads, q_len, head_dim]``.
+    key_states, value_states
+        ``[..., kv_heads, kv_len, head_dim]``.
+    output_tensor
+        Written and returned where it is given; of the output's shape, dtype and device, with any strides.
+
+    Raises
+    ------
+    InvalidInput
+        As ``gqa_attention``, or an `output_tensor` that does not fit.
+    """
+    output = gqa_attention(
+        query_states, key_states, value_states, attn_mask, dropout_p, is_causal, scale, enable_gqa=enable_gqa
+    )
+    if output_tensor is None:
+        return output
+    fits = (output_tensor.shape, output_tensor.dtype, output_tensor.device) == (
+        output.shape, output.dtype, output.device
+    )  # fmt: skip
+    if not fits or any(not stride and size > 1 for size, stride in _dimensions(output_tensor)):
+        raise InvalidInput(
+            f"output_tensor {tuple(output_tensor.shape)} with strides {output_tensor.stride()} of {output_tensor.dtype} "
+            f"on {output_tensor.device}: expected {tuple(output.shape)} of {output.dtype} on {output.device}, "
+            "not expanded; take torch.empty_like(query_states)"
+        )
+    return output_tensor.copy_(output)
+
+
+def _dimensions(tensor: Tensor) -> Iterable[tuple[int, int]]:
+    return zip(tensor.shape, tensor.stride(), strict=True)

@@ -1,0 +1,208 @@
+"""NUMAThreadPool: work over all nodes at once, each piece on the node where its memory lies.
+
+Limits: threads of one process share the interpreter lock. torch and the compiled kernels release it while they compute,
+Python code between them does not: for long-running services take a process per node (``numactl``).
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
+from types import TracebackType
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from numa_lab import libnuma, memory
+from numa_lab.attention.gqa import gqa_attention
+from numa_lab.errors import InvalidInput, NodeUnavailable
+from numa_lab.sysfs import format_cpulist
+from numa_lab.team import NodeTeam
+from numa_lab.topology import Topology, read_topology
+
+T = TypeVar("T")
+
+
+class NUMAThreadPool:
+    """Leader threads on every effective node, each with an OpenMP team of its own, pinned to its share of the cores.
+
+    Parameters
+    ----------
+    num_threads_per_node
+        Leader threads per node: so many tasks run on a node at a time. The node's physical cores are divided among
+        them, and each task computes with its leader's share. One leader with all cores suits attention on large inputs;
+        several suit many small ones.
+
+    Raises
+    ------
+    InvalidInput
+        A node has fewer cores than leaders.
+    NodeUnavailable
+        This process may use no node's CPUs and memory together.
+
+    Examples
+    --------
+    >>> import torch
+    >>> queries = [torch.randn(1, 32, 1, 128) for _ in range(4)]
+    >>> keys, values = ([torch.randn(1, 8, 64, 128) for _ in range(4)] for _ in range(2))
+    >>> with NUMAThreadPool() as thread_pool:
+    ...     outputs = thread_pool.parallel_gqa_compute(queries, keys, values)
+    """
+
+    def __init__(self, num_threads_per_node: int = 1) -> None:
+        self._topology = read_topology()
+        self.nodes = self._topology.effective_nodes
+        if not self.nodes:
+            raise NodeUnavailable(
+                f"no node has both CPUs and memory that this process may use: allowed are CPUs "
+                f"{format_cpulist(self._topology.allowed_cpus) or 'none'} and memory of nodes "
+                f"{format_cpulist(self._topology.allowed_nodes) or 'none'}"
+            )
+        shares = {node: _shares(self._topology, node, num_threads_per_node) for node in self.nodes}
+        self._teams = {
+            node: [
+                NodeTeam(cpus, (libnuma.MPOL_PREFERRED, [node]), f"numa-node-{node}-{number}")
+                for number, cpus in enumerate(parts)
+            ]
+            for node, parts in shares.items()
+        }
+        self._lock = threading.Lock()
+        self._busy: Counter[NodeTeam] = Counter()
+
+    def __enter__(self) -> NUMAThreadPool:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.shutdown()
+
+    def parallel_gqa_compute(
+        self, queries: Sequence[Tensor], keys: Sequence[Tensor], values: Sequence[Tensor], num_runs: int = 1
+    ) -> list[Tensor]:
+        """Grouped-query attention of each input on the node where its K and V lie; the outputs in the inputs' order.
+
+        Parameters
+        ----------
+        queries, keys, values
+            For each input ``[batch, q_heads, q_len, head_dim]`` and twice ``[batch, kv_heads, kv_len, head_dim]``. Inputs
+            that were all made by one thread usually lie on one node: ``scatter`` spreads them.
+        num_runs
+            How often each is computed, for timing.
+
+        Raises
+        ------
+        InvalidInput
+            The lists differ in length, or `num_runs` is not positive. An input that makes no sense raises what
+            ``gqa_attention`` raises, after all others have been computed.
+        """
+        if not len(queries) == len(keys) == len(values):
+            raise InvalidInput(
+                f"{len(queries)} queries, {len(keys)} keys and {len(values)} values: expected as many of each"
+            )
+        if num_runs < 1:
+            raise InvalidInput(f"num_runs={num_runs}: expected at least 1")
+
+        def compute(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            for _ in range(num_runs):
+                output = gqa_attention(query, key, value, enable_gqa=True)
+            return output
+
+        futures = [
+            self._submit(compute, (query, key, value), {}, self._node_of((key, value)))
+            for query, key, value in zip(queries, keys, values, strict=True)
+        ]
+        wait(futures)
+        return [future.result() for future in futures]
+
+    def submit(self, fn: Callable[..., T], *args: Any, numa_node: int | None = None, **kwargs: Any) -> Future[T]:
+        """Run a function on a node.
+
+        Parameters
+        ----------
+        fn, *args, **kwargs
+            The call. It may not wait for another task of this pool.
+        numa_node
+            Where; None for the node on which most of the tensors among `args` lie, and else the least busy one.
+
+        Raises
+        ------
+        NodeUnavailable
+            The node does not exist, or is not effective.
+        RuntimeError
+            The pool was shut down.
+        """
+        if numa_node is not None:
+            self._topology.require_effective(numa_node)
+        return self._submit(fn, args, kwargs, self._node_of(args) if numa_node is None else numa_node)
+
+    def execute_on_numa(self, fn: Callable[..., T], *args: Any, numa_node: int, **kwargs: Any) -> T:
+        """Run a function on a node and wait for its result; what it raises is raised here."""
+        return self.submit(fn, *args, numa_node=numa_node, **kwargs).result()
+
+    def scatter(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Copies of tensors on the nodes in turn, bound there: the first on the first node, and so on.
+
+        Scatter keys and values in the same order, so that both of an input lie on one node.
+
+        Raises
+        ------
+        NodeUnavailable
+            A node has too little free memory.
+        """
+
+        def copy(tensor: Tensor, node: int) -> Tensor:
+            return memory.empty(tensor.shape, tensor.dtype, node).copy_(tensor)
+
+        nodes = itertools.cycle(self.nodes)
+        futures = [
+            self.submit(copy, tensor, node, numa_node=node) for tensor, node in zip(tensors, nodes, strict=False)
+        ]
+        wait(futures)
+        return [future.result() for future in futures]
+
+    def shutdown(self, wait: bool = True) -> None:
+        """Finish what was submitted and end all threads; nothing can be submitted afterwards."""
+        for team in itertools.chain.from_iterable(self._teams.values()):
+            team.shutdown(wait=wait)
+
+    def _submit(self, fn: Callable[..., T], args: Sequence[Any], kwargs: dict[str, Any], node: int | None) -> Future[T]:
+        with self._lock:  # the least busy leader of the node, or of all
+            candidates = self._teams[node] if node is not None else itertools.chain.from_iterable(self._teams.values())
+            team = min(candidates, key=self._busy.__getitem__)
+            future = team.submit(fn, *args, **kwargs)
+            self._busy[team] += 1
+        future.add_done_callback(lambda _future: self._done(team))
+        return future
+
+    def _done(self, team: NodeTeam) -> None:
+        with self._lock:
+            self._busy[team] -= 1
+
+    def _node_of(self, args: Sequence[Any]) -> int | None:
+        """The node whose CPUs are nearest to most of the tensors among `args`; None where nothing tells."""
+        weight: Counter[int] = Counter()
+        for tensor in args:
+            if isinstance(tensor, Tensor) and tensor.device.type == "cpu" and tensor.nbytes:
+                home = memory.home(tensor)
+                if home is not None:
+                    weight[home] += tensor.nbytes
+        if not weight:
+            return None
+        return min(self.nodes, key=lambda node: self._nearness(node, weight.most_common(1)[0][0]))
+
+    def _nearness(self, node: int, home: int) -> tuple[bool, int]:
+        return (node != home, self._topology.distance(node, home) or 0)
+
+
+def _shares(topology: Topology, node: int, leaders: int) -> list[tuple[int, ...]]:
+    """The node's physical cores divided among its leaders, neighbours together."""
+    cores = topology.cpus_for([node])
+    if not 1 <= leaders <= len(cores):
+        raise InvalidInput(
+            f"num_threads_per_node={leaders}: expected 1 to {len(cores)}, the physical cores of node {node}"
+        )
+    return [cores[len(cores) * i // leaders : len(cores) * (i + 1) // leaders] for i in range(leaders)]

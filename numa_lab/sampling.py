@@ -1,0 +1,150 @@
+"""One attention case, sampled beside its limit and with its receipt: what executions and the ranking of nodes share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from numa_lab import memory, openmp, timing
+from numa_lab.attention import gqa
+from numa_lab.attention.shapes import AttentionShape
+from numa_lab.binding import Binding
+from numa_lab.receipt import Receipt, ThreadWatch
+from numa_lab.sysfs import format_cpulist
+from numa_lab.topology import Topology
+from numa_lab.workloads import Case
+
+CACHE_MULTIPLE = 4  # K and V of so many layers as exceed the last cache this much: a model reads one after another
+BY_HAND = {"run_id": "by-hand", "execution_id": "by-hand", "block": 0, "order": 0}
+
+_SIZES = ("batch", "q_heads", "kv_heads", "q_len", "kv_len", "head_dim", "dtype")
+
+
+def pool_bytes(topology: Topology, cpus: Sequence[int], largest_kv_bytes: int) -> int:
+    """Room for K and V that suffices for the largest case and, where the caches are real, exceeds them."""
+    # The caches of an emulated machine are invented, and filling much memory there takes minutes.
+    caches = 0 if topology.emulated else topology.last_cache_bytes_of(cpus)
+    return max(largest_kv_bytes, CACHE_MULTIPLE * caches)
+
+
+def sample_case(
+    case: Case,
+    pool: KVPool,
+    *,
+    requested: Binding,
+    granted: Binding,
+    topology: Topology,
+    backend: str,
+    seconds: float,
+    limit: float,
+    identity: Mapping[str, Any],
+) -> list[dict[str, object]]:
+    """Time one case on the calling thread's team as it is; tidy rows (``numa_lab.results.COLUMNS``), one per sample.
+
+    Parameters
+    ----------
+    case, pool
+        What is computed, and the memory of K and V. Place the team first (``numa_lab.team``).
+    requested, granted
+        The binding that was asked for, and what the kernel grants.
+    topology
+        The machine.
+    backend
+        Of ``gqa_attention``, or ``auto``.
+    seconds
+        For warm-up and samples together.
+    limit
+        Bytes per second that the same team reads from the same memory.
+    identity
+        The columns of ``BY_HAND``, and the label.
+    """
+    shape = case.shape
+    layers, query = pool.layers(shape), _query(shape)
+    options: dict[str, Any] = {"is_causal": shape.phase == "prefill", "enable_gqa": shape.group > 1}
+    backend = gqa.choose_backend(query, *layers[0], **options, backend=backend)
+    output = query
+
+    def call(turn: int) -> None:
+        nonlocal output
+        key, value = layers[turn % len(layers)]
+        output = gqa.gqa_attention(query, key, value, **options, backend=backend)
+
+    def pages() -> dict[str, dict[int, int]]:
+        tensors = {"key": pool.keys, "value": pool.values, "query": query}
+        return {name: memory.locate(tensor) for name, tensor in tensors.items()}
+
+    before, watch = pages(), ThreadWatch()
+    taken = timing.measure(call, seconds=seconds, after_sample=watch.look)
+    threads, after = watch.threads(), pages() | {"output": memory.locate(output)}
+    receipt = Receipt(requested, granted, threads, before, after, _notes(taken))
+    local = {topology.node_of_cpu(cpu) for cpu in receipt.observed_cpus}
+    shared: dict[str, object] = {
+        **{name: identity.get(name, default) for name, default in BY_HAND.items()},
+        "label": identity["label"],
+        "cpu_nodes": format_cpulist(requested.cpu_nodes),
+        "mem_nodes": format_cpulist(requested.mem_nodes),
+        "policy": requested.policy.value,
+        "observed_cpus": format_cpulist(receipt.observed_cpus),
+        "local_page_share": receipt.page_share(local),
+        "attention": shape.kind,
+        "phase": shape.phase,
+        **{name: getattr(shape, name) for name in _SIZES},
+        "backend": backend,
+        "threads": case.threads,
+        "kv_bytes": shape.kv_bytes,
+        "flops": shape.flops,
+        "limit_bytes_per_s": limit,
+        **receipt.to_columns(),
+    }
+    samples = [taken.cold_seconds, *taken.samples]
+    return [{**shared, "sample": i, "cold": i == 0, "seconds": seconds} for i, seconds in enumerate(samples)]
+
+
+class KVPool:
+    """Memory for K and V of several layers, on pages of its own, bound to `node` or touched under the caller's policy.
+
+    NodeUnavailable is raised where the node has too little free memory.
+
+    Every case looks at the same pages: the noise of bfloat16 numbers is sensible data in each of the three dtypes.
+    """
+
+    def __init__(self, nbytes: int, node: int | None = None) -> None:
+        half = -(-nbytes // 2 // memory.HUGE_PAGE_BYTES) * memory.HUGE_PAGE_BYTES
+        self.block = memory.empty((2 * half,), torch.uint8, node)
+        self.keys, self.values = self.block[:half], self.block[half:]
+        numbers = noise(torch.bfloat16)
+        for part in self.block.view(torch.bfloat16).split(len(numbers)):
+            part.copy_(numbers[: len(part)])
+
+    def layers(self, shape: AttentionShape) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """As many K and V of this shape as fit."""
+        dtype, size = getattr(torch, shape.dtype), (shape.batch, shape.kv_heads, shape.kv_len, shape.head_dim)
+        nbytes = shape.kv_bytes // 2
+
+        def layer(half: torch.Tensor, index: int) -> torch.Tensor:
+            return half[index * nbytes : (index + 1) * nbytes].view(dtype).view(size)
+
+        return [(layer(self.keys, i), layer(self.values, i)) for i in range(len(self.keys) // nbytes)]
+
+
+def noise(dtype: torch.dtype, elements: int = 1 << 20) -> torch.Tensor:
+    """Standard normal numbers, the same each time."""
+    return torch.randn(elements, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+def _query(shape: AttentionShape) -> torch.Tensor:
+    size = (shape.batch, shape.q_heads, shape.q_len, shape.head_dim)
+    query = memory.empty(size, getattr(torch, shape.dtype))
+    return query.copy_(noise(query.dtype, query.numel()).view(size))
+
+
+def _notes(taken: timing.Timing) -> tuple[str, ...]:
+    """What the receipt could not see, or what makes the timing doubtful."""
+    doubts = {
+        "move_pages was refused: pages are those of whole mappings in numa_maps": memory.locator() != "move_pages",
+        "torch's OpenMP library was not found: its threads were not pinned one by one": openmp.runtime() is None,
+        "the warm-up did not settle": not taken.settled,
+    }
+    return tuple(doubt for doubt, holds in doubts.items() if holds)

@@ -1,0 +1,209 @@
+"""A team on its place: its OpenMP threads pinned to cores, with one memory policy; and all of it given back.
+
+Affinity and memory policy belong to a thread, and torch's OpenMP workers keep what they were born with: binding the
+Python thread alone leaves the computing threads where they were. So the whole team moves (see ``numa_lab.thread_state``).
+
+Limits: a team is that of one Python thread. Where its size changes, libgomp ends threads and starts new ones, some
+20 us each: where a placement is entered often, set ``torch.set_num_threads`` to its size before. Where torch's OpenMP
+library can't be found the calling thread alone is moved, and a warning says so.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+
+from numa_lab import libnuma, openmp, thread_state
+from numa_lab.errors import InvalidInput, NumaLabError
+from numa_lab.thread_state import Exchange, Rows
+
+T = TypeVar("T")
+Policy = tuple[int, Collection[int]]  # a mode of numa_lab.libnuma, and its nodes
+
+
+@dataclass(frozen=True)
+class Before:
+    """What a placement replaced, to be given back by ``Placement.leave``."""
+
+    threads: int
+    exchange: Exchange | None  # None where the calling thread alone was moved
+    alone: Rows | None
+    refusal: str  # why the memory policy was not set; empty where it was, or where none was asked for
+
+
+class Placement:
+    """CPUs and a memory policy for the calling thread's team; entered and left as often as wanted, from any thread.
+
+    Parameters
+    ----------
+    cpus
+        One thread is pinned to each, in this order: the calling thread to the first.
+    policy
+        Memory policy of every thread, or None to leave it alone.
+    leader_cpus
+        What the calling thread may use once it is on its CPU: threads that it starts inherit that. Its CPU alone where
+        None is given.
+    """
+
+    def __init__(
+        self, cpus: Sequence[int], policy: Policy | None = None, leader_cpus: Collection[int] | None = None
+    ) -> None:
+        if not cpus:
+            raise InvalidInput("cpus=(): expected at least one CPU to place a team on")
+        self.cpus = tuple(cpus)
+        self._policy = policy
+        self._without_libnuma = policy is not None and not libnuma.available()
+        self._leader_cpus = frozenset(leader_cpus or ())
+        self._spare: list[Exchange] = []  # those that no thread is using
+        self._rows = np.zeros((len(self.cpus), thread_state.ROW), np.int64)
+        self._rows[:, thread_state.MODE] = thread_state.KEEP
+        for row, cpu in zip(self._rows, self.cpus, strict=True):
+            thread_state.set_bits(row[: thread_state.CPU_WORDS], [cpu])
+            if policy and not self._without_libnuma:
+                row[thread_state.MODE] = policy[0]
+                thread_state.set_bits(row[thread_state.NODES : thread_state.ROW], policy[1])
+
+    def enter(self) -> Before:
+        """Move the calling thread and its team here.
+
+        Raises
+        ------
+        OSError
+            A CPU may not be used; nothing is left changed.
+        """
+        threads = openmp.set_threads(len(self.cpus))
+        if openmp.runtime() is None:
+            return Before(threads, None, *self._enter_alone())
+        try:
+            exchange = self._spare.pop()
+        except IndexError:
+            exchange = Exchange(self._rows)
+        failed = exchange.there()
+        try:
+            if failed & thread_state.MASK_FAILED:
+                self._raise_refused_cpu()
+            if self._leader_cpus:
+                os.sched_setaffinity(0, self._leader_cpus)
+        except OSError:
+            exchange.back()
+            openmp.set_threads(threads)
+            raise
+        refused = failed & thread_state.POLICY_FAILED or self._without_libnuma
+        return Before(threads, exchange, None, self._why_no_policy() if refused else "")
+
+    def leave(self, before: Before) -> None:
+        """Give back what ``enter`` replaced: masks and policies of all threads of the team, and the thread count."""
+        if before.alone is not None:
+            self._leave_alone(before.alone)
+        elif before.exchange is not None:
+            before.exchange.back()
+            if (grown := openmp.threads()) > len(self.cpus):
+                # The team holds threads that were born here: they get what the calling thread has got back.
+                rows = np.repeat(before.exchange.old[:1], grown, axis=0)
+                rows[: len(self.cpus)] = before.exchange.old
+                Exchange(rows).there()
+            self._spare.append(before.exchange)
+        openmp.set_threads(before.threads)
+
+    def _raise_refused_cpu(self) -> None:
+        for cpu in self.cpus:
+            os.sched_setaffinity(0, {cpu})
+
+    def _why_no_policy(self) -> str:
+        """Ask again where an error can be read."""
+        assert self._policy is not None
+        try:
+            libnuma.get_mempolicy()
+            libnuma.set_mempolicy(*self._policy)
+        except (OSError, NumaLabError) as error:
+            return str(error)
+        return "a thread of the team was refused its memory policy"
+
+    def _enter_alone(self) -> tuple[Rows, str]:
+        warnings.warn(
+            "torch's OpenMP library was not found: only the calling thread is bound, and threads that torch starts "
+            "from now on; those that exist keep their CPUs",
+            stacklevel=5,
+        )
+        row, refusal = np.zeros((1, thread_state.ROW), np.int64), ""
+        thread_state.set_bits(row[0, : thread_state.CPU_WORDS], os.sched_getaffinity(0))
+        row[0, thread_state.MODE] = thread_state.KEEP
+        os.sched_setaffinity(0, {*self.cpus, *self._leader_cpus})
+        if self._policy:
+            try:
+                mode, nodes = libnuma.get_mempolicy()
+                libnuma.set_mempolicy(*self._policy)
+                row[0, thread_state.MODE] = mode
+                thread_state.set_bits(row[0, thread_state.NODES : thread_state.ROW], nodes)
+            except (OSError, NumaLabError) as error:
+                refusal = str(error)
+        return row, refusal
+
+    def _leave_alone(self, rows: Rows) -> None:
+        row = rows[0]
+        os.sched_setaffinity(0, thread_state.bits(row[: thread_state.CPU_WORDS]))
+        if row[thread_state.MODE] != thread_state.KEEP:
+            libnuma.set_mempolicy(
+                int(row[thread_state.MODE]), thread_state.bits(row[thread_state.NODES : thread_state.ROW])
+            )
+
+
+@contextmanager
+def pinned_team(cpus: Sequence[int], policy: Policy | None = None) -> Iterator[list[openmp.TeamThread]]:
+    """Compute with one thread on each of `cpus`, in that order; masks, policies and thread count come back on exit.
+
+    Yields the team as it is pinned, nothing where torch's OpenMP library was not found. It is the calling thread's team
+    alone; torch's other threads are not touched.
+    """
+    placement = Placement(cpus, policy)
+    before = placement.enter()
+    try:
+        yield openmp.team(len(cpus)) if openmp.runtime() else []
+    finally:
+        placement.leave(before)
+
+
+class NodeTeam:
+    """A leader thread with a team of its own, pinned once for good: what is submitted runs on it, in order.
+
+    Parameters
+    ----------
+    cpus
+        One thread is pinned to each.
+    policy
+        Memory policy of all of them.
+    name
+        Of the leader thread.
+    """
+
+    def __init__(self, cpus: Sequence[int], policy: Policy | None = None, name: str = "numa-team") -> None:
+        self.cpus = tuple(cpus)
+        self._process = os.getpid()
+        # The team ends with its leader, so nothing has to be given back.
+        self._leader = ThreadPoolExecutor(1, name, initializer=Placement(cpus, policy).enter)
+
+    def submit(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> Future[T]:
+        """Run a function on the leader thread.
+
+        Raises
+        ------
+        NumaLabError
+            The process was forked since: threads stay with the parent.
+        """
+        if os.getpid() != self._process:
+            raise NumaLabError(
+                f"this team's threads live in process {self._process}, and a fork does not copy them: make the pool "
+                "in the process that uses it"
+            )
+        return self._leader.submit(function, *args, **kwargs)
+
+    def shutdown(self, *, wait: bool = True) -> None:
+        """Finish what was submitted, and end the threads."""
+        self._leader.shutdown(wait=wait)

@@ -1,0 +1,95 @@
+import threading
+
+import pytest
+import torch
+
+from numa_lab import memory, openmp, pool
+from numa_lab.attention.reference import attention as reference
+from numa_lab.errors import InvalidInput, NodeUnavailable
+from numa_lab.pool import NUMAThreadPool
+from numa_lab.topology import read_topology
+
+NODE = read_topology().effective_nodes[0]
+CORES = read_topology().cpus_for([NODE])
+
+
+@pytest.fixture
+def threads():
+    with NUMAThreadPool() as made:
+        yield made
+
+
+def batch(count):
+    generator = torch.Generator().manual_seed(0)
+    queries = list(torch.randn(count, 1, 8, 1, 64, generator=generator))
+    keys, values = (list(torch.randn(count, 1, 2, 30, 64, generator=generator)) for _ in range(2))
+    return queries, keys, values
+
+
+def test_a_batch_comes_back_in_order_and_right(threads):
+    queries, keys, values = batch(9)
+    outputs = threads.parallel_gqa_compute(queries, keys, values, num_runs=2)
+    for output, *arguments in zip(outputs, queries, keys, values, strict=True):
+        assert (output - reference(*arguments, enable_gqa=True)[0]).abs().max() < 1e-5
+    assert threads.parallel_gqa_compute([], [], []) == []
+
+
+def test_leaders_share_the_cores_of_a_node():
+    with NUMAThreadPool(num_threads_per_node=len(CORES)) as threads:
+        together = threading.Barrier(len(CORES))
+
+        def where(_number):
+            together.wait()
+            return [set(thread.cpus) for thread in openmp.team()]
+
+        futures = [threads.submit(where, number, numa_node=NODE) for number in range(len(CORES))]
+        assert sorted(map(str, (f.result() for f in futures))) == sorted(str([{cpu}]) for cpu in CORES)
+
+
+def test_a_failing_task_raises_in_the_caller_and_harms_no_other(threads):
+    queries, keys, values = batch(3)
+    with pytest.raises(InvalidInput, match="expected"):
+        threads.parallel_gqa_compute(queries, [keys[0], keys[1][..., :32], keys[2]], values)
+    with pytest.raises(ZeroDivisionError):
+        threads.execute_on_numa(lambda: 1 / 0, numa_node=NODE)
+    assert len(threads.parallel_gqa_compute(queries, keys, values)) == 3
+
+
+def test_what_makes_no_sense_is_refused(threads):
+    with pytest.raises(InvalidInput, match="2 queries, 1 keys and 1 values"):
+        threads.parallel_gqa_compute([1, 2], [1], [1])
+    with pytest.raises(InvalidInput, match="num_runs=0"):
+        threads.parallel_gqa_compute([], [], [], num_runs=0)
+    with pytest.raises(InvalidInput, match="num_threads_per_node=999: expected 1 to"):
+        NUMAThreadPool(999)
+    with pytest.raises(NodeUnavailable, match="node 77"):
+        threads.submit(print, numa_node=77)
+    threads.shutdown()
+    with pytest.raises(RuntimeError, match="shutdown"):
+        threads.submit(print)
+
+
+def test_work_goes_where_its_tensors_lie(monkeypatch, threads, four_nodes):
+    tensor = torch.zeros(8)
+    threads._topology, threads.nodes = four_nodes, four_nodes.effective_nodes
+    for home, node in [(2, 2), (1, 1), (None, None)]:
+        monkeypatch.setattr(memory, "home", lambda _tensor, home=home: home)
+        assert threads._node_of((tensor, "text")) == node
+    monkeypatch.setattr(memory, "home", lambda _tensor: 3)  # memory alone: the first of those nearest to it
+    assert threads._node_of((tensor,)) in four_nodes.effective_nodes
+
+
+def test_scatter_binds_copies_to_the_nodes(threads):
+    tensors = [torch.randn(1 << 16) for _ in range(len(threads.nodes) + 1)]
+    copies = threads.scatter(tensors)
+    assert all(torch.equal(copy, tensor) for copy, tensor in zip(copies, tensors, strict=True))
+    assert [memory.home(copy) for copy in copies] == [*threads.nodes, threads.nodes[0]]
+    assert memory.home(memory.empty((1 << 16,), torch.uint8)) is None, "nothing of it was touched"
+
+
+def test_no_effective_node_is_told(monkeypatch, four_nodes):
+    object.__setattr__(four_nodes, "allowed_cpus", ())
+    object.__setattr__(four_nodes, "nodes", ())
+    monkeypatch.setattr(pool, "read_topology", lambda: four_nodes)
+    with pytest.raises(NodeUnavailable, match="allowed are CPUs none and memory of nodes 0-3"):
+        NUMAThreadPool()

@@ -1,0 +1,140 @@
+import os
+import threading
+
+import pytest
+import torch
+
+from numa_lab import libnuma, openmp, team
+from numa_lab.errors import NumaLabError
+from numa_lab.topology import read_topology
+
+
+def masks():
+    return {tid: os.sched_getaffinity(int(tid)) for tid in os.listdir("/proc/self/task")}
+
+
+def policies(threads):
+    return openmp.run_on_each(lambda _number: libnuma.get_mempolicy(), threads)
+
+
+@pytest.fixture
+def node():
+    return read_topology().effective_nodes[0]
+
+
+def test_workers_that_exist_are_pinned_and_restored_after_an_error():
+    cpus = sorted(os.sched_getaffinity(0))
+    openmp.team()
+    before, threads = masks(), torch.get_num_threads()
+    with pytest.raises(ZeroDivisionError), team.pinned_team(cpus) as pinned:
+        assert [thread.cpus for thread in pinned] == [{cpu} for cpu in cpus]
+        torch.randn(512, 512) @ torch.randn(512, 512)
+        with team.pinned_team(cpus[:1]) as inner:
+            assert [thread.cpus for thread in inner] == [{cpus[0]}]
+        assert [thread.cpus for thread in openmp.team()] == [{cpu} for cpu in cpus]
+        raise ZeroDivisionError
+    assert {tid: mask for tid, mask in masks().items() if tid in before} == before
+    assert torch.get_num_threads() == threads
+
+
+def test_every_thread_gets_the_policy_and_gives_it_back(node):
+    libnuma.set_mempolicy(libnuma.MPOL_INTERLEAVE, [node])
+    try:
+        cpus = sorted(os.sched_getaffinity(0))
+        outside = policies(len(cpus))
+        with team.pinned_team(cpus, (libnuma.MPOL_BIND, [node])):
+            assert policies(len(cpus)) == [(libnuma.MPOL_BIND, {node})] * len(cpus)
+        assert policies(len(cpus)) == outside
+        assert outside[0] == (libnuma.MPOL_INTERLEAVE, {node})
+    finally:
+        libnuma.set_mempolicy(libnuma.MPOL_DEFAULT)
+
+
+def test_threads_born_inside_are_given_back_too():
+    everywhere = os.sched_getaffinity(0)
+    with team.pinned_team([min(everywhere)]):
+        torch.set_num_threads(4)
+        openmp.team()
+    assert [thread.cpus for thread in openmp.team(4)] == [everywhere] * 4
+    openmp.set_threads(len(everywhere))
+
+
+def test_the_leader_may_keep_more_than_its_cpu():
+    cpus = sorted(os.sched_getaffinity(0))
+    placement = team.Placement(cpus, leader_cpus=cpus)
+    before = placement.enter()
+    try:
+        assert [thread.cpus for thread in openmp.team()] == [set(cpus), *({cpu} for cpu in cpus[1:])]
+    finally:
+        placement.leave(before)
+
+
+def test_a_cpu_that_is_not_allowed_raises_and_restores():
+    before, threads = os.sched_getaffinity(0), torch.get_num_threads()
+    with pytest.raises(OSError, match="Invalid argument"), team.pinned_team([4095]):
+        pass
+    assert os.sched_getaffinity(0) == before
+    assert torch.get_num_threads() == threads
+
+
+def test_a_refused_policy_is_told_and_the_threads_are_pinned_all_the_same():
+    cpu = min(os.sched_getaffinity(0))
+    placement = team.Placement([cpu], (libnuma.MPOL_BIND, [1023]))  # a node that no machine of the tests has
+    before = placement.enter()
+    try:
+        assert "set_mempolicy" in before.refusal
+        assert openmp.team(1)[0].cpus == {cpu}
+    finally:
+        placement.leave(before)
+
+
+def test_without_the_library_only_the_caller_is_bound_and_a_warning_says_so(monkeypatch, node):
+    monkeypatch.setattr(openmp, "runtime", lambda: None)
+    before, cpu = os.sched_getaffinity(0), min(os.sched_getaffinity(0))
+    with (
+        pytest.warns(UserWarning, match="OpenMP library was not found"),
+        team.pinned_team([cpu], (libnuma.MPOL_BIND, [node])) as pinned,
+    ):
+        assert pinned == []
+        assert os.sched_getaffinity(0) == {cpu}
+        assert libnuma.get_mempolicy() == (libnuma.MPOL_BIND, {node})
+    assert os.sched_getaffinity(0) == before
+    assert libnuma.get_mempolicy()[0] == libnuma.MPOL_DEFAULT
+
+
+def test_a_thread_count_is_set_for_one_thread_alone():
+    seen = []
+    other = threading.Thread(target=lambda: seen.append(openmp.threads()))
+    with team.pinned_team([min(os.sched_getaffinity(0))]):
+        assert openmp.threads() == 1
+        other.start()
+        other.join()
+    assert seen == [torch.get_num_threads()]
+
+
+def test_a_node_team_computes_on_its_cpus_and_belongs_to_its_process():
+    cpus = sorted(os.sched_getaffinity(0))
+    own = team.NodeTeam(cpus)
+    try:
+        assert [thread.cpus for thread in own.submit(openmp.team).result()] == [{cpu} for cpu in cpus]
+        with pytest.raises(ZeroDivisionError):
+            own.submit(lambda: 1 / 0).result()
+        own._process += 1  # as a forked child sees it
+        with pytest.raises(NumaLabError, match="in the process that uses it"):
+            own.submit(openmp.team)
+    finally:
+        own.shutdown()
+
+
+def test_a_forked_child_computes():
+    torch.randn(512, 512) @ torch.randn(512, 512)
+    child = os.fork()
+    if not child:
+        status = 1
+        try:
+            team_of_child = openmp.team(2)
+            torch.randn(512, 512) @ torch.randn(512, 512)
+            status = 0 if len(team_of_child) == 2 else 2
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
