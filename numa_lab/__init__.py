@@ -11,7 +11,8 @@ The modules, from the machine up to the reader; each imports only from those abo
 - ``receipt``, ``team``, ``notebook``, ``reading``: proof of placement; a team on its place; one notebook in a process
   of its own; timed reads
 - ``probes``, ``doctor``, ``attention``: the limits of memory, what spoils them, what is computed
-- ``workloads``, ``sampling``, ``optimal_node``: which cases are measured, one case with its receipt, and which node is best
+- ``workloads``, ``sampling``: which cases are measured, and one case with its receipt
+- ``rankings``, ``optimal_node``: which node is best, and how sure that is
 - ``plan``, ``optimized``, ``pool``: which executions a sweep runs; attention on one node, and on all of them
 - ``run``, ``sweep``, ``report``: one execution, all executions of a plan, what is told of them
 - ``cli``: the commands

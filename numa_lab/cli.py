@@ -94,6 +94,25 @@ def probe(as_json: bool, seconds: float) -> None:
 
 
 @main.command()
+@_as_json
+@click.option("--shape", metavar="NAME", help="Attention of this model, such as llama-3-8b or gemma-2-9b.")
+@click.option("--refresh", is_flag=True, help="Measure anew, although a ranking is kept.")
+def detect(as_json: bool, shape: str | None, refresh: bool) -> None:
+    """Which node runs attention best, and how sure that is."""
+    from numa_lab import optimal_node, rankings
+
+    ranking = optimal_node.rank_nodes(shape, refresh=refresh)
+    optimal = optimal_node.choose(ranking)
+    if as_json:
+        nodes = json.loads(ranking.reset_index().to_json(orient="records"))  # NaN becomes null
+        _print_json({"optimal_node": optimal, "sentence": rankings.sentence(ranking), "nodes": nodes})
+    else:
+        click.echo(rankings.render(ranking))
+        click.echo(rankings.sentence(ranking))
+        click.echo(f"To use it: numactl --cpunodebind={optimal} --membind={optimal} python ...")
+
+
+@main.command()
 @click.option("--profile", default="quick", show_default=True, help="How much: smoke, quick, standard or full.")
 @click.option("--bindings", help="local, matrix, all, or labels such as c0m0,c0m1; the profile's own where not given.")
 @click.option(

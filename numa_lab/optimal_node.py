@@ -16,7 +16,6 @@ import math
 import random
 import threading
 import time
-import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,12 +27,12 @@ import pandas as pd
 import platformdirs
 import torch
 
-from numa_lab import libnuma, openmp, stats, team
+from numa_lab import libnuma, openmp, rankings, stats, team
 from numa_lab.attention.shapes import AttentionShape, preset
 from numa_lab.binding import Binding, MemPolicy, effective
-from numa_lab.errors import InvalidInput, NodeUnavailable, RunDirectoryError
+from numa_lab.errors import InvalidInput, NodeUnavailable
+from numa_lab.rankings import COLUMNS
 from numa_lab.receipt import contradictions, last_cpu, schedstat
-from numa_lab.results import read_json, write_json
 from numa_lab.sampling import KVPool, pool_bytes, sample_case
 from numa_lab.sysfs import format_cpulist
 from numa_lab.topology import Topology, read_topology
@@ -48,8 +47,6 @@ DEFAULT_SHAPE = preset("llama-3-8b", kv_len=1024)
 BUSY_SHARE = 0.1  # of a visit's time that threads waited for their CPUs, from which on other load is named as a cause
 NEARLY_FULL = 0.1  # of a node's memory that is still available
 CACHE_VERSION = 1
-
-COLUMNS = ("median_seconds", "ratio", "low", "high", "tie_group", "cause", "visits", "receipt")
 
 
 @dataclass
@@ -112,24 +109,30 @@ def rank_nodes(
     if len(nodes) == 1:
         return _rank(Visits(), topology)
     path = _cache_path(topology, chosen)
-    if not refresh and (kept := _read(path, nodes)) is not None:
+    if not refresh and (kept := rankings.read(path, nodes)) is not None:
         return kept
     visit_seconds = VISIT_SECONDS if seconds is None else seconds / (BLOCKS * (len(nodes) + 1))
     visits = _visit(topology, chosen, visit_seconds)
     ranking = _rank(visits, topology)
     if not ranking["cause"].str.contains("other load").any():
-        _keep(path, ranking)
+        rankings.keep(path, ranking)
     return ranking
 
 
 def get_optimal_numa_node(shape: AttentionShape | str | None = None, *, refresh: bool = False) -> int:
     """The node that runs attention best; see ``rank_nodes``, which says how sure that is.
 
-    Of nodes that tie it is the one on which the calling thread runs now, so that the processes of a machine don't all
-    gather on one; and the first of them where that one is slower.
+    Of nodes that tie it is one where no other load was seen: the one on which the calling thread runs now, so that the
+    processes of a machine don't all gather on one, else the first of them.
     """
-    ranking = rank_nodes(shape, refresh=refresh)
-    best = [int(node) for node in ranking.index[ranking["tie_group"] == 1]]
+    return choose(rank_nodes(shape, refresh=refresh))
+
+
+def choose(ranking: pd.DataFrame) -> int:
+    """The node that ``get_optimal_numa_node`` takes from a ranking."""
+    tied = ranking[ranking["tie_group"] == 1]
+    idle = tied[~tied["cause"].str.contains("other load")]
+    best = [int(node) for node in (tied if idle.empty else idle).index]
     cpu = last_cpu(threading.get_native_id())
     here = read_topology().node_of_cpu(cpu) if cpu is not None else None
     return here if here in best else best[0]
@@ -151,23 +154,6 @@ def bind_to_numa_node(node: int) -> Binding:
     cpus = topology.cpus_for([node])
     team.Placement(cpus, (libnuma.MPOL_PREFERRED, [node]), topology.cpus_of([node])).enter()
     return effective(topology)
-
-
-def sentence(ranking: pd.DataFrame) -> str:
-    """What a ranking says, in words."""
-    best, slower = (ranking[ranking["tie_group"] == group] for group in (1, 2))
-    if len(ranking) == 1:
-        return f"One node, {ranking.index[0]}: nothing to compare."
-    tie = format_cpulist(best.index)
-    floor = ranking.attrs["noise_floor"]
-    if slower.empty:
-        return f"Nodes {tie} tie: no difference was shown above the noise floor of {floor:.1%}."
-    told = [f"Nodes {tie} tie for the best." if len(best) > 1 else f"Node {tie} is the best."]
-    for node, row in slower.iterrows():
-        why = f" ({row['cause']})" if row["cause"] else " (no cause was seen)"
-        by = f"slower by {row['low'] - 1:.0%} to {row['high'] - 1:.0%}" if math.isfinite(row["low"]) else "not usable"
-        told.append(f"Node {node} is {by}{why}.")
-    return " ".join(told)
 
 
 def _visit(topology: Topology, shape: AttentionShape, seconds: float) -> Visits:
@@ -197,6 +183,7 @@ def _visit(topology: Topology, shape: AttentionShape, seconds: float) -> Visits:
                     seconds=seconds,
                     limit=math.nan,
                     identity={"label": label, "execution_id": f"{block:04}-{label}", "block": block, "order": block},
+                    with_output=False,
                 )
     return visits
 
@@ -293,30 +280,3 @@ def _cache_path(topology: Topology, shape: AttentionShape) -> Path:
     ]  # fmt: skip
     key = hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:16]
     return platformdirs.user_cache_path("numa_lab") / f"ranking-{key}.json"
-
-
-def _read(path: Path, nodes: tuple[int, ...]) -> pd.DataFrame | None:
-    """A ranking that was kept; None where there is none, or none that can be read."""
-    if not path.exists():
-        return None
-    try:
-        kept: Mapping[str, Any] = read_json(path)
-        ranking = pd.DataFrame(kept["rows"]).set_index("node")
-        ranking[["median_seconds", "ratio", "low", "high"]] = ranking[
-            ["median_seconds", "ratio", "low", "high"]
-        ].astype(float)
-        if set(ranking.index) != set(nodes) or list(ranking) != list(COLUMNS):
-            return None
-        ranking.attrs["noise_floor"] = math.nan if kept["noise_floor"] is None else float(kept["noise_floor"])
-        return ranking
-    except (KeyError, TypeError, ValueError, RunDirectoryError, OSError):
-        return None  # it is only a copy of what can be measured again
-
-
-def _keep(path: Path, ranking: pd.DataFrame) -> None:
-    rows = json.loads(ranking.reset_index().to_json(orient="records"))  # NaN becomes null
-    floor = ranking.attrs["noise_floor"]
-    try:
-        write_json(path, {"noise_floor": floor if math.isfinite(floor) else None, "rows": rows})
-    except (OSError, RunDirectoryError) as error:
-        warnings.warn(f"the ranking of nodes could not be kept, and is measured again next time: {error}", stacklevel=3)

@@ -40,6 +40,7 @@ def sample_case(
     seconds: float,
     limit: float,
     identity: Mapping[str, Any],
+    with_output: bool = True,
 ) -> list[dict[str, object]]:
     """Time one case on the calling thread's team as it is; tidy rows (``numa_lab.results.COLUMNS``), one per sample.
 
@@ -59,6 +60,9 @@ def sample_case(
         Bytes per second that the same team reads from the same memory.
     identity
         The columns of ``BY_HAND``, and the label.
+    with_output
+        Whether the receipt speaks of the output's pages. A process that has computed on other nodes before gets pages
+        of theirs again from ``malloc``; the few of the output then say nothing about K and V.
     """
     shape = case.shape
     layers, query = pool.layers(shape), _query(shape)
@@ -77,7 +81,7 @@ def sample_case(
 
     before, watch = pages(), ThreadWatch()
     taken = timing.measure(call, seconds=seconds, after_sample=watch.look)
-    threads, after = watch.threads(), pages() | {"output": memory.locate(output)}
+    threads, after = watch.threads(), pages() | ({"output": memory.locate(output)} if with_output else {})
     receipt = Receipt(requested, granted, threads, before, after, _notes(taken))
     local = {topology.node_of_cpu(cpu) for cpu in receipt.observed_cpus}
     shared: dict[str, object] = {

@@ -5,10 +5,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from numa_lab import libnuma, openmp, optimal_node, results
+from numa_lab import libnuma, openmp, optimal_node, rankings, results
 from numa_lab.binding import Binding, MemPolicy
 from numa_lab.errors import InvalidInput, NodeUnavailable
-from numa_lab.optimal_node import Visits, bind_to_numa_node, get_optimal_numa_node, rank_nodes, sentence
+from numa_lab.optimal_node import Visits, bind_to_numa_node, get_optimal_numa_node, rank_nodes
+from numa_lab.rankings import sentence
 from numa_lab.topology import read_topology
 
 NODE = read_topology().effective_nodes[0]
@@ -62,6 +63,12 @@ def test_equal_nodes_tie(machine):
     assert "Nodes 0-2 tie" in sentence(rank_nodes(refresh=True))
 
 
+def test_of_nodes_that_tie_a_busy_one_is_avoided(machine):
+    machine.waited = {0: 0.4}
+    assert "Node 0: other load." in sentence(rank_nodes())
+    assert get_optimal_numa_node() in (1, 2)
+
+
 def test_in_a_tie_the_thread_stays_where_it_runs(machine, monkeypatch):
     for cpu, node in [(0, 0), (3, 1), (5, 2)]:
         monkeypatch.setattr(optimal_node, "last_cpu", lambda _tid, cpu=cpu: cpu)
@@ -90,7 +97,7 @@ def test_a_cache_folder_that_cannot_be_written_is_told_once(machine, monkeypatch
     def refuse(*_args):
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr(optimal_node, "write_json", refuse)
+    monkeypatch.setattr(rankings, "write_json", refuse)
     with pytest.warns(UserWarning, match="measured again next time: .*Read-only"):
         assert len(rank_nodes()) == 3
 

@@ -1,3 +1,4 @@
+from numa_lab.attention.shapes import preset
 from numa_lab.sampling import KVPool
 
 
