@@ -209,11 +209,12 @@ class NUMAOptimizedGQA:
         self._remember(**pool)
         return pool
 
-    def receipt(self) -> Receipt:
+    def receipt(self, tensors: Mapping[str, Tensor] | None = None) -> Receipt:
         """Where the calling thread's team is inside the block, and where its tensors lie, as the kernel tells it now.
 
-        It speaks of the tensors of this thread's last ``compute``, ``create_tensors`` (named ones) and ``memory_pool``
-        that are still alive. Their pages are looked at now; that they have not moved meanwhile it does not prove.
+        It speaks of `tensors` by the names that they are given here; else of those of this thread's last ``compute``,
+        ``create_tensors`` (named ones) and ``memory_pool`` that are still alive. Their pages are looked
+        at now; that they have not moved meanwhile it does not prove.
         """
         with self:
             granted = effective(self._topology)
@@ -224,7 +225,7 @@ class NUMAOptimizedGQA:
             ThreadSeen(thread.tid, tuple(sorted(thread.cpus)), (cpu,) if (cpu := cpus[thread.tid]) is not None else ())
             for thread in team
         )
-        alive = {name: tensor for name, ref in self._own.seen.items() if (tensor := ref()) is not None}
+        alive = tensors or {name: tensor for name, ref in self._own.seen.items() if (tensor := ref()) is not None}
         pages = {name: memory.locate(tensor) for name, tensor in alive.items() if tensor.device.type == "cpu"}
         notes = [before.refusal] if before and before.refusal else []
         if openmp.runtime() is None:

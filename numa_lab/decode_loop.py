@@ -1,0 +1,153 @@
+"""A decode loop over a growing KV cache, with the helper in it and without: what it gains, and proof of where it ran.
+
+It is the attention part of decoding alone: per token each layer appends one K and one V, and attends to all before.
+Runs with and without the helper alternate in random order, each with a cache of its own.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pandas as pd
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from numa_lab import memory
+from numa_lab.attention.shapes import AttentionShape
+from numa_lab.errors import InvalidInput
+from numa_lab.optimized import NUMAOptimizedGQA
+from numa_lab.ratios import Ratio, ratio_of_medians
+from numa_lab.receipt import Receipt
+
+Attend = Callable[["Layer", Tensor, Tensor, Tensor], Tensor]  # layer, query, keys and values so far -> output
+
+WITHOUT, WITH = "without", "with"
+
+
+@dataclass
+class Layer:
+    """The KV cache of one layer: ``[batch, kv_heads, max_len, head_dim]`` twice, of which `length` tokens are filled."""
+
+    keys: Tensor
+    values: Tensor
+    length: int = 0
+
+    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Add one token; views of K and V up to it.
+
+        Raises
+        ------
+        InvalidInput
+            The cache is full.
+        """
+        if self.length == self.keys.size(-2):
+            raise InvalidInput(f"the KV cache holds {self.length} tokens and is full: make it longer")
+        self.keys[:, :, self.length] = key
+        self.values[:, :, self.length] = value
+        self.length += 1
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+
+
+def make_layers(shape: AttentionShape, layers: int, tokens: int, helper: NUMAOptimizedGQA | None = None) -> list[Layer]:
+    """Caches filled with `kv_len` random tokens, and room for `tokens` more: on the helper's node, or in plain memory."""
+    size = (shape.batch, shape.kv_heads, shape.kv_len + tokens, shape.head_dim)
+    dtype = getattr(torch, shape.dtype)
+    made = [
+        helper.create_tensors([size, size], dtype) if helper else [torch.randn(size, dtype=dtype) for _ in range(2)]
+        for _ in range(layers)
+    ]
+    return [Layer(keys, values, shape.kv_len) for keys, values in made]
+
+
+def torch_attention(_layer: Layer, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """torch's own attention, as a loop without the helper calls it."""
+    return scaled_dot_product_attention(query, keys, values, enable_gqa=True)
+
+
+def decode(layers: list[Layer], shape: AttentionShape, tokens: int, attend: Attend) -> list[float]:
+    """Decode so many tokens; the seconds of each."""
+    dtype = getattr(torch, shape.dtype)
+    query = torch.randn(shape.batch, shape.q_heads, 1, shape.head_dim, dtype=dtype)
+    key, value = torch.randn(2, shape.batch, shape.kv_heads, shape.head_dim, dtype=dtype).unbind()
+    seconds = []
+    for _ in range(tokens):
+        start = time.perf_counter()
+        for layer in layers:
+            attend(layer, query, *layer.append(key, value))
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Runs with and without the helper: `runs` has a row for each, with its tokens per second."""
+
+    runs: pd.DataFrame
+    speedup: Ratio  # tokens per second with the helper over those without
+    receipt: Receipt
+    pages_without: dict[int, int]  # of the first layer's K of the last run without the helper
+
+    def sentence(self) -> str:
+        """What came out, in words."""
+        medians = self.runs.groupby("helper")["tokens_per_s"].median()
+        told = f"{medians[WITH]:.1f} tokens/s with the helper and {medians[WITHOUT]:.1f} without"
+        if math.isnan(self.speedup.low):
+            return f"{told}: too few runs to say more."
+        interval = f"{self.speedup.low:.2f} to {self.speedup.high:.2f} times as many"
+        if self.speedup.low <= 1 <= self.speedup.high:
+            return f"No difference was shown: {told}, {interval}."
+        return f"{told}: {interval}."
+
+
+def compare(
+    helper: NUMAOptimizedGQA,
+    shape: AttentionShape,
+    *,
+    attend_with: Attend,
+    attend_without: Attend = torch_attention,
+    layers: int = 4,
+    tokens: int = 32,
+    seconds: float = 10.0,
+    min_blocks: int = 5,
+) -> Comparison:
+    """Decode in blocks of one run with the helper and one without, in random order, for about `seconds`.
+
+    Parameters
+    ----------
+    helper
+        Its node holds the caches of the runs with it.
+    shape
+        Of each layer's attention; `kv_len` tokens are in the cache when a run begins.
+    attend_with, attend_without
+        What a layer calls. To tell the kernel's effect from the placement's, give both the same.
+    layers, tokens
+        Of one run.
+    seconds, min_blocks
+        Blocks are run until the time has passed, and at least so many: with less than three there is no interval.
+    """
+    if min(layers, tokens, min_blocks) < 1:
+        raise InvalidInput(f"layers={layers}, tokens={tokens}, min_blocks={min_blocks}: expected at least 1 of each")
+    arms = {WITH: (attend_with, helper), WITHOUT: (attend_without, None)}
+    rows: list[dict[str, object]] = []
+    pages: dict[int, int] = {}
+    start, block = time.perf_counter(), 0
+    while block < min_blocks or time.perf_counter() - start < seconds:
+        for name in random.sample(list(arms), len(arms)):
+            attend, owner = arms[name]
+            caches = make_layers(shape, layers, tokens + 1, owner)
+            decode(caches, shape, 1, attend)  # warm-up
+            taken = decode(caches, shape, tokens, attend)
+            rows.append({"helper": name, "block": block, "tokens_per_s": shape.batch * len(taken) / sum(taken)})
+            if owner is None:
+                pages = memory.locate(caches[0].keys)
+            else:
+                receipt = owner.receipt({"keys": caches[0].keys, "values": caches[0].values})
+        block += 1
+    runs = pd.DataFrame(rows)
+    samples = {name: 1 / runs.loc[runs["helper"] == name, "tokens_per_s"].to_numpy() for name in arms}
+    return Comparison(runs, ratio_of_medians(samples[WITHOUT], samples[WITH]), receipt, pages)

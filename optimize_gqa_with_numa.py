@@ -1,0 +1,53 @@
+"""The source guide's helpers by the names that it imports them by; run as a script, what they gain on this machine."""
+
+import argparse
+
+from numa_lab import (
+    NUMAOptimizedGQA,
+    NUMAThreadPool,
+    bind_to_numa_node,
+    get_optimal_numa_node,
+    rank_nodes,
+    scaled_dot_product_attention_gqa,
+)
+
+__all__ = [
+    "NUMAOptimizedGQA",
+    "NUMAThreadPool",
+    "bind_to_numa_node",
+    "get_optimal_numa_node",
+    "rank_nodes",
+    "scaled_dot_product_attention_gqa",
+]
+
+
+def main() -> None:
+    """Print the node, default against optimised, and how to use it."""
+    from numa_lab import guide_analyses, optimal_node, rankings
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--full", action="store_true", help="the guide's batch of 512, as far as memory allows")
+    parser.add_argument("--seconds", type=float, default=15.0, help="for default against optimised (default 15)")
+    options = parser.parse_args()
+
+    ranking = rank_nodes()
+    print(f"Nodes:\n{rankings.render(ranking)}\n{rankings.sentence(ranking)}\n")
+    helper = NUMAOptimizedGQA(optimal_node.choose(ranking))
+    _, shape, message = guide_analyses.this_machine(full=options.full)
+    print(
+        f"Default against optimised on node {helper.node}: batch {shape.batch}, kv_len {shape.kv_len}. {message}".rstrip()
+    )
+    print("\n".join(guide_analyses.before_and_after(helper, shape, seconds=options.seconds).sentences()))
+    node = helper.node
+    print(f"""
+Three ways of use:
+  one call         with NUMAOptimizedGQA(numa_node={node}) as numa_gqa: output = numa_gqa.compute(query, key, value)
+  a batch          NUMAThreadPool().parallel_gqa_compute(queries, keys, values)
+  a long service   numactl --cpunodebind={node} --membind={node} python ...
+
+Also: numactl --cpunodebind={node} python ...   (memory of any node)
+      numactl --preferred={node} python ...     (this node's memory first, beside a GPU)""")
+
+
+if __name__ == "__main__":
+    main()

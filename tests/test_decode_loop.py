@@ -1,0 +1,59 @@
+import math
+
+import pandas as pd
+import pytest
+import torch
+
+import test_decode_thread
+from numa_lab import decode_loop
+from numa_lab.attention.reference import attention as reference
+from numa_lab.attention.shapes import preset
+from numa_lab.errors import InvalidInput
+from numa_lab.optimized import NUMAOptimizedGQA
+from numa_lab.ratios import Ratio
+from numa_lab.topology import read_topology
+
+NODE = read_topology().effective_nodes[0]
+SHAPE = preset("llama-3-8b", kv_len=16, dtype="float32")
+
+
+@pytest.mark.parametrize("helper", [None, NUMAOptimizedGQA(NODE)])
+def test_a_token_attends_to_all_before_it_and_to_itself(helper):
+    (layer,) = decode_loop.make_layers(SHAPE, 1, 2, helper)
+    key, value = torch.randn(2, 1, 8, 128).unbind()
+    keys, values = layer.append(key, value)
+    assert keys.size(-2) == 17
+    assert torch.equal(keys[:, :, -1], key)
+    query = torch.randn(1, 32, 1, 128)
+    expected, _ = reference(query, keys, values, enable_gqa=True)
+    for attend in (decode_loop.torch_attention, test_decode_thread.attn):
+        assert (attend(layer, query, keys, values) - expected).abs().max() < 1e-5
+    layer.append(key, value)
+    with pytest.raises(InvalidInput, match="holds 18 tokens and is full"):
+        layer.append(key, value)
+
+
+def test_runs_alternate_and_the_receipt_is_that_of_the_helpers_cache():
+    helper = NUMAOptimizedGQA(NODE)
+    found = decode_loop.compare(helper, SHAPE, attend_with=test_decode_thread.attn, layers=1, tokens=2, seconds=0)
+    assert found.runs.groupby("helper").size().to_dict() == {"with": 5, "without": 5}
+    assert set(found.receipt.pages_after["keys"]) == {NODE}
+    assert sum(found.pages_without.values()) > 0
+    assert found.speedup.low <= found.speedup.ratio <= found.speedup.high
+    with pytest.raises(InvalidInput, match="layers=0"):
+        decode_loop.compare(helper, SHAPE, attend_with=test_decode_thread.attn, layers=0)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "told"),
+    [(0.9, 1.1, "No difference was shown: 20.0 tokens/s"), (1.9, 2.1, "10.0 without: 1.90 to 2.10 times as many")],
+)
+def test_the_sentence_says_what_the_interval_allows(low, high, told):
+    runs = pd.DataFrame({"helper": ["with", "without"], "tokens_per_s": [20.0, 10.0]})
+    assert told in decode_loop.Comparison(runs, Ratio(1, low, high, 0.5), None, {}).sentence()
+
+
+def test_too_few_blocks_give_no_claim():
+    runs = pd.DataFrame({"helper": ["with", "without"], "tokens_per_s": [20.0, 10.0]})
+    too_few = Ratio(2, math.nan, math.nan, 1.0)
+    assert "too few" in decode_loop.Comparison(runs, too_few, None, {}).sentence()

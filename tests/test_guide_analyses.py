@@ -1,0 +1,68 @@
+import dataclasses
+import json
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+import analyze_numa_cpu_attention
+from numa_lab import guide_analyses
+from numa_lab.errors import InvalidInput, NodeUnavailable
+from numa_lab.optimized import NUMAOptimizedGQA
+from numa_lab.topology import read_topology
+
+NODE = read_topology().effective_nodes[0]
+SCHEMA = json.loads((Path(__file__).parent / "guide" / "numa_attention_results.schema.json").read_text())
+
+
+def test_the_script_writes_what_the_guide_names(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "new" / "numa_attention_results.json"
+    monkeypatch.setattr("sys.argv", ["analyze", "--seconds", "1", "--out", str(out)])
+    analyze_numa_cpu_attention.main()
+    assert str(out) in capsys.readouterr().out
+    found = json.loads(out.read_text())
+    jsonschema.validate(found, SCHEMA)
+    assert found["receipts"]["contradictions"] == []
+    assert found["cross_numa"][f"mem_{NODE}_compute_{NODE}"]["is_local"]
+    times = found["memory_allocation"][str(NODE)]
+    assert times["min_time_gqa"] == min(times["times_gqa"])
+    # Four times the bytes: whatever the machine, standard attention is not as fast as half of GQA's time.
+    assert times["avg_time_std"] > 0.5 * times["avg_time_gqa"]
+
+
+def test_every_node_is_crossed_with_every_node(four_nodes):
+    shape, _ = guide_analyses.guide_shape(four_nodes)
+    cells = guide_analyses.cells(four_nodes, shape)
+    crossed = {(cell.compute_node, cell.memory_node) for cell in cells if cell.analysis == "cross_numa"}
+    assert crossed == {(one, other) for one in range(3) for other in range(3)}
+    assert {cell.case.threads for cell in cells if cell.analysis == "thread_affinity"} == {1, 2}
+    with pytest.raises(NodeUnavailable, match="widen the cpuset"):
+        guide_analyses.cells(dataclasses.replace(four_nodes, nodes=()), shape)
+
+
+def test_the_guides_batch_is_scaled_to_the_smallest_node(four_nodes):
+    shape, message = guide_analyses.guide_shape(four_nodes, full=True)
+    assert shape.batch < 512
+    assert "batch from 512" in message
+    small, message = guide_analyses.guide_shape(four_nodes)
+    assert (small.batch, message) == (guide_analyses.SMALL_BATCH, "")
+
+
+def test_spreads_compare_the_medians_of_nodes():
+    allocation = {0: {"times_gqa": [1.0, 1.0, 9.0]}, 1: {"times_gqa": [1.2, 1.2, 1.2]}}
+    assert guide_analyses._spread(allocation, "gqa") == pytest.approx(20)
+    assert guide_analyses._spread({0: allocation[0]}, "gqa") is None
+
+
+def test_before_and_after_tells_kernel_and_placement_apart():
+    shape, _ = guide_analyses.guide_shape(read_topology())
+    found = guide_analyses.before_and_after(NUMAOptimizedGQA(NODE), shape.replace(batch=1, kv_len=64), seconds=0.2)
+    assert {len(of) for of in found.seconds.values()} >= {guide_analyses.BLOCKS}
+    assert found.both.ratio == pytest.approx(found.kernel.ratio * found.placement.ratio)
+    assert [sentence.split(":")[0] for sentence in found.sentences()] == [
+        "The kernel",
+        "The placement",
+        "Both together",
+    ]
+    with pytest.raises(InvalidInput, match="seconds=0"):
+        guide_analyses.measure(read_topology(), [], seconds=0)
