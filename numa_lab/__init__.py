@@ -15,7 +15,7 @@ The modules, from the machine up to the reader; each imports only from those abo
 - ``rankings``, ``optimal_node``: which node is best, and how sure that is
 - ``plan``, ``optimized``, ``pool``: which executions a sweep runs; attention on one node, and on all of them
 - ``run``, ``sweep``, ``report``: one execution, all executions of a plan, what is told of them
-- ``decode_loop``, ``guide_analyses``: the source guide's experiments, measured as this project measures
+- ``batch_scaling``, ``decode_loop``, ``guide_analyses``: the source guide's experiments, measured as this project measures
 - ``cli``: the commands
 
 Public names are loaded on first use, so that ``import numa_lab`` does not load torch.

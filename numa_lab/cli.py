@@ -102,14 +102,14 @@ def detect(as_json: bool, shape: str | None, refresh: bool) -> None:
     from numa_lab import optimal_node, rankings
 
     ranking = optimal_node.rank_nodes(shape, refresh=refresh)
-    optimal = optimal_node.choose(ranking)
     if as_json:
+        optimal = optimal_node.choose(ranking)
         nodes = json.loads(ranking.reset_index().to_json(orient="records"))  # NaN becomes null
         _print_json({"optimal_node": optimal, "sentence": rankings.sentence(ranking), "nodes": nodes})
     else:
         click.echo(rankings.render(ranking))
         click.echo(rankings.sentence(ranking))
-        click.echo(f"To use it: numactl --cpunodebind={optimal} --membind={optimal} python ...")
+        click.echo(optimal_node.advice(ranking).replace("`", ""))
 
 
 @main.command()

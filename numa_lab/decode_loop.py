@@ -19,10 +19,11 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from numa_lab import memory
 from numa_lab.attention.shapes import AttentionShape
-from numa_lab.errors import InvalidInput
-from numa_lab.optimized import NUMAOptimizedGQA
+from numa_lab.errors import InvalidInput, UntrustedResult
+from numa_lab.optimized import NUMAOptimizedGQA, scaled_dot_product_attention_gqa
 from numa_lab.ratios import Ratio, ratio_of_medians
 from numa_lab.receipt import Receipt
+from numa_lab.topology import read_topology
 
 Attend = Callable[["Layer", Tensor, Tensor, Tensor], Tensor]  # layer, query, keys and values so far -> output
 
@@ -67,6 +68,21 @@ def make_layers(shape: AttentionShape, layers: int, tokens: int, helper: NUMAOpt
 def torch_attention(_layer: Layer, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """torch's own attention, as a loop without the helper calls it."""
     return scaled_dot_product_attention(query, keys, values, enable_gqa=True)
+
+
+def plain_attention(_layer: Layer, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """``gqa_attention`` without any placement."""
+    return scaled_dot_product_attention_gqa(query, keys, values)
+
+
+def helper_attention(helper: NUMAOptimizedGQA) -> Attend:
+    """The same, with the helper entered at every call, as the source guide does it."""
+
+    def attend(_layer: Layer, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        with helper:
+            return scaled_dot_product_attention_gqa(query, keys, values)
+
+    return attend
 
 
 def decode(layers: list[Layer], shape: AttentionShape, tokens: int, attend: Attend) -> list[float]:
@@ -151,3 +167,18 @@ def compare(
     runs = pd.DataFrame(rows)
     samples = {name: 1 / runs.loc[runs["helper"] == name, "tokens_per_s"].to_numpy() for name in arms}
     return Comparison(runs, ratio_of_medians(samples[WITHOUT], samples[WITH]), receipt, pages)
+
+
+def require_placed(found: Comparison, helper: NUMAOptimizedGQA) -> str:
+    """Say that threads and cache of the runs with the helper were on its node.
+
+    Raises
+    ------
+    UntrustedResult
+        They were not.
+    """
+    cpus = read_topology().cpus_of([helper.node])
+    wrong = [*found.receipt.contradictions(cpus, [helper.node]), *found.receipt.notes]
+    if wrong:
+        raise UntrustedResult(" ".join(wrong))
+    return f"{len(found.receipt.threads)} threads and all pages of the cache were on node {helper.node}."

@@ -138,6 +138,12 @@ def choose(ranking: pd.DataFrame) -> int:
     return here if here in best else best[0]
 
 
+def advice(ranking: pd.DataFrame) -> str:
+    """The command that uses the chosen node, as Markdown."""
+    node = choose(ranking)
+    return f"Node {node}: `numactl --cpunodebind={node} --membind={node} python ...`, or `NUMAOptimizedGQA({node})` in code."
+
+
 def bind_to_numa_node(node: int) -> Binding:
     """Bind the calling thread, its OpenMP team and their new memory to a node, for good; what the kernel granted.
 

@@ -143,8 +143,8 @@ class NUMAThreadPool:
         """Run a function on a node and wait for its result; what it raises is raised here."""
         return self.submit(fn, *args, numa_node=numa_node, **kwargs).result()
 
-    def scatter(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Copies of tensors on the nodes in turn, bound there: the first on the first node, and so on.
+    def scatter(self, tensors: Sequence[Tensor], nodes: Sequence[int] | None = None) -> list[Tensor]:
+        """Copies of tensors on `nodes` in turn (all where None is given), bound there: the first on the first, and so on.
 
         Scatter keys and values in the same order, so that both of an input lie on one node.
 
@@ -157,9 +157,9 @@ class NUMAThreadPool:
         def copy(tensor: Tensor, node: int) -> Tensor:
             return memory.empty(tensor.shape, tensor.dtype, node).copy_(tensor)
 
-        nodes = itertools.cycle(self.nodes)
+        turns = itertools.cycle(nodes or self.nodes)
         futures = [
-            self.submit(copy, tensor, node, numa_node=node) for tensor, node in zip(tensors, nodes, strict=False)
+            self.submit(copy, tensor, node, numa_node=node) for tensor, node in zip(tensors, turns, strict=False)
         ]
         wait(futures)
         return [future.result() for future in futures]

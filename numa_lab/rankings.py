@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from numa_lab.errors import RunDirectoryError
+from numa_lab.errors import RunDirectoryError, UntrustedResult
 from numa_lab.results import read_json, write_json
 from numa_lab.sysfs import format_cpulist
 
@@ -48,6 +48,24 @@ def sentence(ranking: pd.DataFrame) -> str:
         by = f"slower by {row['low'] - 1:.0%} to {row['high'] - 1:.0%}" if math.isfinite(row["low"]) else "not usable"
         told.append(f"Node {node} is {by}{why}.")
     return " ".join(told)
+
+
+def require_receipts(ranking: pd.DataFrame) -> str:
+    """Say that no visit's receipt contradicts its node.
+
+    Raises
+    ------
+    UntrustedResult
+        One does.
+    """
+    if wrong := [told for told in ranking["receipt"] if told]:
+        raise UntrustedResult(" ".join(wrong))
+    visits = int(ranking["visits"].sum())
+    return (
+        f"{visits} visits: no receipt contradicts its node."
+        if visits
+        else "Nothing was measured, so nothing is claimed."
+    )
 
 
 def read(path: Path, nodes: tuple[int, ...]) -> pd.DataFrame | None:

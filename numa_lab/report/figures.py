@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 
 from numa_lab.report.figures_certainty import cold_against_steady, run_order, spread
+from numa_lab.report.figures_experiments import batch_scaling, decode_runs, ranking
 from numa_lab.report.figures_machine import bandwidth_heatmap, latency_heatmap
 from numa_lab.report.figures_placement import overhead_heatmap, pages
 from numa_lab.report.figures_scaling import batch_curve, kv_curve, limit_share, thread_scaling
@@ -20,13 +21,16 @@ __all__ = [
     "Plot",
     "bandwidth_heatmap",
     "batch_curve",
+    "batch_scaling",
     "cold_against_steady",
+    "decode_runs",
     "kv_curve",
     "latency_heatmap",
     "limit_share",
     "machine_figures",
     "overhead_heatmap",
     "pages",
+    "ranking",
     "run_figures",
     "run_order",
     "spread",

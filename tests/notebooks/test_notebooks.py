@@ -25,6 +25,10 @@ def test_a_notebook_has_the_common_form(path):
         assert parameter["help"], f"{parameter['name']} has no comment that says what it means"
 
 
+def test_they_are_numbered_without_gaps():
+    assert [path.name[:2] for path in NOTEBOOKS] == [f"{number:02}" for number in range(1, len(NOTEBOOKS) + 1)]
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_links_lead_somewhere(path):
     text = "\n".join(cell.source for cell in notebook.read(path).cells if cell.cell_type == "markdown")
@@ -38,6 +42,9 @@ def test_links_lead_somewhere(path):
     [
         ("01_machine", {"seconds": 1.0}),
         ("02_attention_under_binding", {"kv_len": 64}),
+        ("03_optimal_node", {"seconds": 1.0}),
+        ("04_thread_pool", {"kv_len": 64, "seconds": 0.5}),
+        ("05_decode_loop", {"kv_len": 64, "layers": 1, "tokens": 4, "seconds": 0.5}),
         ("06_cross_node_overhead", {}),
         ("07_optimization_guide", {}),
     ],
