@@ -23,6 +23,7 @@ from numa_lab.errors import InvalidInput, UntrustedResult
 from numa_lab.optimized import NUMAOptimizedGQA, scaled_dot_product_attention_gqa
 from numa_lab.ratios import Ratio, ratio_of_medians
 from numa_lab.receipt import Receipt
+from numa_lab.sysfs import format_cpulist
 from numa_lab.topology import read_topology
 
 Attend = Callable[["Layer", Tensor, Tensor, Tensor], Tensor]  # layer, query, keys and values so far -> output
@@ -107,6 +108,15 @@ class Comparison:
     speedup: Ratio  # tokens per second with the helper over those without
     receipt: Receipt
     pages_without: dict[int, int]  # of the first layer's K of the last run without the helper
+
+    def receipts(self) -> pd.DataFrame:
+        """Where the threads with the helper were allowed and seen, and where K of the first layer lay in either kind of run."""
+        seen = {"allowed CPUs": format_cpulist({cpu for t in self.receipt.threads for cpu in t.allowed})}
+        seen["seen on CPUs"] = format_cpulist(self.receipt.observed_cpus)
+        return pd.DataFrame([
+            {"helper": WITH, "binding": str(self.receipt.effective), **seen, "pages of K": self.receipt.pages_after["keys"]},
+            {"helper": WITHOUT, "binding": "none", "pages of K": self.pages_without},
+        ]).fillna("not looked at")  # fmt: skip
 
     def sentence(self) -> str:
         """What came out, in words."""
