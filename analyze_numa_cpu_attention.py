@@ -13,7 +13,9 @@ def main() -> None:
     """Run the four analyses and write numa_attention_results.json."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--full", action="store_true", help="the guide's batch of 512, as far as memory allows")
-    parser.add_argument("--seconds", type=float, default=30.0, help="for all measurements together (default 30)")
+    parser.add_argument(
+        "--seconds", type=float, default=30.0, help="for all visits, of which each has three (default 30)"
+    )
     parser.add_argument("--out", type=Path, default=Path("data/numa_attention_results.json"), help="where to write")
     options = parser.parse_args()
 

@@ -10,6 +10,7 @@ import math
 import random
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import pandas as pd
@@ -29,6 +30,7 @@ from numa_lab.topology import read_topology
 Attend = Callable[["Layer", Tensor, Tensor, Tensor], Tensor]  # layer, query, keys and values so far -> output
 
 WITHOUT, WITH = "without", "with"
+FEWEST_TOKENS = 2  # of a run, however slow
 
 
 @dataclass
@@ -59,11 +61,13 @@ def make_layers(shape: AttentionShape, layers: int, tokens: int, helper: NUMAOpt
     """Caches filled with `kv_len` random tokens, and room for `tokens` more: on the helper's node, or in plain memory."""
     size = (shape.batch, shape.kv_heads, shape.kv_len + tokens, shape.head_dim)
     dtype = getattr(torch, shape.dtype)
-    made = [
-        helper.create_tensors([size, size], dtype) if helper else [torch.randn(size, dtype=dtype) for _ in range(2)]
-        for _ in range(layers)
-    ]
-    return [Layer(keys, values, shape.kv_len) for keys, values in made]
+    numbers = torch.randn(size[-2:], dtype=dtype)  # for all heads alike: a large cache of numbers of its own takes long
+
+    def cache() -> Tensor:
+        return helper.empty(size, dtype) if helper else torch.empty(size, dtype=dtype)
+
+    with helper or nullcontext():
+        return [Layer(cache().copy_(numbers), cache().copy_(numbers), shape.kv_len) for _ in range(layers)]
 
 
 def torch_attention(_layer: Layer, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -152,23 +156,28 @@ def compare(
     attend_with, attend_without
         What a layer calls. To tell the kernel's effect from the placement's, give both the same.
     layers, tokens
-        Of one run.
+        Of one run; fewer tokens, of both kinds alike, where so many would not fit into the time.
     seconds, min_blocks
         Blocks are run until the time has passed, and at least so many: with less than three there is no interval.
+        Filling the caches counts, but is not shortened: large ones take longer than `seconds`.
     """
     if min(layers, tokens, min_blocks) < 1:
         raise InvalidInput(f"layers={layers}, tokens={tokens}, min_blocks={min_blocks}: expected at least 1 of each")
     arms = {WITH: (attend_with, helper), WITHOUT: (attend_without, None)}
     rows: list[dict[str, object]] = []
     pages: dict[int, int] = {}
+    per_token: dict[str, float] = {}  # the fastest warm-up of each kind: one that was disturbed shortens no run
     start, block = time.perf_counter(), 0
     while block < min_blocks or time.perf_counter() - start < seconds:
         for name in random.sample(list(arms), len(arms)):
             attend, owner = arms[name]
-            caches = make_layers(shape, layers, tokens + 1, owner)
-            decode(caches, shape, 1, attend)  # warm-up
-            taken = decode(caches, shape, tokens, attend)
-            rows.append({"helper": name, "block": block, "tokens_per_s": shape.batch * len(taken) / sum(taken)})
+            caches = make_layers(shape, layers, max(tokens, FEWEST_TOKENS) + 1, owner)
+            (warm_up,) = decode(caches, shape, 1, attend)
+            per_token[name] = min(warm_up, per_token.get(name, math.inf))
+            fitting = int(seconds / (len(arms) * min_blocks) / max(per_token.values()))
+            taken = decode(caches, shape, max(1, min(tokens, fitting)), attend)
+            rate = shape.batch * len(taken) / sum(taken)
+            rows.append({"helper": name, "block": block, "tokens": len(taken), "tokens_per_s": rate})
             if owner is None:
                 pages = memory.locate(caches[0].keys)
             else:

@@ -37,6 +37,7 @@ from numa_lab.workloads import MEMORY_SHARE, Case
 
 SCHEMA_VERSION = 1
 BLOCKS = 5
+FEWEST_BLOCKS = 3  # with two, no spread can be told from chance
 SMALL_BATCH = 8  # sequences where the guide's 512 are not asked for
 
 Progress = Callable[[int, int], None]
@@ -94,6 +95,8 @@ def measure(
 ) -> pd.DataFrame:
     """Visit each cell once per block, in random order; tidy rows with `analysis` added, one execution_id per visit.
 
+    There are five blocks, and three at least where calls are so slow that the time is over before.
+
     Parameters
     ----------
     topology
@@ -114,8 +117,10 @@ def measure(
         with team.pinned_team(cpus):
             pools[node] = KVPool(pool_bytes(topology, cpus, largest), node)
     rows: list[dict[str, object]] = []
-    total, done = BLOCKS * len(todo), 0
+    total, done, end = BLOCKS * len(todo), 0, time.perf_counter() + seconds
     for block in range(BLOCKS):
+        if block >= FEWEST_BLOCKS and time.perf_counter() > end:
+            break
         for cell in random.sample(list(todo), len(todo)):
             binding = Binding((cell.compute_node,), (cell.memory_node,), MemPolicy.BIND)
             cpus = topology.cpus_for([cell.compute_node], cell.case.threads)

@@ -39,19 +39,17 @@ from numa_lab.topology import Topology, read_topology
 from numa_lab.workloads import Case
 
 BLOCKS = 8
-NEW_MEMORY_BLOCKS = (
-    2  # after so many blocks K and V move to other pages: how pages lie in a node is chance, not the node
-)
+NEW_MEMORY_BLOCKS = 2  # after so many blocks K and V move to other pages: how pages lie in a node is chance
 VISIT_SECONDS = 0.1
 DEFAULT_SHAPE = preset("llama-3-8b", kv_len=1024)
-BUSY_SHARE = 0.1  # of a visit's time that threads waited for their CPUs, from which on other load is named as a cause
+BUSY_SHARE = 0.1  # of a visit's time that a thread waited for its CPU, from which on other load is named as a cause
 NEARLY_FULL = 0.1  # of a node's memory that is still available
 CACHE_VERSION = 1
 
 
 @dataclass
 class Visits:
-    """What was measured: tidy rows, and for each node the shares of time that its threads waited for a CPU."""
+    """What was measured: tidy rows, and for each visit of a node the share of time that a thread waited for a CPU."""
 
     rows: list[dict[str, object]] = field(default_factory=list)
     waited: dict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
@@ -64,7 +62,8 @@ def rank_nodes(
     """Rank the effective nodes by the time of a decode step.
 
     The ranking is kept in the user's cache folder for this machine and this set of allowed CPUs and nodes, unless other
-    load was seen. One node: nothing is measured.
+    load, nearly full memory or a receipt that contradicts was seen: those are of the moment. One node: nothing is
+    measured.
 
     Parameters
     ----------
@@ -114,7 +113,7 @@ def rank_nodes(
     visit_seconds = VISIT_SECONDS if seconds is None else seconds / (BLOCKS * (len(nodes) + 1))
     visits = _visit(topology, chosen, visit_seconds)
     ranking = _rank(visits, topology)
-    if not ranking["cause"].str.contains("other load").any():
+    if not (ranking["cause"].str.contains("other load|memory").any() or ranking["receipt"].any()):
         rankings.keep(path, ranking)
     return ranking
 
@@ -167,21 +166,19 @@ def _visit(topology: Topology, shape: AttentionShape, seconds: float) -> Visits:
     visits = Visits()
     cpus = {node: topology.cpus_for([node]) for node in topology.effective_nodes}
     size = max(pool_bytes(topology, of, shape.kv_bytes) for of in cpus.values())
-    labels = {f"c{node}m{node}": node for node in cpus}
-    labels[next(iter(labels)) + stats.AA_SUFFIX] = next(iter(cpus))
     order = random.Random(time.time_ns())
-    pools: dict[str, KVPool] = {}
+    pools: dict[str, tuple[int, KVPool]] = {}
     for block in range(BLOCKS):
         if block % NEW_MEMORY_BLOCKS == 0:
             pools.clear()  # before new ones are taken
-            pools |= _pools(labels, cpus, size, visits)
+            pools |= _pools(cpus, size, visits)
         for label in order.sample(list(pools), len(pools)):
-            node = labels[label]
+            node, pool = pools[label]
             binding = Binding((node,), (node,), MemPolicy.BIND)
             with team.pinned_team(cpus[node], (libnuma.MPOL_BIND, [node])), _waiting(visits.waited[node]):
                 visits.rows += sample_case(
                     Case(shape, len(cpus[node])),
-                    pools[label],
+                    pool,
                     requested=binding,
                     granted=effective(topology),
                     topology=topology,
@@ -194,30 +191,37 @@ def _visit(topology: Topology, shape: AttentionShape, seconds: float) -> Visits:
     return visits
 
 
-def _pools(
-    labels: Mapping[str, int], cpus: Mapping[int, Sequence[int]], size: int, visits: Visits
-) -> dict[str, KVPool]:
-    """Memory for K and V under each label: the pair of one node has two, so that its noise is also that of memory."""
-    pools = {}
-    for label, node in labels.items():
+def _pools(cpus: Mapping[int, Sequence[int]], size: int, visits: Visits) -> dict[str, tuple[int, KVPool]]:
+    """Each label's node and memory: the pair of one node has two memories, so that its noise is also that of memory."""
+    pools: dict[str, tuple[int, KVPool]] = {}
+
+    def add(label: str, node: int) -> None:
         try:
             with team.pinned_team(cpus[node]):
-                pools[label] = KVPool(size, node)
+                pools[label] = node, KVPool(size, node)
         except NodeUnavailable as error:
             visits.too_small[node] = str(error)
+
+    for node in cpus:
+        add(f"c{node}m{node}", node)
     if not pools:
         raise NodeUnavailable("no node has room for the tensors: " + "; ".join(visits.too_small.values()))
+    first = next(iter(pools))  # of those with room: without its twin there is no noise floor, and no claim
+    add(first + stats.AA_SUFFIX, pools[first][0])
     return pools
 
 
 @contextmanager
 def _waiting(shares: list[float]) -> Iterator[None]:
-    """Add the share of the time that the team's threads wait for a CPU while another thread has it."""
+    """Add the share of the time that the most delayed thread of the team waits for a CPU that another thread has.
+
+    Not their mean: the others wait for the delayed one, and one busy core of many slows the whole team.
+    """
     tids = [thread.tid for thread in openmp.team()] if openmp.runtime() else [threading.get_native_id()]
-    start, before = time.perf_counter_ns(), sum(schedstat(tid)[1] for tid in tids)
+    start, before = time.perf_counter_ns(), [schedstat(tid)[1] for tid in tids]
     yield
-    waited = sum(schedstat(tid)[1] for tid in tids) - before
-    shares.append(waited / len(tids) / (time.perf_counter_ns() - start))
+    waited = max(schedstat(tid)[1] - earlier for tid, earlier in zip(tids, before, strict=True))
+    shares.append(waited / (time.perf_counter_ns() - start))
 
 
 def _rank(visits: Visits, topology: Topology) -> pd.DataFrame:

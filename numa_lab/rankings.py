@@ -39,9 +39,10 @@ def sentence(ranking: pd.DataFrame) -> str:
         return f"One node, {ranking.index[0]}: nothing to compare."
     tie = format_cpulist(best.index)
     floor = ranking.attrs["noise_floor"]
+    above = "" if math.isnan(floor) else f" above the noise floor of {floor:.1%}"
     if slower.empty:
         seen = [f" Node {node}: {cause}." for node, cause in best["cause"].items() if cause]
-        return f"Nodes {tie} tie: no difference was shown above the noise floor of {floor:.1%}.{''.join(seen)}"
+        return f"Nodes {tie} tie: no difference was shown{above}.{''.join(seen)}"
     told = [f"Nodes {tie} tie for the best." if len(best) > 1 else f"Node {tie} is the best."]
     for node, row in slower.iterrows():
         why = f" ({row['cause']})" if row["cause"] else " (no cause was seen)"

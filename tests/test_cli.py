@@ -2,6 +2,7 @@ import json
 import subprocess
 import sys
 
+import pandas as pd
 import pytest
 from click.testing import CliRunner
 
@@ -26,6 +27,7 @@ def call(*words):
         (["topology", "--root", "nowhere"], 2, "nowhere"),
         (["verdict", "nowhere"], 1, "nowhere"),
         (["report", "nowhere"], 1, "nowhere"),
+        (["detect", "--shape", "llama-3-9b"], 2, "llama-3-8b"),
         (["unknown"], 2, "No such command"),
     ],
 )
@@ -66,3 +68,23 @@ def test_dry_run_prints_commands_that_can_be_typed():
     lines = call("sweep", "--profile", "smoke", "--bindings", "c0m0", "--dry-run").stdout.splitlines()
     assert len(lines) == 2
     assert all(line.startswith("numactl --cpunodebind=0 --membind=0 python -m papermill") for line in lines)
+
+
+def test_detect_names_a_node_in_a_sentence_or_in_json(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    ranking = pd.DataFrame(
+        {
+            "median_seconds": [1e-3, 1.125e-3], "ratio": [1.0, 1.125], "low": [1.0, 1.11], "high": [1.0, 1.14],
+            "tie_group": [1, 2], "cause": ["", "fewer cores"], "visits": [8, 8], "receipt": ["", ""],
+        },
+        index=pd.Index([2, 0], name="node"),
+    )  # fmt: skip
+    ranking.attrs["noise_floor"] = 0.01
+    monkeypatch.setattr("numa_lab.optimal_node.rank_nodes", lambda shape, refresh: ranking)
+    said = "Node 2 is the best. Node 0 is slower by 11% to 14% (fewer cores)."
+    shown = call("detect").stdout
+    assert said in shown
+    assert "numactl --cpunodebind=2 --membind=2" in shown
+    told = json.loads(call("detect", "--json").stdout)
+    assert (told["optimal_node"], told["sentence"]) == (2, said)
+    assert [node["node"] for node in told["nodes"]] == [2, 0]

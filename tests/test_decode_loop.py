@@ -1,4 +1,5 @@
 import math
+import time
 
 import pandas as pd
 import pytest
@@ -44,6 +45,18 @@ def test_runs_alternate_and_the_receipt_is_that_of_the_helpers_cache():
     assert found.speedup.low <= found.speedup.ratio <= found.speedup.high
     with pytest.raises(InvalidInput, match="layers=0"):
         decode_loop.compare(helper, SHAPE, attend_with=test_decode_thread.attn, layers=0)
+
+
+def test_slow_calls_make_runs_shorter_not_longer_than_the_time():
+    def slow(*given):
+        time.sleep(0.02)
+        return decode_loop.plain_attention(*given)
+
+    found = decode_loop.compare(
+        NUMAOptimizedGQA(NODE), SHAPE, attend_with=slow, attend_without=slow, layers=1, tokens=50, seconds=0.6
+    )
+    assert found.runs.groupby("helper").size().min() >= 5
+    assert set(found.runs["tokens"]) <= {1, 2}  # 0.06 s for each of ten runs, and at least 0.02 s a token: never 50
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 import math
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
@@ -91,6 +93,50 @@ def test_a_ranking_is_kept_unless_load_was_seen_or_it_is_damaged(machine, tmp_pa
     rank_nodes()
     rank_nodes()
     assert machine.measured == 5, "a damaged copy and load of the moment are measured anew"
+
+
+def test_what_is_of_the_moment_is_not_kept(machine, monkeypatch, four_nodes):
+    node = four_nodes.node(1)
+    object.__setattr__(node, "available_bytes", node.memory_bytes // 20)
+    assert rank_nodes().loc[1, "cause"] == "memory nearly full"
+    rank_nodes()
+    assert machine.measured == 2
+    object.__setattr__(node, "available_bytes", node.memory_bytes)
+    monkeypatch.setattr(optimal_node, "contradictions", lambda rows, node_cpus: ["Threads were elsewhere."])
+    assert "Threads were elsewhere." in set(rank_nodes()["receipt"])
+    rank_nodes()
+    assert machine.measured == 4
+
+
+def test_fewer_cores_are_a_cause(machine, four_nodes):
+    object.__setattr__(four_nodes, "allowed_cpus", (0, 1, 2, 3, 4))
+    assert rank_nodes()["cause"].to_dict() == {0: "", 1: "", 2: "fewer cores"}
+
+
+def test_a_full_first_node_leaves_the_noise_floor_to_the_next(monkeypatch):
+    def room(size, node):
+        if node == 0:
+            raise NodeUnavailable("node 0 is full")
+        return node
+
+    monkeypatch.setattr(optimal_node, "KVPool", room)
+    cpu, visits = min(os.sched_getaffinity(0)), Visits()
+    pools = optimal_node._pools({0: [cpu], 1: [cpu], 2: [cpu]}, 1, visits)
+    assert pools == {"c1m1": (1, 1), "c2m2": (2, 2), "c1m1~aa": (1, 1)}
+    assert visits.too_small == {0: "node 0 is full"}
+    with pytest.raises(NodeUnavailable, match="no node has room for the tensors: node 0 is full"):
+        optimal_node._pools({0: [cpu]}, 1, visits)
+
+
+def test_one_busy_core_of_the_team_is_seen_as_load():
+    cpus = read_topology().cpus_for([NODE])
+    busy = subprocess.Popen([sys.executable, "-c", f"import os\nos.sched_setaffinity(0, {{{cpus[-1]}}})\nwhile 1: 0"])
+    try:
+        visits = optimal_node._visit(read_topology(), optimal_node.DEFAULT_SHAPE.replace(kv_len=64), 0.05)
+    finally:
+        busy.kill()
+        busy.wait()
+    assert "other load" in optimal_node._rank(visits, read_topology()).loc[NODE, "cause"]
 
 
 def test_a_cache_folder_that_cannot_be_written_is_told_once(machine, monkeypatch):
