@@ -34,10 +34,8 @@ def main() -> None:
     found = guide_analyses.results(topology, rows, message)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     write_json(options.out, found)
-    for kind, times in (("GQA", "spread_gqa_percent"), ("standard", "spread_std_percent")):
-        spread = found[times]
-        told = "one node, nothing to compare" if spread is None else f"{spread:.2f} % from the best node to the worst"
-        print(f"{kind} attention: {told}.")
+    for name in ("gqa", "std"):
+        print(guide_analyses.spread_sentence(found, name))
     if found["spread_gqa_percent"] is not None:
         print("A spread alone is no proof: `numa-lab detect` says whether nodes differ, or tie.")
     problems = found["receipts"]["contradictions"]

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from numa_lab import libnuma, team, timing
+from numa_lab import libnuma, stats, team, timing
 from numa_lab.attention.gqa import gqa_attention
 from numa_lab.attention.shapes import AttentionShape, fit, preset
 from numa_lab.binding import Binding, MemPolicy, effective
@@ -170,8 +170,7 @@ def results(topology: Topology, rows: pd.DataFrame, message: str) -> dict[str, A
             }
             for (memory, compute), of in per_analysis["cross_numa"].groupby(["mem_nodes", "cpu_nodes"])
         },
-        "spread_gqa_percent": _spread(allocation, "gqa"),
-        "spread_std_percent": _spread(allocation, "std"),
+        **_spreads(rows[rows["analysis"] == "memory_allocation"]),
         "machine": machine_facts(topology),
         "receipts": {
             "contradictions": wrong,
@@ -199,10 +198,27 @@ def _nested(visits: pd.DataFrame, column: str) -> dict[str, dict[str, float]]:
     }
 
 
-def _spread(allocation: Mapping[Any, Mapping[str, Any]], name: str) -> float | None:
-    """By how many percent the slowest node is slower than the fastest, by medians; None with one node."""
-    medians = [statistics.median(of[f"times_{name}"]) for of in allocation.values()]
-    return 100 * (max(medians) / min(medians) - 1) if len(medians) > 1 else None
+def _spreads(rows: pd.DataFrame) -> dict[str, float | None]:
+    """By how many percent the slowest node is slower than the fastest, and what equal nodes would show; None: one node."""
+    # Nodes with fewer cores compute with fewer threads, or by another backend, and are compared all the same.
+    found = stats.spread(rows.assign(threads=0, backend="auto"))
+    told: dict[str, float | None] = {}
+    for name, of in (("gqa", found["attention"] != "mha"), ("std", found["attention"] == "mha")):
+        for key, column in ((f"spread_{name}_percent", "spread"), (f"spread_{name}_by_chance_percent", "by_chance")):
+            share = float(found.loc[of, column].iloc[0])
+            told[key] = None if math.isnan(share) else 100 * share
+    return told
+
+
+def spread_sentence(found: Mapping[str, Any], name: str) -> str:
+    """The spread of `gqa` or `std` in ``results``, in words."""
+    kind = {"gqa": "GQA", "std": "Standard attention"}[name]
+    spread, by_chance = found[f"spread_{name}_percent"], found[f"spread_{name}_by_chance_percent"]
+    if spread is None:
+        return f"{kind}: one node, nothing to compare."
+    return (
+        f"{kind}: {spread:.2f} % from the best node to the worst; equal nodes would show {by_chance:.2f} % by chance."
+    )
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,8 @@ import json
 from pathlib import Path
 
 import jsonschema
+import numpy as np
+import pandas as pd
 import pytest
 
 import analyze_numa_cpu_attention
@@ -48,10 +50,38 @@ def test_the_guides_batch_is_scaled_to_the_smallest_node(four_nodes):
     assert (small.batch, message) == (guide_analyses.SMALL_BATCH, "")
 
 
-def test_spreads_compare_the_medians_of_nodes():
-    allocation = {0: {"times_gqa": [1.0, 1.0, 9.0]}, 1: {"times_gqa": [1.2, 1.2, 1.2]}}
-    assert guide_analyses._spread(allocation, "gqa") == pytest.approx(20)
-    assert guide_analyses._spread({0: allocation[0]}, "gqa") is None
+def allocation_rows(seconds_of, threads_of):
+    """Rows of the first analysis with planted seconds: per node and attention, one visit for each value."""
+    shared = {"phase": "decode", "batch": 8, "q_len": 1, "kv_len": 512, "head_dim": 128, "dtype": "bfloat16"}
+    return pd.DataFrame([
+        {
+            **shared, "backend": "numba", "q_heads": 32, "kv_heads": heads, "attention": kind, "cold": False,
+            "execution_id": f"{kind}{node}{block}", "block": block, "order": block, "label": f"c{node}m{node}",
+            "threads": threads_of[node], "seconds": seconds * factor,
+        }
+        for kind, heads, factor in (("gqa", 8, 1), ("mha", 32, 4))
+        for node, values in seconds_of.items()
+        for block, seconds in enumerate(values)
+    ])  # fmt: skip
+
+
+def test_spreads_compare_the_medians_of_nodes_also_with_unequal_cores():
+    slower = {0: [1.0, 1.0, 1.0, 1.0, 9.0], 1: [1.2] * 5}
+    for cores in ({0: 4, 1: 4}, {0: 4, 1: 2}):
+        found = guide_analyses._spreads(allocation_rows(slower, cores))
+        assert found["spread_gqa_percent"] == pytest.approx(20)
+        assert found["spread_std_percent"] == pytest.approx(20)
+    assert set(guide_analyses._spreads(allocation_rows({0: slower[0]}, {0: 4})).values()) == {None}
+
+
+def test_equal_nodes_show_the_spread_that_chance_gives():
+    generator = np.random.default_rng(0)
+    nodes = {node: list(generator.lognormal(0, 0.05, 5)) for node in range(4)}
+    found = guide_analyses._spreads(allocation_rows(nodes, dict.fromkeys(nodes, 4)))
+    assert 1 < found["spread_gqa_by_chance_percent"] < 15, "noise of 5 % spreads four equal nodes by some percent"
+    assert "equal nodes would show" in guide_analyses.spread_sentence(found, "gqa")
+    alone = dict.fromkeys(found)
+    assert guide_analyses.spread_sentence(alone, "std") == "Standard attention: one node, nothing to compare."
 
 
 def test_before_and_after_tells_kernel_and_placement_apart():
