@@ -242,7 +242,7 @@ def _rank(visits: Visits, topology: Topology) -> pd.DataFrame:
         for node, median in seconds.items():
             low, high, verdict = _against(compared, f"c{node}m{node}", f"c{best}m{best}")
             slower = verdict == "slower" and low > 1 + stats.EQUIVALENCE_MARGIN
-            label_rows = rows[rows["label"] == f"c{node}m{node}"]
+            label_rows = rows[rows["label"].str.removesuffix(stats.AA_SUFFIX) == f"c{node}m{node}"]
             found[node] |= {
                 "median_seconds": median, "ratio": median / seconds[best], "low": low, "high": high,
                 "tie_group": 2 if slower else 1, "visits": int(by_label.size()[f"c{node}m{node}"]),
