@@ -175,7 +175,7 @@ def compare(
             (warm_up,) = decode(caches, shape, 1, attend)
             per_token[name] = min(warm_up, per_token.get(name, math.inf))
             fitting = int(seconds / (len(arms) * min_blocks) / max(per_token.values()))
-            taken = decode(caches, shape, max(1, min(tokens, fitting)), attend)
+            taken = decode(caches, shape, min(tokens, max(fitting, FEWEST_TOKENS)), attend)
             rate = shape.batch * len(taken) / sum(taken)
             rows.append({"helper": name, "block": block, "tokens": len(taken), "tokens_per_s": rate})
             if owner is None:
