@@ -94,12 +94,9 @@ def sentence(rows: pd.DataFrame) -> str:
             told.append("One node: there is no scaling over nodes to show.")
             continue
         ratio = ratio_of_medians(per_arm[slow], per_arm[fast])
-        interval = f"{ratio.low:.2f} to {ratio.high:.2f} times"
-        what = f"the pool over {most} node{'s' if most > 1 else ''} against {name}"
-        if ratio.low <= 1 <= ratio.high:
-            told.append(f"No difference was shown for {what}: {interval} the throughput.")
-        else:
-            told.append(f"{interval} the throughput for {what}{f'; linear would be {most}' if slow else ''}.")
+        linear = f" (linear would be {most})" if slow else ""
+        what = f"The pool over {most} node{'s' if most > 1 else ''} against {name}"
+        told.append(f"{what}: {ratio.describe('the throughput')}{linear}.")
     return " ".join(told)
 
 

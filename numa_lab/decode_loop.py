@@ -126,12 +126,7 @@ class Comparison:
         """What came out, in words."""
         medians = self.runs.groupby("helper")["tokens_per_s"].median()
         told = f"{medians[WITH]:.1f} tokens/s with the helper and {medians[WITHOUT]:.1f} without"
-        if math.isnan(self.speedup.low):
-            return f"{told}: too few runs to say more."
-        interval = f"{self.speedup.low:.2f} to {self.speedup.high:.2f} times as many"
-        if self.speedup.low <= 1 <= self.speedup.high:
-            return f"No difference was shown: {told}, {interval}."
-        return f"{told}: {interval}."
+        return f"{told}: {self.speedup.describe('as many')}."
 
 
 def compare(

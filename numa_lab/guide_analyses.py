@@ -233,14 +233,7 @@ class BeforeAndAfter:
     def sentences(self) -> list[str]:
         """One for each ratio, "no difference was shown" included."""
         named = {"The kernel": self.kernel, "The placement": self.placement, "Both together": self.both}
-        return [f"{name}: {_gain(ratio)}" for name, ratio in named.items()]
-
-
-def _gain(ratio: Ratio) -> str:
-    interval = f"{ratio.low:.2f} to {ratio.high:.2f} times as fast"
-    if ratio.low <= 1 <= ratio.high:
-        return f"no difference was shown ({interval})."
-    return f"{ratio.ratio:.2f} times as fast ({interval})."
+        return [f"{name}: {ratio.describe('as fast')}." for name, ratio in named.items()]
 
 
 def before_and_after(helper: NUMAOptimizedGQA, shape: AttentionShape, *, seconds: float) -> BeforeAndAfter:

@@ -12,6 +12,7 @@ from scipy import stats as scipy_stats
 
 CONFIDENCE = 0.95
 MIN_EXECUTIONS = 3  # per binding: with two, no spread can be told from chance
+LARGEST_TIE = 0.05  # however noisy the run, what may differ by more is not called the same
 LEAST_NOISE = 1e-3  # relative spread of executions that is assumed where less was seen
 RESAMPLES = 2000
 PAIRS_AT_ONCE = 200  # resampled together, which bounds the memory that it takes
@@ -25,6 +26,16 @@ class Ratio:
     low: float
     high: float
     p_value: float  # of no difference
+
+    def describe(self, unit: str) -> str:
+        """The interval in words, such as "1.90 to 2.10 times as fast" for the unit "as fast"; a tie and doubt are told."""
+        if math.isnan(self.low):
+            return f"unclear, too few runs for an interval ({self.ratio:.2f} times {unit})"
+        interval = f"{self.low:.2f} to {self.high:.2f} times {unit}"
+        if not self.low <= 1 <= self.high:
+            return interval
+        tie = self.low > 1 / (1 + LARGEST_TIE) and self.high < 1 + LARGEST_TIE
+        return f"a tie ({interval})" if tie else f"unclear ({interval})"
 
 
 def ratio_of_medians(a: ArrayLike, b: ArrayLike, *, confidence: float = CONFIDENCE) -> Ratio:

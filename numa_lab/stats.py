@@ -18,11 +18,10 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from numa_lab.ratios import CONFIDENCE, MIN_EXECUTIONS, RESAMPLES, Ratio, all_ratios, holm
+from numa_lab.ratios import CONFIDENCE, LARGEST_TIE, MIN_EXECUTIONS, RESAMPLES, Ratio, all_ratios, holm
 
 AA_SUFFIX = "~aa"  # ends the label of the second half of the A/A pair
 EQUIVALENCE_MARGIN = 0.02  # effects below 2 % are of no practical interest
-LARGEST_TIE = 0.05  # however noisy the run, bindings that may differ by more are not called the same
 
 CASE = (  # what tells one measured case from another
     "attention", "phase", "batch", "q_heads", "kv_heads", "q_len", "kv_len", "head_dim", "dtype", "backend", "threads",

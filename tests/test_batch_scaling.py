@@ -28,8 +28,8 @@ def test_every_arm_is_visited_in_every_block_and_inputs_lie_where_they_are_compu
 
 def test_the_sentence_says_what_the_intervals_allow():
     told = batch_scaling.sentence(planted({0: 300, 1: 300, 2: 590}))
-    assert "2 nodes against one process" in told
+    assert "The pool over 2 nodes against one process: 1.9" in told
     assert "linear would be 2" in told
     told = batch_scaling.sentence(planted({0: 300, 1: 301}))
-    assert "No difference was shown for the pool over 1 node against one process" in told
+    assert "The pool over 1 node against one process: a tie" in told
     assert "One node: there is no scaling over nodes to show." in told

@@ -61,7 +61,11 @@ def test_slow_calls_make_runs_shorter_not_longer_than_the_time():
 
 @pytest.mark.parametrize(
     ("low", "high", "told"),
-    [(0.9, 1.1, "No difference was shown: 20.0 tokens/s"), (1.9, 2.1, "10.0 without: 1.90 to 2.10 times as many")],
+    [
+        (0.98, 1.03, "a tie (0.98 to 1.03 times as many)"),
+        (0.6, 3.2, "unclear (0.60 to 3.20 times as many)"),
+        (1.9, 2.1, "10.0 without: 1.90 to 2.10 times as many"),
+    ],
 )
 def test_the_sentence_says_what_the_interval_allows(low, high, told):
     runs = pd.DataFrame({"helper": ["with", "without"], "tokens_per_s": [20.0, 10.0]})
