@@ -6,6 +6,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from numa_lab import guide_analyses
+from numa_lab.errors import run_script
 from numa_lab.results import write_json
 
 
@@ -44,4 +45,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -10,6 +10,7 @@ from numa_lab import (
     rank_nodes,
     scaled_dot_product_attention_gqa,
 )
+from numa_lab.errors import run_script
 
 __all__ = [
     "NUMAOptimizedGQA",
@@ -50,4 +51,4 @@ Also: numactl --cpunodebind={node} python ...   (memory of any node)
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

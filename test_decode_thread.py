@@ -6,6 +6,7 @@ from torch import Tensor
 
 from numa_lab import NUMAOptimizedGQA, decode_loop, scaled_dot_product_attention_gqa
 from numa_lab.attention.shapes import fit, preset
+from numa_lab.errors import run_script
 from numa_lab.topology import read_topology
 
 _global_numa_gqa: NUMAOptimizedGQA | None = None
@@ -55,4 +56,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

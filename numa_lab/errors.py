@@ -1,5 +1,8 @@
 """The errors that numa_lab raises for its users; each message names the value, what was expected and the fix."""
 
+import sys
+from collections.abc import Callable
+
 
 class NumaLabError(Exception):
     """Base of all errors of numa_lab. The command line prints the message alone and exits with ``exit_status``."""
@@ -35,3 +38,12 @@ class UntrustedResult(NumaLabError):
 
 class NotPermitted(NumaLabError, PermissionError):
     """The kernel refused a NUMA call, as the default seccomp profile of containers does."""
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Run a script's main function; an error of numa_lab ends it with the message alone and its exit status."""
+    try:
+        main()
+    except NumaLabError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_status)

@@ -1,5 +1,7 @@
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import jsonschema
@@ -96,3 +98,10 @@ def test_before_and_after_tells_kernel_and_placement_apart():
     ]
     with pytest.raises(InvalidInput, match="seconds=0"):
         guide_analyses.measure(read_topology(), [], seconds=0)
+
+
+def test_a_script_tells_a_bad_value_without_a_traceback():
+    script = analyze_numa_cpu_attention.__file__
+    done = subprocess.run([sys.executable, script, "--seconds", "0"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "seconds=0.0: expected a positive time for all visits\n"
