@@ -3,7 +3,8 @@
 The modules, from the machine up to the reader; each imports only from those above it in this list:
 
 - ``errors``: what goes wrong, in words
-- ``sysfs``, ``hardware``, ``topology``, ``libnuma``: the machine, and the kernel's NUMA calls
+- ``sysfs``, ``hardware``, ``topology``, ``libnuma``, ``mappings``, ``free_memory``: the machine, the kernel's
+  NUMA calls, what it tells of mappings, and what a node can still hold
 - ``timing``, ``ratios``, ``stats``: the clock, and honest comparison
 - ``overview``: the machine in words
 - ``openmp``, ``thread_state``: torch's own threads, and their masks and policies

@@ -27,17 +27,25 @@ class MemPolicy(Enum):
     BIND = "bind"  # only these nodes; where they are full the kernel kills the process
     PREFERRED = "preferred"  # this node while it has room, then others
     INTERLEAVE = "interleave"  # round-robin over these nodes
+    WEIGHTED_INTERLEAVE = "weighted-interleave"  # round-robin, as many pages in turn as each node's weight says
 
 
-_LETTERS = {MemPolicy.DEFAULT: "m", MemPolicy.BIND: "m", MemPolicy.PREFERRED: "p", MemPolicy.INTERLEAVE: "i"}
-_POLICIES = {"m": MemPolicy.BIND, "p": MemPolicy.PREFERRED, "i": MemPolicy.INTERLEAVE}
-_LABEL = re.compile(r"c(?P<cpus>\*|[\d,-]+)(?P<letter>[mpi])(?P<mems>\*|[\d,-]+)", re.ASCII)
+_LETTERS = {
+    MemPolicy.DEFAULT: "m",
+    MemPolicy.BIND: "m",
+    MemPolicy.PREFERRED: "p",
+    MemPolicy.INTERLEAVE: "i",
+    MemPolicy.WEIGHTED_INTERLEAVE: "w",
+}
+_POLICIES = {letter: policy for policy, letter in _LETTERS.items()}  # m: bind, which comes after default
+_LABEL = re.compile(r"c(?P<cpus>\*|[\d,-]+)(?P<letter>[mpiw])(?P<mems>\*|[\d,-]+)", re.ASCII)
 
 _MODES = {
     MemPolicy.DEFAULT: libnuma.MPOL_DEFAULT,
     MemPolicy.BIND: libnuma.MPOL_BIND,
     MemPolicy.PREFERRED: libnuma.MPOL_PREFERRED,
     MemPolicy.INTERLEAVE: libnuma.MPOL_INTERLEAVE,
+    MemPolicy.WEIGHTED_INTERLEAVE: libnuma.MPOL_WEIGHTED_INTERLEAVE,
 }
 
 
@@ -46,7 +54,7 @@ class Binding:
     """CPU nodes (empty: any), memory nodes (empty: any) and policy.
 
     The label names all three: ``c3m0`` CPUs of node 3 and memory bound to node 0, ``c0-1i0-3`` interleaved,
-    ``c2p1`` preferred, ``c*m*`` nothing bound, ``c0m*`` CPUs alone.
+    ``c0w0,2`` interleaved by weight, ``c2p1`` preferred, ``c*m*`` nothing bound, ``c0m*`` CPUs alone.
     """
 
     cpu_nodes: tuple[int, ...] = ()
@@ -59,7 +67,7 @@ class Binding:
         if bool(self.mem_nodes) == (self.policy is MemPolicy.DEFAULT):
             raise InvalidInput(
                 f"policy={self.policy.value!r} with mem_nodes={self.mem_nodes}: "
-                "name memory nodes for bind, preferred or interleave, and none for default"
+                "name memory nodes for bind, preferred, interleave or weighted-interleave, and none for default"
             )
         if self.policy is MemPolicy.PREFERRED and len(self.mem_nodes) != 1:
             raise InvalidInput(f"policy='preferred' with mem_nodes={self.mem_nodes}: name exactly one node")
@@ -74,7 +82,10 @@ class Binding:
             The text is not a label.
         """
         match = _LABEL.fullmatch(label)
-        expected = "expected CPU nodes, then memory nodes, as in c3m0, c0-1i0-3 (interleave), c2p1 (preferred) or c*m*"
+        expected = (
+            "expected CPU nodes, then memory nodes, as in c3m0, c0-1i0-3 (interleave), c0w0,2 (by weight), "
+            "c2p1 (preferred) or c*m*"
+        )
         if not match:
             raise InvalidInput(f"binding {label!r}: {expected}")
         try:
@@ -94,11 +105,16 @@ class Binding:
         """Whether all memory is bound to the one node of the CPUs."""
         return self.policy is MemPolicy.BIND and len(self.cpu_nodes) == 1 and self.cpu_nodes == self.mem_nodes
 
+    @property
+    def confines_memory(self) -> bool:
+        """Whether new pages lie on the memory nodes alone, while these have room."""
+        return self.policy not in (MemPolicy.DEFAULT, MemPolicy.PREFERRED)
+
     def numactl(self) -> list[str]:
         """The words to put before a command, empty where nothing is bound."""
         words = [f"--cpunodebind={format_cpulist(self.cpu_nodes)}"] if self.cpu_nodes else []
         if self.policy is not MemPolicy.DEFAULT:
-            flag = {"bind": "membind", "preferred": "preferred", "interleave": "interleave"}[self.policy.value]
+            flag = "membind" if self.policy is MemPolicy.BIND else self.policy.value
             words.append(f"--{flag}={format_cpulist(self.mem_nodes)}")
         return ["numactl", *words] if words else []
 
@@ -109,7 +125,11 @@ class Binding:
         ------
         NodeUnavailable
             A node does not exist, has no CPUs or memory, or is outside the cpuset; the message names those that serve.
+        MissingDependency
+            The policy is weighted interleaving, and this Linux does not have it.
         """
+        if self.policy is MemPolicy.WEIGHTED_INTERLEAVE:
+            libnuma.interleave_weights(self.mem_nodes[:1])
         with_cpus = tuple(node.id for node in topology.nodes if topology.cpus_of([node.id]))
         with_memory = tuple(
             node.id for node in topology.nodes if node.memory_bytes and node.id in topology.allowed_nodes
@@ -134,7 +154,7 @@ class Binding:
 
         Raises
         ------
-        NodeUnavailable
+        NodeUnavailable, MissingDependency
             As ``require`` says; nothing has been changed then.
         NotPermitted
             The kernel refuses ``set_mempolicy``; nothing is left changed.

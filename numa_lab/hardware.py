@@ -91,6 +91,23 @@ def read_caches(tree: Tree, online: tuple[int, ...]) -> tuple[Cache, ...]:
     return tuple(found[key] for key in sorted(found))
 
 
+def read_memory(tree: Tree, node: int, *, only: bool) -> tuple[int, int, int]:
+    """Bytes of a node's memory: all, free, available; the machine's where the only node does not tell."""
+    text = tree.text(tree.node_dir(node) / "meminfo") or (tree.text("proc/meminfo") if only else "")
+    amounts = [re.search(rf"{name}:\s+(\d+) kB", text) for name in ("MemTotal", "MemFree", r"Inactive\(file\)")]
+    total, free, cache = (int(amount[1]) * 1024 if amount else 0 for amount in amounts)
+    return total, free, free + cache
+
+
+def read_allowed(tree: Tree) -> tuple[set[int] | None, set[int] | None]:
+    """CPUs, and nodes whose memory, the calling thread may use; None where the kernel does not tell."""
+    # Affinity belongs to a thread: /proc/self is the main one, which need not be the one that asks.
+    status = tree.text("proc/thread-self/status") or tree.text("proc/self/status")
+    lists = [re.search(rf"^{name}_allowed_list:[ \t]*(.*)$", status, re.MULTILINE) for name in ("Cpus", "Mems")]
+    cpus, mems = (set(parse_cpulist(found[1])) if found else None for found in lists)
+    return cpus, mems
+
+
 def read_gpus(tree: Tree, nodes: list[int]) -> tuple[Gpu, ...]:
     """From the PCI bus; where a captured tree has no bus folder, from the devices themselves."""
     folders = list((tree.root / "sys/bus/pci/devices").glob("*")) or [
@@ -124,3 +141,16 @@ def hypervisor(tree: Tree, info: str) -> str | None:
         return tree.text("sys/hypervisor/type") or None
     clocks = tree.text("sys/devices/system/clocksource/clocksource0/available_clocksource")
     return tree.text("sys/hypervisor/type") or product or ("KVM" if "kvm-clock" in clocks else "unknown")
+
+
+def is_emulated(tree: Tree, info: str) -> bool:
+    """Whether software runs the instructions, as far as it shows: QEMU without an accelerator (TCG).
+
+    The processor of ``-cpu max`` has TCG in its name. Under any other name a guest of QEMU without x2APIC is emulated:
+    under KVM it has one always, and TCG had none before QEMU 9.
+    """
+    if "TCG" in model_name(tree, info):
+        return True
+    flags = re.search(r"^flags\s*:(.*)", info, re.MULTILINE)
+    named = set(flags[1].split()) if flags else set()
+    return "hypervisor" in named and "x2apic" not in named and _product(tree).startswith("QEMU")

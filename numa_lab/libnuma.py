@@ -11,17 +11,22 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import platform
 from collections.abc import Iterable
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from numa_lab.errors import MissingDependency, NotPermitted
 
-MPOL_DEFAULT, MPOL_PREFERRED, MPOL_BIND, MPOL_INTERLEAVE, MPOL_LOCAL, MPOL_PREFERRED_MANY = range(6)
+MPOL_DEFAULT, MPOL_PREFERRED, MPOL_BIND, MPOL_INTERLEAVE = range(4)
+MPOL_WEIGHTED_INTERLEAVE = 6  # from Linux 6.9; 4 and 5 are MPOL_LOCAL and MPOL_PREFERRED_MANY
 MPOL_MODE_FLAGS = 0xE000  # static, relative and numa_balancing flags, which the kernel returns or-ed to the mode
 MPOL_MF_MOVE = 1 << 1
+
+WEIGHTS = Path("/sys/kernel/mm/mempolicy/weighted_interleave")
 
 MAX_NODES = 1024  # the largest CONFIG_NODES_SHIFT of a distribution kernel; the kernel wants room for all of its nodes
 _LONG_BITS = 8 * ctypes.sizeof(ctypes.c_ulong)
@@ -136,11 +141,47 @@ def page_status(addresses: NDArray[np.uint64]) -> NDArray[np.int32]:
 
     A page that was never touched is -2 (ENOENT), or -14 (EFAULT) before Linux 6.2 and for the shared page of zeros.
     """
+    return _move_pages(addresses, None)
+
+
+def move_pages(addresses: NDArray[np.uint64], node: int) -> NDArray[np.int32]:
+    """Move the pages at these addresses to a node; for each the node that it lies on now, or a negative errno.
+
+    Pages that do not exist are -2 or -14, as in ``page_status``; -16 (EBUSY) is a page in use this moment, some of which
+    have moved all the same: look again.
+    """
+    return _move_pages(addresses, np.full(len(addresses), node, np.int32))
+
+
+def _move_pages(addresses: NDArray[np.uint64], nodes: NDArray[np.int32] | None) -> NDArray[np.int32]:
     addresses = np.ascontiguousarray(addresses, np.uint64)
     status = np.empty(len(addresses), np.int32)
     _check(
-        library().move_pages(0, len(addresses), addresses.ctypes.data, None, status.ctypes.data, 0),
+        library().move_pages(
+            0,
+            len(addresses),
+            addresses.ctypes.data,
+            nodes.ctypes.data if nodes is not None else None,
+            status.ctypes.data,
+            MPOL_MF_MOVE if nodes is not None else 0,
+        ),
         "move_pages",
         f"{len(addresses)} pages",
     )
     return status
+
+
+def interleave_weights(nodes: Iterable[int]) -> dict[int, int]:
+    """How many pages in turn each node gets under weighted interleaving, as the system's administrator chose.
+
+    Raises
+    ------
+    MissingDependency
+        This Linux does not have it.
+    """
+    if not WEIGHTS.is_dir():
+        raise MissingDependency(
+            f"weighted interleaving needs Linux 6.9 or later, and this is {platform.release()}: interleave without "
+            "weights (i instead of w in a label)"
+        )
+    return {node: int((WEIGHTS / f"node{node}").read_text()) for node in nodes}

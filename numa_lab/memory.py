@@ -1,8 +1,8 @@
-"""Tensors on a node: allocate them there, and see where their pages lie.
+"""Tensors on a node: allocate them there, see where their pages lie, and move them.
 
 A memory policy acts only when a page is first touched, and ``malloc`` hands freed pages of any node out again, so a
-tensor created "under" a binding may lie elsewhere. ``empty`` therefore takes fresh pages from the kernel each time,
-and ``locate`` looks.
+tensor created "under" a binding may lie elsewhere. ``empty`` and ``interleaved`` therefore take fresh pages from the
+kernel each time; ``locate`` looks, and ``migrate`` moves what lies elsewhere.
 """
 
 from __future__ import annotations
@@ -11,24 +11,26 @@ import ctypes
 import math
 import mmap
 import os
-import re
 import threading
+import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from numa_lab import libnuma
+from numa_lab import free_memory, libnuma, mappings
 from numa_lab.errors import NodeUnavailable
+from numa_lab.mappings import PAGE_BYTES
 from numa_lab.topology import read_topology
 
-PAGE_BYTES = mmap.PAGESIZE
 HUGE_PAGE_BYTES = 2 << 20  # what transparent huge pages have on x86-64 and on arm64 with 4 KiB pages
 HOME_SAMPLE = 64  # pages that `home` looks at, about
 UNTOUCHED = -1  # the key under which `locate` counts pages that do not exist yet
+MOVE_ATTEMPTS = 10  # at a page that is busy, a few milliseconds apart
+_ENOENT, _EFAULT = -2, -14  # a page that does not exist, in move_pages' status
 
 
 def empty(
@@ -36,72 +38,131 @@ def empty(
 ) -> torch.Tensor:
     """Allocate an uninitialised (zero) tensor on pages of its own.
 
-    Limits: huge pages are asked for, not promised. Without `node` the pages go where the toucher's policy sends them.
-    The memory goes back to the kernel when the last view of the tensor dies.
+    Limits: huge pages are asked for, not promised (see ``huge_page_share``). Without `node` the pages go where the
+    toucher's policy sends them. The memory goes back to the kernel when the last view of the tensor dies.
 
     Parameters
     ----------
     shape, dtype
         As for ``torch.empty``.
     node
-        The NUMA node on which all pages shall lie, enforced by ``mbind``. Where a container refuses that, the pages
-        are touched at once by a thread pinned to the node's CPUs.
+        The NUMA node on which all pages shall lie, enforced by ``mbind``. Where a container refuses that (see
+        ``placer``), the pages are touched at once by a thread pinned to the node's CPUs.
     huge_pages
         Ask for transparent huge pages.
 
     Raises
     ------
     NodeUnavailable
-        The node does not exist, or has too little free memory: binding to a full node gets the process killed.
+        The node does not exist, or has too little free memory; without `node`, the nodes to which the calling thread's
+        memory is bound have. Who touches more than a bound node holds is killed.
+    MissingDependency
+        A node is given, and libnuma is not installed.
     """
+    nbytes = math.prod(shape) * dtype.itemsize
+    if node is not None:
+        free_memory.require(nbytes, {node: 1})
+    else:
+        free_memory.require_where_bound(nbytes)
+    weights = {node: 1} if node is not None else {}
+    return _allocate(shape, dtype, libnuma.MPOL_BIND, weights, huge_pages=huge_pages)
+
+
+def interleaved(
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    nodes: Collection[int] | None = None,
+    *,
+    weighted: bool = False,
+    huge_pages: bool = True,
+) -> torch.Tensor:
+    """Allocate an uninitialised (zero) tensor whose pages go round over nodes.
+
+    Limits: huge pages go round too, so a tensor of few of them lies unevenly; take ``huge_pages=False`` for a small one.
+
+    Parameters
+    ----------
+    shape, dtype
+        As for ``torch.empty``.
+    nodes
+        All nodes whose memory may be used by default.
+    weighted
+        Give each node as many pages in turn as its weight in ``/sys/kernel/mm/mempolicy/weighted_interleave`` says.
+    huge_pages
+        Ask for transparent huge pages.
+
+    Raises
+    ------
+    NodeUnavailable
+        A node does not exist, or has too little free memory for its share.
+    MissingDependency
+        `weighted`, and this Linux is older than 6.9; or libnuma is not installed.
+    """
+    among = read_topology().allowed_nodes if nodes is None else tuple(sorted(set(nodes)))
+    if not among:
+        raise NodeUnavailable("nodes=(): expected at least one node to interleave over")
+    shares = libnuma.interleave_weights(among) if weighted else dict.fromkeys(among, 1)
+    free_memory.require(math.prod(shape) * dtype.itemsize, shares)
+    mode = libnuma.MPOL_WEIGHTED_INTERLEAVE if weighted else libnuma.MPOL_INTERLEAVE
+    return _allocate(shape, dtype, mode, shares, huge_pages=huge_pages)
+
+
+def _allocate(
+    shape: Sequence[int], dtype: torch.dtype, mode: int, weights: Mapping[int, int], *, huge_pages: bool
+) -> torch.Tensor:
+    """Fresh pages under a policy of their own, or under the toucher's where no nodes are given."""
     nbytes = math.prod(shape) * dtype.itemsize
     if not nbytes:
         return torch.empty(tuple(shape), dtype=dtype)
-    if node is not None:
-        _require_free(node, nbytes)
     padded = -(-nbytes // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES + HUGE_PAGE_BYTES if huge_pages else nbytes
     block = mmap.mmap(-1, padded, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     start = ctypes.addressof(ctypes.c_char.from_buffer(block))
     # Kernels before 6.7 start a mapping at any page, and a huge page only fits on its own boundary.
     offset = -start % HUGE_PAGE_BYTES if huge_pages else 0
-    if huge_pages:
-        block.madvise(mmap.MADV_HUGEPAGE)
-    if node is not None:
-        try:
-            libnuma.mbind(start, padded, libnuma.MPOL_BIND, [node])
-        except PermissionError:
-            _touch_from(node, block)
+    block.madvise(mmap.MADV_HUGEPAGE if huge_pages else mmap.MADV_NOHUGEPAGE)
+    if weights:
+        if placer() == "mbind":
+            libnuma.mbind(start, padded, mode, weights)
+        else:
+            _touch_from(weights, block, offset, HUGE_PAGE_BYTES if huge_pages else PAGE_BYTES)
     # The tensor's storage holds the mapping, and the mapping unmaps itself when it is collected.
     return torch.frombuffer(block, dtype=dtype, count=nbytes // dtype.itemsize, offset=offset).view(tuple(shape))
 
 
-def _require_free(node: int, nbytes: int) -> None:
+@cache
+def placer() -> str:
+    """How tensors are put on a node here: by ``mbind``, or by ``first touch`` of pinned threads where it is refused.
+
+    Raises
+    ------
+    MissingDependency
+        libnuma is not installed.
+    """
+    page = mmap.mmap(-1, PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        libnuma.mbind(ctypes.addressof(ctypes.c_char.from_buffer(page)), PAGE_BYTES, libnuma.MPOL_DEFAULT, ())
+    except PermissionError:
+        return "first touch"
+    return "mbind"
+
+
+def _touch_from(weights: Mapping[int, int], block: mmap.mmap, offset: int, unit: int) -> None:
+    """First touch by a thread on each node, of its share of the units: what places pages where mbind is refused."""
     topology = read_topology()
-    if node not in topology.allowed_nodes:
-        topology.node(node)
-        raise NodeUnavailable(
-            f"node {node} has no memory that this process may use; nodes that have: {list(topology.allowed_nodes)}"
-        )
-    free = topology.node(node).available_bytes
-    if nbytes > free:
-        raise NodeUnavailable(
-            f"node {node} has {free / 2**20:,.0f} MiB available and {nbytes / 2**20:,.0f} MiB were asked for: "
-            "take a smaller shape or another node"
-        )
+    turns = [node for node, weight in weights.items() for _ in range(weight)]
+    pages = np.frombuffer(block, np.uint8, offset=offset)[::PAGE_BYTES]
+    turn_of = np.arange(len(pages)) // (unit // PAGE_BYTES) % len(turns)
+    for node in weights:
+        mine = pages, np.isin(turn_of, [turn for turn, of in enumerate(turns) if of == node])
+        cpus = topology.cpus_of([topology.nearest_cpu_node(node)])
+        thread = threading.Thread(target=_touch, args=(cpus, *mine))
+        thread.start()
+        thread.join()
 
 
-def _touch_from(node: int, block: mmap.mmap) -> None:
-    """First touch by a thread on the node: what places pages where mbind is refused."""
-    topology = read_topology()
-    cpus = topology.cpus_of([topology.nearest_cpu_node(node)])
-
-    def touch() -> None:
-        os.sched_setaffinity(0, cpus)
-        np.frombuffer(block, np.uint8)[::PAGE_BYTES] = 0
-
-    thread = threading.Thread(target=touch)
-    thread.start()
-    thread.join()
+def _touch(cpus: Collection[int], pages: NDArray[np.uint8], mine: NDArray[np.bool_]) -> None:
+    os.sched_setaffinity(0, cpus)
+    pages[mine] = 0
 
 
 def locate(tensor: torch.Tensor) -> dict[int, int]:
@@ -110,15 +171,18 @@ def locate(tensor: torch.Tensor) -> dict[int, int]:
     By ``move_pages``, page by page. Where that is refused (see ``locator``), from ``/proc/self/numa_maps``, which
     counts whole mappings: neighbours of the tensor in the same mapping are then counted too. Pages that were never
     touched stand under ``UNTOUCHED``. The first and last page may be shared with other data.
+
+    Raises
+    ------
+    MissingDependency
+        libnuma is not installed.
     """
     first, last = _span(tensor)
     if first == last:
         return {}
     if locator() == "numa_maps":
-        return _from_numa_maps(Path("/proc/self/numa_maps").read_text(), first, last)
-    start = first // PAGE_BYTES * PAGE_BYTES
-    status = libnuma.page_status(np.arange(start, last, PAGE_BYTES, dtype=np.uint64))
-    nodes, counts = np.unique(np.maximum(status, UNTOUCHED), return_counts=True)
+        return mappings.pages_per_node(first, last)
+    nodes, counts = np.unique(np.maximum(libnuma.page_status(_pages(tensor)), UNTOUCHED), return_counts=True)
     return {int(node): int(count) for node, count in zip(nodes, counts, strict=True)}
 
 
@@ -130,12 +194,54 @@ def home(tensor: torch.Tensor) -> int | None:
     if locator() == "numa_maps":
         found = locate(tensor)
     else:
-        first, last = _span(tensor)
-        pages = np.arange(first // PAGE_BYTES, -(-last // PAGE_BYTES), dtype=np.uint64)
-        status = libnuma.page_status(pages[:: max(1, len(pages) // HOME_SAMPLE)] * np.uint64(PAGE_BYTES))
-        found = Counter(status.tolist())
+        pages = _pages(tensor)
+        found = Counter(libnuma.page_status(pages[:: max(1, len(pages) // HOME_SAMPLE)]).tolist())
     touched = {node: count for node, count in found.items() if node >= 0}
     return max(touched, key=touched.__getitem__) if touched else None
+
+
+def migrate(tensor: torch.Tensor, node: int) -> dict[int, int]:
+    """Move the tensor's pages to a node, where they exist, and say where they lie then, as ``locate`` does.
+
+    A page that is busy is asked for again, some times. Pages that were never touched stay untouched, and go where the
+    policy of the tensor or of the toucher sends them. The first and last page may be shared with other data, which
+    moves along. Where a container refuses ``move_pages``, ``mbind`` moves them, and leaves its policy on the pages.
+
+    Raises
+    ------
+    NodeUnavailable
+        The node does not exist, or has too little free memory.
+    NotPermitted
+        Both calls are refused: copy the tensor into ``empty(..., node)`` instead.
+    MissingDependency
+        libnuma is not installed.
+    """
+    pages = _pages(tensor)
+    if not len(pages):
+        return {}
+    elsewhere = sum(count for other, count in locate(tensor).items() if other not in (node, UNTOUCHED))
+    free_memory.require(elsewhere * PAGE_BYTES, {node: 1})
+    if locator() == "numa_maps":
+        nbytes = len(pages) * PAGE_BYTES
+        libnuma.mbind(int(pages[0]), nbytes, libnuma.MPOL_BIND, [node], move=True)
+        return locate(tensor)
+    for attempt in range(MOVE_ATTEMPTS):
+        libnuma.move_pages(pages, node)
+        # What the call says of a page that was in use is not where it ended up.
+        status = libnuma.page_status(pages)
+        pages = pages[(status != node) & (status != _ENOENT) & (status != _EFAULT)]
+        if not len(pages):
+            break
+        time.sleep(0.001 * attempt)
+    return locate(tensor)
+
+
+def huge_page_share(tensor: torch.Tensor) -> float:
+    """Share of the tensor's resident memory that lies on huge pages, 0 to 1, as ``/proc/self/smaps`` counts it.
+
+    Limits: smaps speaks of whole mappings, so neighbours in the same mapping count too.
+    """
+    return mappings.huge_page_share(*_span(tensor))
 
 
 @cache
@@ -149,30 +255,25 @@ def locator() -> str:
     return "move_pages"
 
 
+def lost() -> tuple[str, ...]:
+    """What the kernel or a container refuses here, and what stands in for it: notes for a receipt."""
+    notes = []
+    if placer() != "mbind":
+        notes.append("mbind was refused: tensors were placed by first touch of pinned threads")
+    if locator() != "move_pages":
+        notes.append("move_pages was refused: pages are those of whole mappings in numa_maps")
+    return tuple(notes)
+
+
+def _pages(tensor: torch.Tensor) -> NDArray[np.uint64]:
+    """Addresses of the pages that hold the tensor."""
+    first, last = _span(tensor)
+    return np.arange(first // PAGE_BYTES, -(-last // PAGE_BYTES), dtype=np.uint64) * np.uint64(PAGE_BYTES)
+
+
 def _span(tensor: torch.Tensor) -> tuple[int, int]:
     """First byte of the tensor and the byte after its last, gaps of a strided tensor included."""
     if not tensor.numel():
         return tensor.data_ptr(), tensor.data_ptr()
     reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return tensor.data_ptr(), tensor.data_ptr() + (reach + 1) * tensor.element_size()
-
-
-def _mappings(numa_maps: str) -> Iterator[tuple[int, Counter[int]]]:
-    """Start address and base pages per node of each mapping, in the order of addresses."""
-    for line in numa_maps.splitlines():
-        unit = re.search(r"kernelpagesize_kB=(\d+)", line)
-        scale = max(1, int(unit[1]) * 1024 // PAGE_BYTES) if unit else 1
-        yield (
-            int(line.split(maxsplit=1)[0], 16),
-            Counter({int(node): int(pages) * scale for node, pages in re.findall(r"\bN(\d+)=(\d+)", line)}),
-        )
-
-
-def _from_numa_maps(numa_maps: str, first: int, last: int) -> dict[int, int]:
-    mappings = list(_mappings(numa_maps))
-    ends = [start for start, _ in mappings[1:]] + [1 << 64]
-    found: Counter[int] = Counter()
-    for (start, pages), end in zip(mappings, ends, strict=True):
-        if start < last and end > first:
-            found += pages
-    return dict(sorted(found.items()))

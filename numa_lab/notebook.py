@@ -25,7 +25,7 @@ import nbformat
 import psutil
 import yaml
 
-from numa_lab.binding import Binding
+from numa_lab.binding import Binding, MemPolicy
 from numa_lab.errors import InvalidInput, MissingDependency
 
 LIMIT_SECONDS = 3600  # an execution that takes longer hangs
@@ -174,7 +174,7 @@ def execute(
     InvalidInput
         A parameter is unknown or ill-typed.
     MissingDependency
-        numactl or setpriv is not installed.
+        numactl or setpriv is not installed, or numactl is too old for the binding.
     """
     check_parameters(notebook, parameters)
     words = command(notebook.resolve(), output.resolve(), parameters, binding, python=sys.executable)
@@ -184,6 +184,11 @@ def execute(
                 f"{tool} is not installed: apt-get install {package} | dnf install {package} | "
                 f"conda install -c conda-forge {package}"
             )
+    if binding and binding.policy is MemPolicy.WEIGHTED_INTERLEAVE and not _numactl_knows_weights():
+        raise MissingDependency(
+            f"binding {binding}: numactl 2.0.19 or later is needed for --weighted-interleave, and this one does not know it: "
+            "conda install -c conda-forge 'numactl>=2.0.19', or interleave without weights (i instead of w)"
+        )
     output.unlink(missing_ok=True)
     output.parent.mkdir(parents=True, exist_ok=True)
     begin = time.monotonic()
@@ -205,6 +210,11 @@ def execute(
             process.kill()
             process.wait()
     return Outcome(status, time.monotonic() - begin)
+
+
+def _numactl_knows_weights() -> bool:
+    usage = subprocess.run(["numactl", "--help"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout
+    return "weighted-interleave" in usage
 
 
 def failure(outcome: Outcome, log: Path) -> str:

@@ -24,7 +24,7 @@ from numa_lab.attention.gqa import gqa_attention
 from numa_lab.binding import Binding, MemPolicy, effective
 from numa_lab.errors import InvalidInput
 from numa_lab.optimal_node import get_optimal_numa_node
-from numa_lab.receipt import Receipt, ThreadSeen, last_cpu
+from numa_lab.receipt import Receipt, threads_now
 from numa_lab.team import Before, Placement
 from numa_lab.topology import Topology, read_topology
 
@@ -220,14 +220,10 @@ class NUMAOptimizedGQA:
             granted = effective(self._topology)
             team = openmp.team() if openmp.runtime() else []
             before = next((b for _, b in reversed(_entered.stack) if b is not None), None)
-        cpus = {thread.tid: last_cpu(thread.tid) for thread in team}
-        threads = tuple(
-            ThreadSeen(thread.tid, tuple(sorted(thread.cpus)), (cpu,) if (cpu := cpus[thread.tid]) is not None else ())
-            for thread in team
-        )
+        threads = threads_now((thread.tid, thread.cpus) for thread in team)
         alive = tensors or {name: tensor for name, ref in self._own.seen.items() if (tensor := ref()) is not None}
         pages = {name: memory.locate(tensor) for name, tensor in alive.items() if tensor.device.type == "cpu"}
-        notes = [before.refusal] if before and before.refusal else []
+        notes = [*memory.lost(), *([before.refusal] if before and before.refusal else [])]
         if openmp.runtime() is None:
             notes.append("torch's OpenMP library was not found: its threads were not pinned one by one")
         for name, found in pages.items():
@@ -235,7 +231,8 @@ class NUMAOptimizedGQA:
             if away:
                 notes.append(f"{away} of {sum(found.values())} pages of {name} lie on other nodes than {self.node}")
         requested = Binding((self.node,), (self.node,), MemPolicy.PREFERRED)
-        return Receipt(requested, granted, threads, {}, pages, tuple(notes))
+        huge = {name: memory.huge_page_share(alive[name]) for name in pages}
+        return Receipt(requested, granted, threads, {}, pages, tuple(notes), huge)
 
     def _normal(self, shape: Shape, dtype: torch.dtype | None) -> Tensor:
         with self:

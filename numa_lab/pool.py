@@ -16,9 +16,11 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from numa_lab import libnuma, memory
+from numa_lab import libnuma, memory, openmp
 from numa_lab.attention.gqa import gqa_attention
+from numa_lab.binding import Binding, MemPolicy, effective
 from numa_lab.errors import InvalidInput, NodeUnavailable
+from numa_lab.receipt import Receipt, ThreadSeen, threads_now
 from numa_lab.sysfs import format_cpulist
 from numa_lab.team import NodeTeam
 from numa_lab.topology import Topology, read_topology
@@ -163,6 +165,25 @@ class NUMAThreadPool:
         ]
         wait(futures)
         return [future.result() for future in futures]
+
+    def receipt(self) -> dict[int, Receipt]:
+        """For each node what its leaders and their teams are granted, and where they are, when their turn comes.
+
+        Where tensors lie it does not say (``numa_lab.memory.locate`` does).
+        """
+        looks = {node: [team.submit(self._look) for team in teams] for node, teams in self._teams.items()}
+        receipts = {}
+        for node, futures in looks.items():
+            seen = [future.result() for future in futures]
+            threads = tuple(itertools.chain.from_iterable(threads for _, threads in seen))
+            notes = (*memory.lost(), *(team.refusal for team in self._teams[node] if team.refusal))
+            requested = Binding((node,), (node,), MemPolicy.PREFERRED)
+            receipts[node] = Receipt(requested, seen[0][0], threads, {}, {}, tuple(dict.fromkeys(notes)))
+        return receipts
+
+    def _look(self) -> tuple[Binding, tuple[ThreadSeen, ...]]:
+        found = openmp.team() if openmp.runtime() else []
+        return effective(self._topology), threads_now((thread.tid, thread.cpus) for thread in found)
 
     def shutdown(self, wait: bool = True) -> None:
         """Finish what was submitted and end all threads; nothing can be submitted afterwards."""

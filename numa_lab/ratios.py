@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats as scipy_stats
 
 CONFIDENCE = 0.95
 MIN_EXECUTIONS = 3  # per binding: with two, no spread can be told from chance
@@ -82,6 +81,8 @@ def _intervals(
     wider of both  2.9 2.3 4.3    2.6 1.5 3.3    3.5 1.4 2.9
     =============  =============  =============  =============
     """
+    from scipy import stats as scipy_stats  # most of a second, which an execution that only measures need not wait for
+
     resampled = scipy_stats.bootstrap(
         (a, b), _difference, axis=-1, vectorized=True, method="percentile", confidence_level=confidence,
         n_resamples=RESAMPLES, rng=np.random.default_rng(0),

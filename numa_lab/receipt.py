@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
 
-from numa_lab.binding import Binding, MemPolicy
+from numa_lab.binding import Binding
 from numa_lab.sysfs import format_cpulist, parse_cpulist
 
 Pages = Mapping[str, Mapping[int, int]]  # tensor name -> node -> pages; node -1 counts pages that were never touched
@@ -88,11 +88,19 @@ def last_cpu(tid: int) -> int | None:
     return int(stat.rpartition(")")[2].split()[36])  # the name in parentheses may hold blanks; field 3 comes after it
 
 
+def threads_now(team: Iterable[tuple[int, Iterable[int]]]) -> tuple[ThreadSeen, ...]:
+    """Threads given by thread id and mask, each with the CPU that it was last on."""
+    return tuple(
+        ThreadSeen(tid, tuple(sorted(cpus)), (cpu,) if (cpu := last_cpu(tid)) is not None else ()) for tid, cpus in team
+    )
+
+
 @dataclass(frozen=True)
 class Receipt:
     """Proof of placement for one measured case.
 
-    `pages_before` and `pages_after` give the pages of each tensor per node, around the timed region.
+    `pages_before` and `pages_after` give the pages of each tensor per node, around the timed region; `huge_pages` the
+    share of each, 0 to 1, that lies on huge pages.
     """
 
     requested: Binding
@@ -101,6 +109,16 @@ class Receipt:
     pages_before: Pages
     pages_after: Pages
     notes: tuple[str, ...] = ()
+    huge_pages: Mapping[str, float] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        """What was requested, granted and seen, in one line."""
+        pages = {
+            format_cpulist([node]) if node >= 0 else "none": n for node, n in sorted(self.pages_per_node().items())
+        }
+        seen = f"{len(self.threads)} threads on CPUs {format_cpulist(self.observed_cpus) or 'none'}"
+        lie = ", ".join(f"node {node}: {count}" for node, count in pages.items()) or "none looked at"
+        return f"requested {self.requested}, granted {self.effective}, seen {seen}, pages {lie}"
 
     @property
     def observed_cpus(self) -> tuple[int, ...]:
@@ -163,7 +181,7 @@ class Receipt:
         for name, pages in self.pages_after.items():
             if pages.get(-1):
                 found.append(f"{pages[-1]} of {sum(pages.values())} pages of {name} were never touched.")
-            if self.requested.policy in (MemPolicy.BIND, MemPolicy.INTERLEAVE):
+            if self.requested.confines_memory:
                 elsewhere = {n: count for n, count in pages.items() if n >= 0 and n not in self.requested.mem_nodes}
                 if elsewhere:
                     found.append(
@@ -186,6 +204,7 @@ class Receipt:
                     "pages_before": self.pages_before,
                     "pages_after": self.pages_after,
                     "notes": self.notes,
+                    "huge_pages": self.huge_pages,
                 }
             ),
         }
@@ -208,6 +227,7 @@ class Receipt:
             before,
             after,
             tuple(observed["notes"]),
+            observed.get("huge_pages", {}),
         )
 
 

@@ -53,7 +53,9 @@ COLUMNS = (
     Column("label", pa.string(), "binding, with the suffix ~aa for the second half of the A/A pair"),
     Column("cpu_nodes", pa.string(), "requested CPU nodes as a list like 0,2-3; empty: any"),
     Column("mem_nodes", pa.string(), "requested memory nodes; empty: any"),
-    Column("policy", pa.string(), "requested memory policy: default, bind, preferred or interleave"),
+    Column(
+        "policy", pa.string(), "requested memory policy: default, bind, preferred, interleave or weighted-interleave"
+    ),
     Column("observed_cpus", pa.string(), "CPUs on which computing threads were seen"),
     Column("local_page_share", pa.float64(), "share of the pages of query, key, value and output on the CPUs' nodes"),
     Column("attention", pa.string(), "gqa, mha or mqa"),

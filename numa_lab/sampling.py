@@ -11,6 +11,7 @@ from numa_lab import memory, openmp, timing
 from numa_lab.attention import gqa
 from numa_lab.attention.shapes import AttentionShape
 from numa_lab.binding import Binding
+from numa_lab.mappings import kernel_moves
 from numa_lab.receipt import Receipt, ThreadWatch
 from numa_lab.sysfs import format_cpulist
 from numa_lab.topology import Topology
@@ -79,10 +80,12 @@ def sample_case(
         tensors = {"key": pool.keys, "value": pool.values, "query": query}
         return {name: memory.locate(tensor) for name, tensor in tensors.items()}
 
-    before, watch = pages(), ThreadWatch()
+    before, moves, watch = pages(), kernel_moves(), ThreadWatch()
     taken = timing.measure(call, seconds=seconds, after_sample=watch.look)
     threads, after = watch.threads(), pages() | ({"output": memory.locate(output)} if with_output else {})
-    receipt = Receipt(requested, granted, threads, before, after, _notes(taken))
+    huge = {"key": memory.huge_page_share(pool.keys), "value": memory.huge_page_share(pool.values)}
+    moved = kernel_moves() - moves
+    receipt = Receipt(requested, granted, threads, before, after, _notes(taken, moved), huge)
     local = {topology.node_of_cpu(cpu) for cpu in receipt.observed_cpus}
     shared: dict[str, object] = {
         **{name: identity.get(name, default) for name, default in BY_HAND.items()},
@@ -144,11 +147,11 @@ def _query(shape: AttentionShape) -> torch.Tensor:
     return query.copy_(noise(query.dtype, query.numel()).view(size))
 
 
-def _notes(taken: timing.Timing) -> tuple[str, ...]:
+def _notes(taken: timing.Timing, moved: int) -> tuple[str, ...]:
     """What the receipt could not see, or what makes the timing doubtful."""
     doubts = {
-        "move_pages was refused: pages are those of whole mappings in numa_maps": memory.locator() != "move_pages",
+        f"kernel.numa_balancing moved {moved} pages on this machine meanwhile": moved > 0,
         "torch's OpenMP library was not found: its threads were not pinned one by one": openmp.runtime() is None,
         "the warm-up did not settle": not taken.settled,
     }
-    return tuple(doubt for doubt, holds in doubts.items() if holds)
+    return (*memory.lost(), *(doubt for doubt, holds in doubts.items() if holds))

@@ -46,6 +46,10 @@ class Tree:
         self.root = root
         self.cpu_dir = root / "sys/devices/system/cpu"
 
+    def node_dir(self, node: int) -> Path:
+        """The folder of a NUMA node."""
+        return self.root / f"sys/devices/system/node/node{node}"
+
     def text(self, path: str | Path) -> str:
         """A file's text, empty where it is missing or can't be read (some sysfs files answer with an error)."""
         try:

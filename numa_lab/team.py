@@ -186,8 +186,13 @@ class NodeTeam:
     def __init__(self, cpus: Sequence[int], policy: Policy | None = None, name: str = "numa-team") -> None:
         self.cpus = tuple(cpus)
         self._process = os.getpid()
+        self._placement = Placement(cpus, policy)
+        self.refusal = ""  # why the memory policy was not set; empty where it was
         # The team ends with its leader, so nothing has to be given back.
-        self._leader = ThreadPoolExecutor(1, name, initializer=Placement(cpus, policy).enter)
+        self._leader = ThreadPoolExecutor(1, name, initializer=self._enter)
+
+    def _enter(self) -> None:
+        self.refusal = self._placement.enter().refusal
 
     def submit(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> Future[T]:
         """Run a function on the leader thread.

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,7 +17,19 @@ from pathlib import Path
 from typing import Any
 
 from numa_lab.errors import InvalidInput, NodeUnavailable
-from numa_lab.hardware import Cache, Cpu, Gpu, hypervisor, model_name, read_caches, read_cpus, read_gpus
+from numa_lab.hardware import (
+    Cache,
+    Cpu,
+    Gpu,
+    hypervisor,
+    is_emulated,
+    model_name,
+    read_allowed,
+    read_caches,
+    read_cpus,
+    read_gpus,
+    read_memory,
+)
 from numa_lab.sysfs import Tree, format_cpulist, parse_cpulist
 
 __all__ = ["Cache", "Cpu", "Gpu", "Node", "Topology", "format_cpulist", "parse_cpulist", "read_topology", "spread"]
@@ -263,14 +274,13 @@ class _Reader(Tree):
         listed = self.node_cpus(online)
         cpus = read_cpus(self, online, {cpu: node for node, of in listed.items() for cpu in of})
         allowed_cpus, allowed_nodes = self.allowed(online, list(listed))
-        memory = {node: self.memory(node, only=len(listed) == 1) for node in listed}
+        memory = {node: read_memory(self, node, only=len(listed) == 1) for node in listed}
         usable = tuple(node for node in allowed_nodes if memory[node][0])
         nodes = tuple(
             Node(node, of, *memory[node], node in usable and bool(set(of) & set(allowed_cpus)), self.initiators(node))
             for node, of in listed.items()
         )
         info = self.text("proc/cpuinfo")
-        name = model_name(self, info)
         return Topology(
             nodes=nodes,
             cpus=cpus,
@@ -279,10 +289,9 @@ class _Reader(Tree):
             allowed_nodes=usable,
             caches=read_caches(self, online),
             gpus=read_gpus(self, list(listed)),
-            model_name=name,
+            model_name=model_name(self, info),
             hypervisor=hypervisor(self, info),
-            # QEMU's own models ("QEMU Virtual CPU") run under KVM as well; only the name of -cpu max tells.
-            emulated="TCG" in name,
+            emulated=is_emulated(self, info),
         )
 
     def online(self) -> tuple[int, ...]:
@@ -290,9 +299,6 @@ class _Reader(Tree):
             return parse_cpulist(listed)
         found = self.numbered(self.cpu_dir, "cpu")
         return tuple(cpu for cpu in found if self.text(self.cpu_dir / f"cpu{cpu}/online") != "0")
-
-    def node_dir(self, node: int) -> Path:
-        return self.root / f"sys/devices/system/node/node{node}"
 
     def node_cpus(self, online: tuple[int, ...]) -> dict[int, tuple[int, ...]]:
         """Online CPUs of each node: a node may list CPUs that are offline. Without nodes, one that has everything."""
@@ -305,13 +311,6 @@ class _Reader(Tree):
             for node in ids
         }
 
-    def memory(self, node: int, *, only: bool) -> tuple[int, int, int]:
-        """Bytes of the node's memory: all, free, available; the machine's where the only node does not tell."""
-        text = self.text(self.node_dir(node) / "meminfo") or (self.text("proc/meminfo") if only else "")
-        amounts = [re.search(rf"{name}:\s+(\d+) kB", text) for name in ("MemTotal", "MemFree", r"Inactive\(file\)")]
-        total, free, cache = (int(amount[1]) * 1024 if amount else 0 for amount in amounts)
-        return total, free, free + cache
-
     def initiators(self, node: int) -> tuple[int, ...]:
         for access in ("access0", "access1"):  # 0: all initiators, 1: CPUs only
             if found := self.numbered(self.node_dir(node) / access / "initiators", "node"):
@@ -323,10 +322,7 @@ class _Reader(Tree):
         return rows if all(len(row) == len(nodes) for row in rows) else None
 
     def allowed(self, online: tuple[int, ...], nodes: list[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        # Affinity belongs to a thread: /proc/self is the main one, which need not be the one that asks.
-        status = self.text("proc/thread-self/status") or self.text("proc/self/status")
-        lists = [re.search(rf"^{name}_allowed_list:[ \t]*(.*)$", status, re.MULTILINE) for name in ("Cpus", "Mems")]
-        cpus, mems = (set(parse_cpulist(found[1])) if found else None for found in lists)
+        cpus, mems = read_allowed(self)
         return (
             tuple(cpu for cpu in online if cpus is None or cpu in cpus),
             tuple(node for node in nodes if mems is None or node in mems),

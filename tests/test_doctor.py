@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import seccomp
 from numa_lab import doctor, libnuma
 from numa_lab.errors import NotPermitted
 from numa_lab.topology import read_topology
@@ -131,7 +132,10 @@ FAULTS = [  # name, files, environment, what the finding must have seen, what it
     ),
     (
         "nearly_full_nodes",
-        {NODE.format(1, "meminfo"): meminfo(1, free_gib=0.5, file_gib=50, shared_gib=10)},
+        {
+            NODE.format(0, "meminfo"): meminfo(0, free_gib=40, file_gib=20),
+            NODE.format(1, "meminfo"): meminfo(1, free_gib=0.5, file_gib=50, shared_gib=10),
+        },
         {},
         "node 1: 512 MiB of 64.0 GiB free, 40.0 GiB hold file cache",
         "gives back up to 40.0 GiB) | numactl --membind=0 COMMAND",
@@ -142,6 +146,31 @@ FAULTS = [  # name, files, environment, what the finding must have seen, what it
         {},
         "node 0: 512 MiB of 64.0 GiB free",
         "numastat -p",
+    ),
+    (
+        "file_cache",
+        {NODE.format(1, "meminfo"): meminfo(1, free_gib=40, file_gib=20)},
+        {},
+        "node 1 holds 20.0 GiB of the 22.0 GiB",
+        "drop_caches",
+    ),
+    (
+        "cpu_quota",
+        {"sys/fs/cgroup/session/cpu.max": "250000 100000", "sys/fs/cgroup/session/job/cpu.max": "max 100000"},
+        {},
+        "the time of 2.5 CPUs, and this process may use 4",
+        "--cpuset-cpus",
+    ),
+    (
+        "cpu_quota",
+        {
+            "proc/self/cgroup": "4:cpu,cpuacct:/docker/x\n",
+            "sys/fs/cgroup/cpu/docker/x/cpu.cfs_quota_us": "100000",
+            "sys/fs/cgroup/cpu/docker/x/cpu.cfs_period_us": "100000",
+        },
+        {},
+        "the time of 1 CPU,",
+        "--cpus=1",
     ),
     ("uneven_nodes", {NODE.format(1, "meminfo"): meminfo(1, 56, 50)}, {}, "node 1: 56.0 GiB", "56.0 GiB a node"),
 ]
@@ -179,6 +208,8 @@ HARMLESS = {
         {},
     ),
     "no control groups": ({"proc/self/cgroup": ""}, {}),
+    "a quota of all CPUs": ({"sys/fs/cgroup/session/cpu.max": "400000 100000"}, {}),
+    "a little file cache on one node": ({NODE.format(1, "meminfo"): meminfo(1, free_gib=50, file_gib=12)}, {}),
 }
 
 
@@ -248,34 +279,20 @@ def test_trying_the_calls_leaves_the_policy_of_the_thread():
         assert thread.submit(policy_after).result() == (libnuma.MPOL_BIND, {node})
 
 
-# A seccomp filter as containers install it: EPERM for the numbers in argv[1].
 FILTERED = """
-    import ctypes, errno, json, struct, sys
+    import json, sys
+    from seccomp import refuse
     from numa_lab import doctor
 
-    numbers = json.loads(sys.argv[1])
-    LOAD, JUMP_EQUAL, RETURN = 0x20, 0x15, 0x06  # linux/bpf_common.h
-    ALLOW, ERRNO = 0x7FFF0000, 0x00050000  # linux/seccomp.h
-    program = [(LOAD, 0, 0, 0)]  # the number of the system call
-    program += [(JUMP_EQUAL, len(numbers) - i, 0, number) for i, number in enumerate(numbers)]
-    program += [(RETURN, 0, 0, ALLOW), (RETURN, 0, 0, ERRNO | errno.EPERM)]
-    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in program))
-    filter = ctypes.create_string_buffer(struct.pack("HxxxxxxP", len(program), ctypes.addressof(code)))
-    libc = ctypes.CDLL(None, use_errno=True)
-    PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 38, 22, 2
-    assert libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0
-    assert libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.byref(filter)) == 0, ctypes.get_errno()
+    refuse(json.loads(sys.argv[1]))
     findings = doctor.to_json(doctor.examine())
     print(json.dumps({"findings": findings, "heavy": sorted({"torch", "numba"} & set(sys.modules))}))
 """
 
-NUMBERS = {  # asm/unistd_64.h, asm-generic/unistd.h
-    "x86_64": {"mbind": 237, "set_mempolicy": 238, "get_mempolicy": 239, "move_pages": 279},
-    "aarch64": {"mbind": 235, "get_mempolicy": 236, "set_mempolicy": 237, "move_pages": 239},
-}
 
-
-@pytest.mark.skipif(platform.machine() not in NUMBERS, reason="system call numbers are known for x86_64 and aarch64")
+@pytest.mark.skipif(
+    platform.machine() not in seccomp.NUMBERS, reason="system call numbers are known for x86_64 and aarch64"
+)
 @pytest.mark.parametrize(
     ("refused", "fix"),
     [
@@ -284,9 +301,9 @@ NUMBERS = {  # asm/unistd_64.h, asm-generic/unistd.h
     ],
 )
 def test_calls_refused_by_a_real_seccomp_filter(refused, fix):
-    numbers = [NUMBERS[platform.machine()][call] for call in refused]
-    command = [sys.executable, "-c", textwrap.dedent(FILTERED), json.dumps(numbers)]
-    answer = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    command = [sys.executable, "-c", textwrap.dedent(FILTERED), json.dumps(sorted(refused))]
+    found = os.environ | {"PYTHONPATH": os.path.dirname(seccomp.__file__)}
+    answer = json.loads(subprocess.run(command, check=True, capture_output=True, text=True, env=found).stdout)
     assert answer["heavy"] == []
     (finding,) = (finding for finding in answer["findings"] if finding["name"] == "numa_calls")
     assert {call for call in CALLS.values() if f"{call} (" in finding["seen"]} == refused

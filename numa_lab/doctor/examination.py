@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Literal
@@ -47,16 +48,34 @@ class Machine:
     @property
     def cpuset_cpus(self) -> set[int]:
         """CPUs of the innermost control group that limits them; all that are online where none is told."""
+        for group in self._control_groups("cpuset"):
+            for name in ("cpuset.cpus.effective", "cpuset.effective_cpus"):
+                if listed := self.tree.text(f"{group}/{name}"):
+                    return set(parse_cpulist(listed)) & self.online
+        return self.online
+
+    @property
+    def cpu_quota(self) -> float:
+        """How many CPUs' worth of time the control groups grant; infinity where none limits it."""
+        grants = [math.inf]
+        for group in self._control_groups("cpu"):
+            # Version 2 has both numbers in one file, "max" for no limit; version 1 has two files, -1 for no limit.
+            numbers = self.tree.text(f"{group}/cpu.max").split() or [
+                self.tree.text(f"{group}/cpu.cfs_{name}_us") for name in ("quota", "period")
+            ]
+            if all(number.isdecimal() for number in numbers):
+                grants.append(int(numbers[0]) / int(numbers[1]))
+        return min(grants)
+
+    def _control_groups(self, controller: str) -> Iterator[str]:
+        """Folders of the control groups in which this process is under a controller, the innermost first."""
         for line in self.tree.text("proc/self/cgroup").splitlines():
             _, controllers, path = line.split(":", 2)
-            if controllers and "cpuset" not in controllers.split(","):
+            if controllers and controller not in controllers.split(","):
                 continue
-            mount = "sys/fs/cgroup/cpuset" if controllers else "sys/fs/cgroup"  # version 1, version 2
+            mount = f"sys/fs/cgroup/{controller}" if controllers else "sys/fs/cgroup"  # version 1, version 2
             for group in (PurePosixPath(path), *PurePosixPath(path).parents):
-                for name in ("cpuset.cpus.effective", "cpuset.effective_cpus"):
-                    if listed := self.tree.text(f"{mount}{group}/{name}"):
-                        return set(parse_cpulist(listed)) & self.online
-        return self.online
+                yield f"{mount}{group}"
 
 
 Check = Callable[[Machine], Finding | None]

@@ -9,6 +9,8 @@ from numa_lab.sysfs import Tree, format_cpulist
 from numa_lab.topology import Node
 
 NEARLY_FULL = 0.1  # of a node's memory is free
+CACHE_FILLS = 0.25  # of a node's memory, and
+CACHE_GATHERS = 0.8  # of the machine's file cache on one node: then large files were read there
 UNEVEN = 1.1  # largest to smallest node: 1.14 with one of eight memory modules missing, 1.03 by what the kernel keeps
 
 
@@ -113,6 +115,25 @@ def _nearly_full_nodes(machine: Machine) -> Finding | None:
     )
 
 
+def _file_cache(machine: Machine) -> Finding | None:
+    cached = {node.id: _file_cache_bytes(machine.tree, node) for node in machine.memory_nodes}
+    most = max(machine.memory_nodes, key=lambda node: cached[node.id], default=None)
+    if most is None or len(cached) < 2:
+        return None
+    amount = cached[most.id]
+    if amount < CACHE_FILLS * most.memory_bytes or amount < CACHE_GATHERS * sum(cached.values()):
+        return None
+    return Finding(
+        "file_cache",
+        f"node {most.id} holds {_size(amount)} of the {_size(sum(cached.values()))} of file cache",
+        "Files lie on the node that read them first, and stay there between runs: weights that a process maps from a file "
+        "are then far from its threads on other nodes, whatever the process is bound to.",
+        "sync; echo 1 > /proc/sys/vm/drop_caches   (as root; then read the files anew where they are used: "
+        "numactl --interleave=all cat FILE > /dev/null)",
+        "warning",
+    )
+
+
 def _file_cache_bytes(tree: Tree, node: Node) -> int:
     """Bytes of file cache on a node that can be dropped; shared memory is counted among file pages and can't."""
     meminfo = dict(re.findall(r"(\w+):\s+(\d+) kB", tree.text(f"sys/devices/system/node/node{node.id}/meminfo")))
@@ -144,5 +165,6 @@ CHECKS: tuple[Check, ...] = (
     _smt,
     _cpu_governor,
     _nearly_full_nodes,
+    _file_cache,
     _uneven_nodes,
 )

@@ -86,6 +86,20 @@ def _cpuset(machine: Machine) -> Finding | None:
     )
 
 
+def _cpu_quota(machine: Machine) -> Finding | None:
+    allowed, quota = len(machine.topology.allowed_cpus), machine.cpu_quota
+    if quota >= allowed:
+        return None
+    return Finding(
+        "cpu_quota",
+        f"a control group grants the time of {quota:g} {'CPU' if quota == 1 else 'CPUs'}, and this process may use {allowed}",
+        "Threads that have used it up are stopped for the rest of each period, some 100 ms, and their team waits: "
+        "times scatter. Whole CPUs do not do that.",
+        f"docker run --cpuset-cpus=CPUS ... in place of --cpus={quota:g} | systemctl set-property --runtime UNIT CPUQuota=",
+        "warning",
+    )
+
+
 def _affinity(machine: Machine) -> Finding | None:
     reachable = machine.cpuset_cpus
     lost = reachable - set(machine.topology.allowed_cpus)
@@ -163,6 +177,7 @@ CHECKS: tuple[Check, ...] = (
     _numactl,
     _numa_calls,
     _cpuset,
+    _cpu_quota,
     _affinity,
     _affinity_variables,
     _thread_variables,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 
 import pandas as pd
-import seaborn as sns
+from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.colors import Normalize, to_rgb
+from matplotlib.colors import Normalize, to_hex, to_rgb
 from matplotlib.figure import Figure, SubFigure
 
 from numa_lab.binding import Binding, MemPolicy
@@ -150,6 +150,9 @@ def _heatmaps(
 
 def heatmap(ax: Axes, matrix: pd.DataFrame, texts: pd.DataFrame, norm: Normalize, cmap: str = "cividis_r") -> None:
     """Draw CPU nodes against memory nodes, with a text in each cell as long as there is room; unmeasured cells hold a dash."""
+    # It brings scipy.stats: most of a second, which an execution that only measures need not wait for.
+    import seaborn as sns
+
     every = math.ceil(len(matrix) / ANNOTATED)
     sns.heatmap(
         matrix, ax=ax, cmap=cmap, norm=norm, annot=texts if every == 1 else False, fmt="", cbar=False, square=True,
@@ -230,7 +233,7 @@ def pages(rows: pd.DataFrame) -> Plot:
         handlelength=1.2, columnspacing=1.2,
     )  # fmt: skip
     note = (
-        "Bars are memory bindings (m: bound, i: interleaved, p: preferred, m*: where the CPUs first touched). "
+        "Bars are memory bindings (m: bound, i: interleaved, w: by weight, p: preferred, m*: where the CPUs first touched). "
         "Pages counted after each case."
     )
     return Plot(name, title, figure, _pages_words(table), table, note)
@@ -254,8 +257,7 @@ def _pages_table(rows: pd.DataFrame) -> pd.DataFrame:
 
 def _memory_part(label: str) -> str:
     binding = Binding.parse(label)
-    bound = binding.policy in (MemPolicy.BIND, MemPolicy.INTERLEAVE)
-    return str(Binding((), binding.mem_nodes, binding.policy)).removeprefix("c*") if bound else label
+    return str(Binding((), binding.mem_nodes, binding.policy)).removeprefix("c*") if binding.confines_memory else label
 
 
 def _node_name(node: int) -> str:
@@ -263,7 +265,9 @@ def _node_name(node: int) -> str:
 
 
 def _node_colors(count: int) -> list[str]:
-    return list(COLORS[:count]) if count <= len(COLORS) else sns.color_palette("viridis", count).as_hex()
+    if count <= len(COLORS):
+        return list(COLORS[:count])
+    return [to_hex(colormaps["viridis"]((i + 0.5) / count)) for i in range(count)]
 
 
 def _ink(background: str) -> str:
@@ -276,7 +280,7 @@ def _pages_words(table: pd.DataFrame) -> str:
     misplaced = [
         (label, int(group.loc[~group["node"].isin(bound.mem_nodes), "pages"].sum()), int(group["pages"].sum()))
         for label, group in table.groupby("binding")
-        if (bound := Binding.parse(str(label))).policy in (MemPolicy.BIND, MemPolicy.INTERLEAVE)
+        if (bound := Binding.parse(str(label))).confines_memory
     ]
     wrong = [f"{label}: {outside} of {total} pages" for label, outside, total in misplaced if outside]
     tensors, bindings = listed(list(dict.fromkeys(table["tensor"]))), table["binding"].nunique()

@@ -1,0 +1,69 @@
+"""What a node can still hold, asked before memory is taken: a process that outgrows the nodes it is bound to is killed.
+
+Limits: what is free now may be taken the next moment by another process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+
+from numa_lab import libnuma
+from numa_lab.errors import MissingDependency, NodeUnavailable
+from numa_lab.hardware import read_allowed, read_memory
+from numa_lab.sysfs import Tree, format_cpulist
+from numa_lab.topology import Topology, read_topology
+
+_TREE = Tree(Path("/"))
+
+
+def require(nbytes: int, weights: Mapping[int, int]) -> None:
+    """Refuse nodes that can't hold their shares of so many bytes; `weights` gives the share of each.
+
+    Raises
+    ------
+    NodeUnavailable
+        A node does not exist, its memory may not be used, or less of it is available than its share.
+    """
+    _, allowed = read_allowed(_TREE)
+    for node, weight in weights.items():
+        _machine().node(node)
+        total, _, available = read_memory(_TREE, node, only=len(_machine().nodes) == 1)
+        if not total or (allowed is not None and node not in allowed):
+            serve = format_cpulist(read_topology().allowed_nodes) or "none"
+            raise NodeUnavailable(f"node {node} has no memory that this process may use; nodes that have: {serve}")
+        share = nbytes * weight // sum(weights.values())
+        if share > available:
+            raise NodeUnavailable(
+                f"node {node} has {available / 2**20:,.0f} MiB available and {share / 2**20:,.0f} MiB were asked for: "
+                "take a smaller shape or another node"
+            )
+
+
+def require_where_bound(nbytes: int) -> None:
+    """Refuse what the nodes can't hold to which the calling thread's memory is bound; nothing where it is not bound.
+
+    Raises
+    ------
+    NodeUnavailable
+        All of these nodes together have less available.
+    """
+    try:
+        mode, nodes = libnuma.get_mempolicy()
+    except (MissingDependency, PermissionError):  # where a policy can't be read, none can have been set
+        return
+    if mode != libnuma.MPOL_BIND:
+        return
+    available = sum(read_memory(_TREE, node, only=len(_machine().nodes) == 1)[2] for node in nodes)
+    if nbytes > available:
+        raise NodeUnavailable(
+            f"memory is bound to nodes {format_cpulist(nodes)}, which have {available / 2**20:,.0f} MiB available, and "
+            f"{nbytes / 2**20:,.0f} MiB were asked for: take a smaller shape or bind to other nodes too"
+        )
+
+
+@cache
+def _machine() -> Topology:
+    """Nodes of this machine, which stay; what is free and what may be used is read anew each time."""
+    return read_topology()

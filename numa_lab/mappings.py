@@ -1,0 +1,59 @@
+"""What the kernel tells of pages: of mappings per node (numa_maps) and on huge pages (smaps), and how many it moved.
+
+Limits: numa_maps and smaps speak of whole mappings. The kernel merges neighbours of the same kind and policy into one, so memory beside
+the range that is asked for may be counted too. Source: numa(7) and proc(5).
+"""
+
+from __future__ import annotations
+
+import mmap
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+PAGE_BYTES = mmap.PAGESIZE
+
+
+def pages_per_node(first: int, last: int, numa_maps: str | None = None) -> dict[int, int]:
+    """Base pages on each node, of the mappings that hold bytes from `first` to before `last`."""
+    mappings = list(_numa_maps(Path("/proc/self/numa_maps").read_text() if numa_maps is None else numa_maps))
+    ends = [start for start, _ in mappings[1:]] + [1 << 64]
+    found: Counter[int] = Counter()
+    for (start, pages), end in zip(mappings, ends, strict=True):
+        if start < last and end > first:
+            found += pages
+    return dict(sorted(found.items()))
+
+
+def _numa_maps(text: str) -> Iterator[tuple[int, Counter[int]]]:
+    """Start address and base pages per node of each mapping, in the order of addresses."""
+    for line in text.splitlines():
+        unit = re.search(r"kernelpagesize_kB=(\d+)", line)
+        scale = max(1, int(unit[1]) * 1024 // PAGE_BYTES) if unit else 1
+        yield (
+            int(line.split(maxsplit=1)[0], 16),
+            Counter({int(node): int(pages) * scale for node, pages in re.findall(r"\bN(\d+)=(\d+)", line)}),
+        )
+
+
+def huge_page_share(first: int, last: int, smaps: str | None = None) -> float:
+    """Share of the resident bytes that lie on huge pages, 0 to 1, of the mappings from `first` to before `last`.
+
+    smaps counts what is mapped by a single entry; numa_maps names the base page size for transparent huge pages too.
+    """
+    resident = huge = 0
+    inside = False
+    for line in (Path("/proc/self/smaps").read_text() if smaps is None else smaps).splitlines():
+        if bounds := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(bounds[1], 16) < last and int(bounds[2], 16) > first
+        elif inside and (amount := re.match(r"(Rss|AnonHugePages|(?:Private|Shared)_Hugetlb):\s+(\d+) kB", line)):
+            resident += int(amount[2]) * (amount[1] != "AnonHugePages")  # hugetlb pages are not part of Rss
+            huge += int(amount[2]) * (amount[1] != "Rss")
+    return huge / resident if resident else 0.0
+
+
+def kernel_moves() -> int:
+    """Pages that the kernel's NUMA balancing has moved on this machine since it was booted; 0 where it never can."""
+    counted = re.search(r"^numa_pages_migrated (\d+)$", Path("/proc/vmstat").read_text(), re.MULTILINE)
+    return int(counted[1]) if counted else 0

@@ -1,0 +1,235 @@
+"""Under each binding every computing thread and every page is where the receipt says; two sockets of two nodes."""
+
+import threading
+
+import pytest
+import torch
+
+from multinode import witness
+from numa_lab import libnuma, memory, openmp, sampling, team
+from numa_lab.attention.shapes import preset
+from numa_lab.binding import Binding
+from numa_lab.errors import InvalidInput, NodeUnavailable
+from numa_lab.optimized import NUMAOptimizedGQA
+from numa_lab.pool import NUMAThreadPool
+from numa_lab.receipt import Receipt
+from numa_lab.sampling import KVPool, sample_case
+from numa_lab.topology import read_topology
+from numa_lab.workloads import Case
+
+MIB = 1 << 20
+SHAPE = preset("llama-3-8b", kv_len=64)
+
+
+@pytest.fixture(scope="module")
+def topology():
+    return read_topology()
+
+
+@pytest.fixture
+def weights():
+    """Three pages in turn for node 0 and one for each other."""
+    before = {node: (libnuma.WEIGHTS / f"node{node}").read_text() for node in range(4)}
+    for node in before:
+        (libnuma.WEIGHTS / f"node{node}").write_text("3" if node == 0 else "1")
+    yield
+    for node, weight in before.items():
+        (libnuma.WEIGHTS / f"node{node}").write_text(weight)
+
+
+def small(count=256):
+    """Fresh base pages, touched by this thread."""
+    return memory.empty((count * memory.PAGE_BYTES,), torch.uint8, huge_pages=False).fill_(1)
+
+
+@pytest.mark.guest("two-sockets")
+@pytest.mark.parametrize("born", ["before", "after"])
+@pytest.mark.parametrize("label", ["c0m0", "c1m3", "c0m2", "c0-2i0-2", "c1w0,2", "c2p1", "c0,2m1,3"])
+def test_threads_and_pages_are_where_the_receipt_says(monkeypatch, topology, label, born):
+    binding = Binding.parse(label)
+    cpus = topology.cpus_of(binding.cpu_nodes)
+    if born == "before":
+        openmp.set_threads(6)
+        torch.randn(256, 256) @ torch.randn(256, 256)
+
+    checked = []
+
+    def locate(tensor, locate=memory.locate):
+        found = locate(tensor)
+        assert found == witness.pages(tensor)
+        assert all(witness.pages_of_mapping(tensor)[node] >= count for node, count in found.items() if node >= 0)
+        checked.append(tensor)
+        return found
+
+    monkeypatch.setattr(sampling.memory, "locate", locate)
+    with binding.bind(topology) as granted, team.pinned_team(cpus, libnuma.get_mempolicy()) as pinned:
+        assert granted == binding
+        assert len(pinned) == len(cpus)
+        pool = KVPool(8 * MIB)
+        with witness.Threads() as threads:
+            rows = sample_case(
+                Case(SHAPE, len(cpus)), pool, requested=binding, granted=granted, topology=topology, backend="auto",
+                seconds=1.0, limit=1e9, identity={"label": label},
+            )  # fmt: skip
+    receipt = Receipt.from_columns(rows[0])
+    assert receipt.contradictions(cpus, binding.cpu_nodes) == []
+    assert len(checked) == 7, "key, value and query before and after, and the output"
+    computing = {thread.tid: thread for thread in receipt.threads}
+    assert {thread.tid for thread in pinned} >= computing.keys() >= {pinned[0].tid}
+    for tid, seen in threads.ran.items():
+        assert seen <= set(cpus), f"thread {tid} was seen on {seen}, with mask {threads.masks[tid]}"
+        assert len(threads.masks[tid]) == 1 or tid not in computing
+    assert threads.ran.keys() >= computing.keys()
+
+
+@pytest.mark.guest("two-sockets")
+@pytest.mark.parametrize(
+    ("label", "expected"),
+    [
+        ("c0m3", {3: 256}),
+        ("c2p1", {1: 256}),
+        ("c0i1,2", {1: 128, 2: 128}),
+        ("c1w0,2", {0: 192, 2: 64}),
+        ("c1m*", {1: 256}),
+    ],
+)
+@pytest.mark.usefixtures("weights")
+def test_each_policy_sends_new_pages_where_it_says(topology, label, expected):
+    with Binding.parse(label).bind(topology):
+        tensor = small()
+    assert memory.locate(tensor) == expected == witness.pages(tensor)
+
+
+@pytest.mark.guest("two-sockets")
+@pytest.mark.parametrize("placed_by", ["mbind", "first touch"])
+@pytest.mark.usefixtures("weights")
+def test_tensors_are_interleaved_by_turn_and_by_weight(monkeypatch, placed_by):
+    monkeypatch.setattr(memory, "placer", lambda: placed_by)
+
+    def laid(**options):
+        tensor = memory.interleaved((8 * MIB,), torch.uint8, **options).fill_(1)
+        assert memory.locate(tensor) == witness.pages(tensor)
+        return memory.locate(tensor)
+
+    assert laid(nodes=[0, 3], huge_pages=False) == {0: 1024, 3: 1024}
+    assert laid(nodes=[0, 3]) == {0: 1024, 3: 1024}, "2 MiB in turn"
+    assert laid(huge_pages=False) == dict.fromkeys(range(4), 512)
+    assert laid(nodes=[0, 1], weighted=True, huge_pages=False) == {0: 1536, 1: 512}
+
+
+@pytest.mark.guest("two-sockets")
+def test_tensors_lie_on_each_node_also_on_one_without_cpus():
+    for node in range(4):
+        tensor = memory.empty((6 * MIB,), torch.uint8, node).fill_(1)
+        assert memory.locate(tensor) == witness.pages(tensor) == witness.pages_of_mapping(tensor) == {node: 1536}
+        assert memory.home(tensor) == node
+        assert 0 < memory.huge_page_share(tensor) <= 1
+
+
+@pytest.mark.guest("two-sockets")
+def test_memory_recycled_from_another_node_is_found_and_moved(topology):
+    torch.empty(4 * MIB, dtype=torch.uint8).fill_(1)  # once freed, malloc keeps blocks of this size for itself
+    with Binding.parse("c0m0").bind(topology):
+        old, guard = torch.empty(2 * MIB, dtype=torch.uint8).fill_(1), torch.empty(2 * MIB, dtype=torch.uint8).fill_(1)
+    del old
+    with Binding.parse("c2m2").bind(topology):
+        recycled = torch.empty(2 * MIB, dtype=torch.uint8).fill_(7)
+    assert memory.locate(recycled).get(0, 0) > 400, "bound to node 2, and yet on node 0"
+    moved = memory.migrate(recycled, 2)
+    assert moved == witness.pages(recycled) == {2: sum(moved.values())}
+    assert memory.locate(guard).keys() - {2} == {0}, "the neighbour stays, but for the page that it shares"
+    assert bool((recycled == 7).all())
+
+
+@pytest.mark.guest("two-sockets")
+def test_a_tensor_in_use_is_moved_there_and_back():
+    tensor = memory.empty((64 * MIB,), torch.uint8, 0).fill_(1)
+    end = threading.Event()
+
+    def use():
+        while not end.is_set():
+            tensor.add_(1)
+
+    user = threading.Thread(target=use)
+    user.start()
+    try:
+        for node in (2, 3, 0):
+            assert memory.migrate(tensor, node) == witness.pages(tensor) == {node: 16384}
+    finally:
+        end.set()
+        user.join()
+
+
+@pytest.mark.guest("two-sockets")
+def test_what_a_node_can_not_hold_is_refused_with_the_numbers(topology):
+    refused = r"node 3 has [\d,]+ MiB available and 700 MiB were asked for"
+    with pytest.raises(NodeUnavailable, match=refused):
+        memory.empty((700 * MIB,), torch.uint8, 3)
+    with pytest.raises(NodeUnavailable, match=refused):
+        NUMAOptimizedGQA(2).memory_pool({"key": (700 * MIB,)}, torch.uint8) and memory.empty(
+            (700 * MIB,), torch.uint8, 3
+        )
+    with Binding.parse("c0m3").bind(topology), pytest.raises(NodeUnavailable, match="bound to nodes 3, which have"):
+        KVPool(700 * MIB)
+    with pytest.raises(NodeUnavailable, match="node 3 has"):
+        memory.migrate(memory.empty((700 * MIB,), torch.uint8, 0).fill_(1), 3)
+
+
+@pytest.mark.guest("two-sockets")
+def test_two_teams_at_once_do_not_disturb_each_other(topology):
+    together, wrong = threading.Barrier(2), []
+
+    def work(node, other):
+        cpus = topology.cpus_of([node])
+        for turn in range(20):
+            together.wait()
+            with team.pinned_team(cpus, (libnuma.MPOL_BIND, [other])):
+                masks = [thread.cpus for thread in openmp.team()]
+                tensor = small(64)
+                policies = set(openmp.run_on_each(lambda _number: libnuma.get_mempolicy(), len(cpus)))
+            found = masks, witness.pages(tensor), policies
+            if found != ([{cpu} for cpu in cpus], {other: 64}, {(libnuma.MPOL_BIND, frozenset({other}))}):
+                wrong.append((node, turn, found))
+
+    threads = [threading.Thread(target=work, args=pair) for pair in ((0, 1), (2, 3))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+@pytest.mark.guest("two-sockets")
+def test_helpers_nest_over_nodes_and_give_everything_back():
+    def state():
+        return openmp.threads(), openmp.run_on_each(lambda _number: (openmp.team(1), libnuma.get_mempolicy()), 2)
+
+    before = state()
+    outer, inner = NUMAOptimizedGQA(0), NUMAOptimizedGQA(2)
+    with outer:
+        within = state()
+        with pytest.raises(ZeroDivisionError), inner:
+            assert witness.pages(small(16)) == {2: 16}
+            raise ZeroDivisionError
+        assert state() == within
+        assert witness.pages(small(16)) == {0: 16}
+    assert state() == before
+
+
+@pytest.mark.guest("two-sockets")
+def test_a_node_without_cpus_is_no_place_to_compute(topology):
+    assert topology.effective_nodes == (0, 1, 2)
+    with pytest.raises(NodeUnavailable, match="0-2"):
+        NUMAOptimizedGQA(3)
+    with pytest.raises(NodeUnavailable, match="node 3 has no CPUs"):
+        Binding.parse("c3m3").require(topology)
+    with NUMAThreadPool() as pool:
+        assert pool.nodes == (0, 1, 2)
+        for node, receipt in pool.receipt().items():
+            assert receipt.contradictions(topology.cpus_of([node]), [node]) == []
+            assert receipt.notes == ()
+        keys = pool.scatter([torch.ones(1 << 16) for _ in range(6)])
+        assert [memory.home(key) for key in keys] == [0, 1, 2, 0, 1, 2]
+        assert pool._node_of((memory.empty((MIB,), torch.uint8, 3).fill_(1),)) == 2, "the nearest with CPUs"
+    with pytest.raises(InvalidInput, match="1 to 2"):
+        NUMAThreadPool(3)

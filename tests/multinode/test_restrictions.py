@@ -1,0 +1,136 @@
+"""What a cpuset hides, what a container refuses, and what the kernel moves by itself: each is told in the receipt."""
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from multinode import witness
+from numa_lab import libnuma, memory, team
+from numa_lab.attention.shapes import preset
+from numa_lab.binding import Binding, effective
+from numa_lab.errors import NodeUnavailable, NotPermitted
+from numa_lab.optimized import NUMAOptimizedGQA
+from numa_lab.pool import NUMAThreadPool
+from numa_lab.receipt import Receipt
+from numa_lab.sampling import KVPool, sample_case
+from numa_lab.topology import read_topology
+from numa_lab.workloads import Case
+from seccomp import refuse
+
+pytestmark = pytest.mark.guest("two-sockets")
+
+MIB = 1 << 20
+SHAPE = preset("llama-3-8b", kv_len=64)
+
+
+def measured(binding, pool, topology, seconds=0.3):
+    cpus = sorted(os.sched_getaffinity(0))
+    with team.pinned_team(cpus):
+        rows = sample_case(
+            Case(SHAPE, len(cpus)), pool, requested=binding, granted=effective(topology), topology=topology,
+            backend="auto", seconds=seconds, limit=1e9, identity={"label": str(binding)},
+        )  # fmt: skip
+    return Receipt.from_columns(rows[0])
+
+
+@pytest.fixture
+def cpuset():
+    """Put this process into a control group that hides nodes 0 and 3."""
+    group = Path("/sys/fs/cgroup/lab")
+    (group.parent / "cgroup.subtree_control").write_text("+cpuset")
+    group.mkdir(exist_ok=True)
+    (group / "cpuset.cpus").write_text("2-5")
+    (group / "cpuset.mems").write_text("1-2")
+    (group / "cgroup.procs").write_text(str(os.getpid()))
+
+
+@pytest.mark.usefixtures("cpuset")
+def test_a_cpuset_drops_nodes_and_the_receipt_says_so_in_one_line():
+    topology, asked = read_topology(), Binding.parse("c0-1m0-1")
+    assert topology.allowed_nodes == (1, 2)
+    assert len(topology.nodes) == 4, "sysfs shows them all"
+    with pytest.raises(
+        NodeUnavailable, match="node 0 has no CPUs that this process may use; nodes with usable CPUs: 1-2"
+    ):
+        asked.require(topology)
+    with pytest.raises(NodeUnavailable, match="nodes that have: 1-2"):
+        memory.empty((MIB,), torch.uint8, 3)
+
+    pool = KVPool(8 * MIB, node=2)
+    os.sched_setaffinity(0, range(4))  # as numactl would, all of it: the kernel drops what the cpuset hides
+    libnuma.set_mempolicy(libnuma.MPOL_BIND, [0, 1])
+    receipt = measured(asked, pool, topology)
+    assert str(receipt).startswith("requested c0-1m0-1, granted c1m1, seen 2 threads on CPUs 2-3, pages ")
+    assert receipt.effective == Binding.parse("c1m1")
+    assert receipt.pages_after["key"].keys() == {2}
+    told = " ".join(receipt.contradictions(range(4), (0, 1)))
+    assert "CPUs of nodes 0-1 were requested, and the kernel granted nodes 1." in told
+    assert "Memory policy bind:0-1 was requested, and the kernel granted bind:1." in told
+    assert "pages of key lie on nodes 2 instead of 0-1" in told
+
+
+def test_refused_mbind_is_replaced_by_first_touch():
+    refuse(["mbind"])
+    tensor = memory.empty((4 * MIB,), torch.uint8, 3)
+    assert memory.locate(tensor) == witness.pages(tensor) == {3: 1024}
+    helper = NUMAOptimizedGQA(2)
+    helper.compute(**helper.create_tensors({"query": (1, 8, 1, 64), "key": (1, 2, 512, 64), "value": (1, 2, 512, 64)}))
+    receipt = helper.receipt()
+    assert receipt.pages_after["key"].keys() == {2}
+    assert any("mbind was refused: tensors were placed by first touch" in note for note in receipt.notes)
+
+
+def test_refused_set_mempolicy_leaves_the_threads_pinned():
+    refuse(["set_mempolicy", "get_mempolicy"])
+    topology, helper = read_topology(), NUMAOptimizedGQA(1)
+    tensors = helper.create_tensors({"key": (1, 2, 512, 64)})
+    receipt = helper.receipt()
+    assert witness.pages(tensors["key"]).keys() == {1}
+    assert set(receipt.observed_cpus) <= set(topology.cpus_of([1]))
+    assert any("get_mempolicy" in note and "refused" in note for note in receipt.notes)
+    assert "Memory policy preferred:1 was requested, and the kernel granted default." in receipt.contradictions(
+        topology.cpus_of([1]), [1]
+    )
+    with NUMAThreadPool() as pool:
+        assert all("refused" in " ".join(receipt.notes) for receipt in pool.receipt().values())
+    with pytest.raises(NotPermitted, match="--cap-add SYS_NICE"), Binding.parse("c0m1").bind(topology):
+        pass
+
+
+def test_refused_move_pages_is_replaced_by_numa_maps():
+    refuse(["move_pages"])
+    topology = read_topology()
+    pool = KVPool(8 * MIB, node=3)
+    receipt = measured(Binding.parse("c0-2m3"), pool, topology)
+    assert receipt.pages_after["key"].keys() == {3}
+    assert any("move_pages was refused: pages are those of whole mappings" in note for note in receipt.notes)
+    assert memory.home(pool.keys) == 3
+    assert memory.migrate(pool.keys, 1).get(1, 0) >= len(pool.keys) // memory.PAGE_BYTES, "by mbind"
+    refuse(["mbind"])
+    memory.placer.cache_clear()
+    with pytest.raises(NotPermitted, match="mbind"):
+        memory.migrate(pool.keys, 0)
+
+
+@pytest.mark.guest("two-sockets", seconds=180)
+def test_pages_that_the_kernel_moves_meanwhile_are_seen():
+    switch = Path("/proc/sys/kernel/numa_balancing")
+    topology = read_topology()
+    with Binding.parse("c2m*").bind(topology):
+        pool = KVPool(8 * MIB)  # first touched on node 2, bound nowhere
+    assert memory.locate(pool.keys).keys() == {2}
+    switch.write_text("1")
+    try:
+        os.sched_setaffinity(0, topology.cpus_of([0]))
+        end = time.monotonic() + 120
+        while time.monotonic() < end:
+            receipt = measured(Binding.parse("c0m*"), pool, topology, seconds=6.0)
+            if told := [one for one in receipt.contradictions(topology.cpus_of([0]), [0]) if "moved during" in one]:
+                break
+    finally:
+        switch.write_text("0")
+    assert told
+    assert any("kernel.numa_balancing moved" in note for note in receipt.notes)

@@ -1,0 +1,36 @@
+from numa_lab import mappings
+
+NUMA_MAPS = """\
+7f0000000000 bind:0 anon=512 dirty=512 N0=512 kernelpagesize_kB=4
+7f0000400000 default
+7f0000800000 default file=/anon_hugepage huge dirty=2 N1=2 kernelpagesize_kB=2048
+"""
+
+SMAPS = """\
+7f0000000000-7f0000400000 rw-p 00000000 00:00 0
+Size:               4096 kB
+Rss:                4096 kB
+AnonHugePages:      2048 kB
+7f0000400000-7f0000600000 rw-p 00000000 00:00 0
+Rss:                   0 kB
+AnonHugePages:         0 kB
+7f0000800000-7f0000c00000 rw-p 00000000 00:10 42          /anon_hugepage (deleted)
+Rss:                   0 kB
+Private_Hugetlb:    4096 kB
+"""
+
+
+def test_pages_are_counted_by_mapping_in_base_pages():
+    assert mappings.pages_per_node(0x7F0000000000, 0x7F0000200000, NUMA_MAPS) == {0: 512}
+    assert mappings.pages_per_node(0x7F0000000000, 0x7F0000900000, NUMA_MAPS) == {0: 512, 1: 1024}
+
+
+def test_huge_pages_are_those_of_smaps():
+    assert mappings.huge_page_share(0x7F0000000000, 0x7F0000001000, SMAPS) == 0.5
+    assert mappings.huge_page_share(0x7F0000400000, 0x7F0000401000, SMAPS) == 0
+    assert mappings.huge_page_share(0x7F0000800000, 0x7F0000900000, SMAPS) == 1
+    assert mappings.huge_page_share(0x7F0000000000, 0x7F0000900000, SMAPS) == 0.75
+
+
+def test_the_kernels_own_moves_are_counted():
+    assert mappings.kernel_moves() >= 0
