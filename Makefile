@@ -15,10 +15,10 @@ STRIP := --keep-id --extra-keys "metadata.papermill metadata.language_info cell.
 # papermill and JupyterLab find the kernel of .venv before any that the user has registered.
 export JUPYTER_PREFER_ENV_PATH := 1
 
-.PHONY: help setup report test lab figures bench-enter lint format clean constraints numactl chromium
+.PHONY: help setup report test test-multinode lab figures bench-enter lint format clean constraints numactl chromium qemu
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo "Settings: PYTHON=python3.12  SWEEP_ARGS='--profile quick'  PYTEST_ARGS='-k topology'  LAB_ARGS=--port=8890"
 
 setup: numactl .venv/installed ## make .venv and install numa_lab with the tested versions
@@ -31,6 +31,13 @@ report: setup ## measure attention under every binding and write data/runs/RUN_I
 test: setup chromium ## run the tests
 	@mkdir -p build
 	$(BIN)/python -m pytest --junitxml=build/junit.xml $(PYTEST_ARGS)
+
+# Besides the guests' own tests, those of what pins, binds and allocates: they run in the guest of four nodes.
+MULTINODE_TESTS ?= tests/multinode $(addprefix tests/test_,binding.py memory.py openmp.py team.py optimized.py pool.py)
+
+test-multinode: setup qemu ## run the tests of placement in emulated guests with several NUMA nodes (Debian, x86-64)
+	@mkdir -p build
+	PYTHONPATH=tests $(BIN)/python -m pytest -p multinode.plugin --junitxml=build/junit-multinode.xml $(MULTINODE_TESTS) $(PYTEST_ARGS)
 
 lab: setup ## open the notebooks in JupyterLab on this machine (127.0.0.1)
 	@$(BIN)/jupyter lab --ip=127.0.0.1 --ServerApp.root_dir="$(CURDIR)/notebooks" \
@@ -67,7 +74,7 @@ constraints: ## write constraints.txt anew: the newest versions that pyproject.t
 	  | sed -E '/^(pip|triton|(cuda|nvidia)-.*)==/d; s/\+[a-z0-9.]+$$//' | LC_ALL=C sort -f; } > build/constraints.txt
 	mv build/constraints.txt constraints.txt
 
-numactl chromium:
+numactl chromium qemu:
 	@tools/need.sh $@
 
 # Scripts in .venv hold its absolute path: a moved folder, like a Python that has gone, makes it anew.

@@ -11,10 +11,10 @@ import ctypes
 import math
 import mmap
 import os
-import threading
 import time
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import numpy as np
@@ -22,9 +22,9 @@ import torch
 from numpy.typing import NDArray
 
 from numa_lab import free_memory, libnuma, mappings
-from numa_lab.errors import NodeUnavailable
+from numa_lab.errors import NodeUnavailable, NotPermitted
 from numa_lab.mappings import PAGE_BYTES
-from numa_lab.topology import read_topology
+from numa_lab.topology import Topology, read_topology
 
 HUGE_PAGE_BYTES = 2 << 20  # what transparent huge pages have on x86-64 and on arm64 with 4 KiB pages
 HOME_SAMPLE = 64  # pages that `home` looks at, about
@@ -56,6 +56,8 @@ def empty(
     NodeUnavailable
         The node does not exist, or has too little free memory; without `node`, the nodes to which the calling thread's
         memory is bound have. Who touches more than a bound node holds is killed.
+    NotPermitted
+        The node has no CPUs, and both ``mbind`` and ``set_mempolicy`` are refused.
     MissingDependency
         A node is given, and libnuma is not installed.
     """
@@ -95,6 +97,8 @@ def interleaved(
     ------
     NodeUnavailable
         A node does not exist, or has too little free memory for its share.
+    NotPermitted
+        As for ``empty``.
     MissingDependency
         `weighted`, and this Linux is older than 6.9; or libnuma is not installed.
     """
@@ -153,15 +157,22 @@ def _touch_from(weights: Mapping[int, int], block: mmap.mmap, offset: int, unit:
     pages = np.frombuffer(block, np.uint8, offset=offset)[::PAGE_BYTES]
     turn_of = np.arange(len(pages)) // (unit // PAGE_BYTES) % len(turns)
     for node in weights:
-        mine = pages, np.isin(turn_of, [turn for turn, of in enumerate(turns) if of == node])
-        cpus = topology.cpus_of([topology.nearest_cpu_node(node)])
-        thread = threading.Thread(target=_touch, args=(cpus, *mine))
-        thread.start()
-        thread.join()
+        mine = np.isin(turn_of, [turn for turn, of in enumerate(turns) if of == node])
+        with ThreadPoolExecutor(1) as toucher:  # mask and policy end with the thread
+            toucher.submit(_touch, topology, node, pages, mine).result()
 
 
-def _touch(cpus: Collection[int], pages: NDArray[np.uint8], mine: NDArray[np.bool_]) -> None:
-    os.sched_setaffinity(0, cpus)
+def _touch(topology: Topology, node: int, pages: NDArray[np.uint8], mine: NDArray[np.bool_]) -> None:
+    nearest = topology.nearest_cpu_node(node)
+    os.sched_setaffinity(0, topology.cpus_of([nearest]))
+    try:
+        libnuma.set_mempolicy(libnuma.MPOL_BIND, [node])
+    except PermissionError as error:
+        if nearest != node:
+            raise NotPermitted(
+                error.errno,
+                f"node {node} has no CPUs to touch its memory first, so nothing can be placed there: {error}",
+            ) from error
     pages[mine] = 0
 
 

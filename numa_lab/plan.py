@@ -139,9 +139,9 @@ def make_plan(
     labels = [*map(str, bindings), f"{twin}{AA_SUFFIX}"]
     content, machine = _content(measured), machine_facts(topology)["fingerprint"]
     case_seconds = PROFILES[profile].case_seconds
+    all_given = notebook.defaults(measured) | given
     seconds = {
-        str(b): OVERHEAD_SECONDS + 1.5 * case_seconds * len(expected_cases(measured, given, b, topology))
-        for b in bindings
+        str(b): OVERHEAD_SECONDS + 1.5 * case_seconds * len(expected_cases(all_given, b, topology)) for b in bindings
     }
     shuffled = random.Random(seed)
     planned: list[Planned] = []
@@ -164,21 +164,21 @@ def _content(path: Path) -> str:
     return hashlib.sha256(json.dumps([(cell.cell_type, cell.source) for cell in cells]).encode()).hexdigest()
 
 
-def expected_cases(measured: Path, parameters: Mapping[str, Any], binding: Binding, topology: Topology) -> list[Case]:
-    """The cases that an execution must hold; none where the notebook does not take the parameters of a workload.
+def expected_cases(parameters: Mapping[str, Any], binding: Binding, topology: Topology) -> list[Case]:
+    """The cases that an execution must hold; none where its notebook does not take the parameters of a workload.
+
+    `parameters` are all of the notebook's, its defaults included.
 
     Raises
     ------
     InvalidInput
         An unknown profile or preset, or a length that makes no sense.
     """
-    given = {**notebook.defaults(measured), **parameters}
-    if not given.keys() >= {"profile", "preset", "kv_len", "batch"}:
+    if not parameters.keys() >= {"profile", "preset", "kv_len", "batch"}:
         return []
     cores = topology.physical_cores(topology.cpus_of(binding.cpu_nodes or topology.node_ids))
-    chosen = workload(
-        given["profile"], given["preset"], given["kv_len"], given["batch"], memory_bytes=usable_bytes(topology, binding)
-    )
+    asked = (parameters[name] for name in ("profile", "preset", "kv_len", "batch"))
+    chosen = workload(*asked, memory_bytes=usable_bytes(topology, binding))
     return chosen.cases(len(cores))
 
 

@@ -55,7 +55,7 @@ def execute(plan: Plan, planned: Planned, run_dir: Path, measured: Path, topolog
         planned,
         topology,
         folder / f"{key}.log",
-        expected_cases(measured, plan.parameters, planned.binding, topology),
+        expected_cases(notebook.defaults(measured) | dict(plan.parameters), planned.binding, topology),
     )
     if pending.exists():
         destination = folder if not reasons else folder.parent / "rejected"

@@ -1,6 +1,10 @@
-"""Runs with a planted truth, and the browser that opens reports."""
+"""Captured machines, and runs with a planted truth."""
 
 import json
+import re
+import shutil
+import tarfile
+import tempfile
 import zlib
 from pathlib import Path
 
@@ -15,6 +19,16 @@ from numa_lab.sysfs import format_cpulist
 from numa_lab.topology import Cpu, Node, Topology
 
 GIB = 1 << 30
+CAPTURED = Path(__file__).parent / "topologies"
+
+# Of the 70,000 files and links in the archives, those of the kinds that a reader of topologies may look at.
+LOOKED_AT = re.compile(
+    r"/(cpu/online|cpu\d+/(online|cpu_capacity|cpufreq|acpi_cppc/highest_perf)|cpufreq/(policy\d+/)?cpuinfo_max_freq"
+    r"|topology/((thread_siblings|core_cpus)\w*|physical_package_id|core_id|die_id)"
+    r"|cache/index\d+/(level|type|size|shared_cpu_\w+)|node\d+/(cpulist|cpumap|distance|meminfo)|initiators/node\d+"
+    r"|bus/pci/devices/.*|pci\w+:\w+/.*/(class|numa_node)|dmi/id/\w+|proc/(cpuinfo|meminfo|self/.*))$"
+)
+
 CASES = [
     preset("llama-3-8b", kv_len=kv_len, kv_heads=kv_heads, q_len=q_len, batch=batch, dtype=dtype)
     for kv_heads, dtype, q_len, kv_len, batch in [
@@ -27,6 +41,25 @@ CASES = [
         (1, "float32", 1, 4096, 1),
     ]
 ]
+
+
+@pytest.fixture(scope="session")
+def captured():
+    """From the name of a captured machine to its root, unpacked once."""
+    memory_disk = Path("/dev/shm")  # 20,000 small files take 20 s on some disks
+    roomy = memory_disk.is_dir() and shutil.disk_usage(memory_disk).free > 2**28
+    roots = {}
+    with tempfile.TemporaryDirectory(dir=memory_disk if roomy else None) as folder:
+
+        def root(name):
+            if name not in roots:
+                with tarfile.open(CAPTURED / f"{name}.tar.bz2") as archive:
+                    members = [member for member in archive if LOOKED_AT.search(member.name)]
+                    archive.extractall(folder, members, filter="data")
+                roots[name] = Path(folder, members[0].name.split("/")[0])
+            return roots[name]
+
+        yield root
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from numa_lab import libnuma
 from numa_lab.binding import Binding, MemPolicy, effective
-from numa_lab.errors import InvalidInput, NodeUnavailable
+from numa_lab.errors import InvalidInput, MissingDependency, NodeUnavailable
 from numa_lab.topology import read_topology
 
 nodes = st.lists(st.integers(0, 40), min_size=1, max_size=6).map(lambda ids: tuple(sorted(set(ids))))
@@ -17,7 +17,12 @@ nodes = st.lists(st.integers(0, 40), min_size=1, max_size=6).map(lambda ids: tup
 @given(
     st.one_of(
         st.builds(Binding, st.one_of(st.just(()), nodes)),
-        st.builds(Binding, nodes, nodes, st.sampled_from([MemPolicy.BIND, MemPolicy.INTERLEAVE])),
+        st.builds(
+            Binding,
+            nodes,
+            nodes,
+            st.sampled_from([MemPolicy.BIND, MemPolicy.INTERLEAVE, MemPolicy.WEIGHTED_INTERLEAVE]),
+        ),
         st.builds(lambda cpus, node: Binding(cpus, (node,), MemPolicy.PREFERRED), nodes, st.integers(0, 40)),
     )
 )
@@ -30,6 +35,7 @@ def test_labels_round_trip(binding):
     [
         ("c3m0", ["numactl", "--cpunodebind=3", "--membind=0"]),
         ("c0-1i0-3", ["numactl", "--cpunodebind=0-1", "--interleave=0-3"]),
+        ("c0w0,2", ["numactl", "--cpunodebind=0", "--weighted-interleave=0,2"]),
         ("c2p1", ["numactl", "--cpunodebind=2", "--preferred=1"]),
         ("c0m*", ["numactl", "--cpunodebind=0"]),
         ("c*m1", ["numactl", "--membind=1"]),
@@ -82,3 +88,15 @@ def test_effective_reads_what_numactl_set():
     for label in (f"c{node}m{node}", f"c{node}p{node}", f"c{node}i{node}", f"c{node}m*"):
         words = [*Binding.parse(label).numactl(), sys.executable, "-c", code]
         assert subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip() == label
+
+
+def test_weights_need_a_kernel_that_has_them(monkeypatch, tmp_path):
+    node = read_topology().effective_nodes[0]
+    binding = Binding.parse(f"c{node}w{node}")
+    monkeypatch.setattr(libnuma, "WEIGHTS", tmp_path / "absent")
+    with pytest.raises(MissingDependency, match=r"weighted interleaving needs Linux 6\.9 or later, and this is"):
+        binding.require(read_topology())
+    (tmp_path / f"node{node}").write_text("3\n")
+    monkeypatch.setattr(libnuma, "WEIGHTS", tmp_path)
+    binding.require(read_topology())
+    assert libnuma.interleave_weights([node]) == {node: 3}

@@ -2,13 +2,15 @@ import os
 import subprocess
 import sys
 import time
+from functools import partial
 
 import nbformat
 import psutil
 import pytest
 
 from numa_lab import notebook
-from numa_lab.errors import InvalidInput
+from numa_lab.binding import Binding
+from numa_lab.errors import InvalidInput, MissingDependency
 
 
 @pytest.fixture
@@ -120,3 +122,18 @@ def wait_for(condition, seconds):
     while not condition():
         assert time.monotonic() < end, "it did not happen in time"
         time.sleep(0.1)
+
+
+@pytest.mark.parametrize("usage", ["usage: numactl [--interleave= | -i <nodes>]", "  --weighted-interleave=nodes"])
+def test_a_numactl_without_weights_is_told_before_anything_starts(monkeypatch, tmp_path, book, usage):
+    (tmp_path / "numactl").write_text(f"#!/bin/sh\necho '{usage}' >&2\nexit 1\n")
+    (tmp_path / "numactl").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    output = tmp_path / "out.ipynb"
+    run = partial(notebook.execute, book(""), output, {}, log=tmp_path / "log", binding=Binding.parse("c0w0"))
+    if "weighted" in usage:
+        assert run().exit_status == 1
+    else:
+        with pytest.raises(MissingDependency, match=r"binding c0w0: numactl 2\.0\.19 or later is needed"):
+            run()
+        assert not (tmp_path / "log").exists()

@@ -46,6 +46,14 @@ def test_leaders_share_the_cores_of_a_node():
         assert sorted(map(str, (f.result() for f in futures))) == sorted(str([{cpu}]) for cpu in CORES)
 
 
+def test_receipts_show_every_leader_and_its_team_on_its_node(threads):
+    for node, receipt in threads.receipt().items():
+        cpus = read_topology().cpus_for([node])
+        assert [thread.allowed for thread in receipt.threads] == [(cpu,) for cpu in cpus]
+        assert receipt.contradictions(read_topology().cpus_of([node]), [node]) == []
+        assert receipt.notes == ()
+
+
 def test_a_failing_task_raises_in_the_caller_and_harms_no_other(threads):
     queries, keys, values = batch(3)
     with pytest.raises(InvalidInput, match="expected"):

@@ -130,7 +130,7 @@ def test_the_gate_refuses_rows_that_can_not_be_trusted(finished, tmp_path, spoil
     rows, fingerprint = results.read_rows(finished / "executions" / f"{first.execution_id}.parquet")
     results.write_rows(tmp_path / "rows.parquet", spoil(rows), fingerprint)
     (tmp_path / "log").write_text("")
-    expected = plan.expected_cases(MEASURED, planned.parameters, first.binding, topology)
+    expected = plan.expected_cases(notebook.defaults(MEASURED) | planned.parameters, first.binding, topology)
     refused = sweep.gate(
         notebook.Outcome(0, 1.0), tmp_path / "rows.parquet", first, topology, tmp_path / "log", expected
     )

@@ -19,7 +19,7 @@ def _emulated(machine: Machine) -> Finding | None:
         return None
     return Finding(
         "emulated",
-        f"the processor calls itself {machine.topology.model_name}, as those do that software emulates",
+        f"software runs the instructions of this processor ({machine.topology.model_name})",
         "Placement is real here, but times mean nothing: all memory is equally far, and each instruction slow.",
         "measure on real hardware, or start the guest with: qemu-system-x86_64 -accel kvm -cpu host",
         "problem",

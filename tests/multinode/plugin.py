@@ -1,7 +1,8 @@
 """Runs the collected tests in guests with several NUMA nodes, and reports each as if it had run here.
 
-The mark ``guest(LAYOUT)`` names a test's machine; the default is the first layout. Each machine boots once, imports once,
-and forks for each test: a test that binds, pins or is killed leaves nothing behind for the next.
+The mark ``guest(LAYOUT)`` names a test's machine; the default is the first layout, and None is the host, after all guests.
+Each machine boots once, imports once, and forks for each test: a test that binds, pins or is killed leaves nothing behind
+for the next.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from _pytest.runner import runtestprotocol
 from multinode.guest import LAYOUTS, Guest, GuestError, prepare
 
 AT_ONCE = 2  # guests: each is busy on about one core of the host
-BOOT_SECONDS, TEST_SECONDS = 90, 100  # to the first test; of a test that says nothing else
-GUEST_SECONDS = 14 * 60
+TEST_SECONDS = 100  # of a test that says nothing else
+GUEST_SECONDS = 25 * 60
 SHARED = "NUMA_LAB_GUEST"  # the folder that host and guest share
 BUILD = Path("build/multinode")
 HERE = Path(__file__).parent
@@ -36,8 +37,9 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(Inner(Path(os.environ[SHARED])) if inside else Outer())
 
 
-def _mark(item: pytest.Item) -> tuple[str, float]:
-    layout, seconds = next(iter(LAYOUTS)), float(TEST_SECONDS)
+def _mark(item: pytest.Item) -> tuple[str | None, float]:
+    layout: str | None = next(iter(LAYOUTS))
+    seconds = float(TEST_SECONDS)
     for mark in reversed(list(item.iter_markers("guest"))):  # the nearest comes last and wins
         layout = mark.args[0] if mark.args else layout
         seconds = mark.kwargs.get("seconds", seconds)
@@ -53,8 +55,13 @@ class Outer:
         if session.config.option.collectonly or session.testsfailed:
             return None
         groups: dict[str, dict[str, pytest.Item]] = {}
+        afterwards = []
         for item in session.items:
-            groups.setdefault(_mark(item)[0], {})[item.nodeid] = item
+            layout, _ = _mark(item)
+            if layout is None:
+                afterwards.append(item)
+            else:
+                groups.setdefault(layout, {})[item.nodeid] = item
         try:
             prepare(BUILD / "cache")
         except GuestError as error:
@@ -72,6 +79,8 @@ class Outer:
         finally:
             for boot in running:
                 boot.guest.kill()
+        for item, following in zip(afterwards, [*afterwards[1:], None], strict=True):
+            item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
         return True
 
 
@@ -93,6 +102,8 @@ class Boot:
             SHARED: str(self._shared),
             "PYTHONPATH": os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(HERE / "left_out")]),
             "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+            "NUMBA_OPT": "0",  # compiling takes longer there than what is compiled
+            "OMP_WAIT_POLICY": "passive",  # threads that wait would take the host's few cores from those that work
         }
         self.guest = Guest(
             LAYOUTS[layout], [*words, f"@{self._shared / 'tests'}"], self._shared, BUILD / "cache", environment
@@ -159,11 +170,11 @@ class Inner:
     def pytest_runtest_protocol(self, item: pytest.Item) -> bool:
         """Run one test in a child."""
         reports = _in_child(item, lambda: [_data(item, r) for r in runtestprotocol(item, log=False)], _mark(item)[1])
-        for data in reports:
-            report = item.config.hook.pytest_report_from_serializable(config=item.config, data=data)
-            item.ihook.pytest_runtest_logreport(report=report)
         with open(self._reports, "a") as lines:
             lines.write(json.dumps({"nodeid": item.nodeid, "reports": reports}) + "\n")
+        for data in reports:  # which reading them back alters
+            report = item.config.hook.pytest_report_from_serializable(config=item.config, data=data)
+            item.ihook.pytest_runtest_logreport(report=report)
         return True
 
 

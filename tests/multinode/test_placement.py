@@ -69,10 +69,11 @@ def test_threads_and_pages_are_where_the_receipt_says(monkeypatch, topology, lab
         with witness.Threads() as threads:
             rows = sample_case(
                 Case(SHAPE, len(cpus)), pool, requested=binding, granted=granted, topology=topology, backend="auto",
-                seconds=1.0, limit=1e9, identity={"label": label},
+                seconds=0.5, limit=1e9, identity={"label": label},
             )  # fmt: skip
     receipt = Receipt.from_columns(rows[0])
-    assert receipt.contradictions(cpus, binding.cpu_nodes) == []
+    # The few pages of the output come from malloc, which may have them from elsewhere: the receipt tells it, as it should.
+    assert [told for told in receipt.contradictions(cpus, binding.cpu_nodes) if "pages of output lie" not in told] == []
     assert len(checked) == 7, "key, value and query before and after, and the output"
     computing = {thread.tid: thread for thread in receipt.threads}
     assert {thread.tid for thread in pinned} >= computing.keys() >= {pinned[0].tid}
@@ -128,6 +129,7 @@ def test_tensors_lie_on_each_node_also_on_one_without_cpus():
 
 @pytest.mark.guest("two-sockets")
 def test_memory_recycled_from_another_node_is_found_and_moved(topology):
+    openmp.set_threads(1)  # other threads of the team are not bound, and would touch pages on their own nodes
     torch.empty(4 * MIB, dtype=torch.uint8).fill_(1)  # once freed, malloc keeps blocks of this size for itself
     with Binding.parse("c0m0").bind(topology):
         old, guard = torch.empty(2 * MIB, dtype=torch.uint8).fill_(1), torch.empty(2 * MIB, dtype=torch.uint8).fill_(1)

@@ -83,6 +83,13 @@ def test_refused_mbind_is_replaced_by_first_touch():
     assert any("mbind was refused: tensors were placed by first touch" in note for note in receipt.notes)
 
 
+def test_a_node_without_cpus_can_not_be_placed_on_where_all_is_refused():
+    refuse(["mbind", "set_mempolicy"])
+    with pytest.raises(NotPermitted, match="node 3 has no CPUs to touch its memory first"):
+        memory.empty((MIB,), torch.uint8, 3)
+    assert memory.locate(memory.empty((MIB,), torch.uint8, 1)) == {1: 256}
+
+
 def test_refused_set_mempolicy_leaves_the_threads_pinned():
     refuse(["set_mempolicy", "get_mempolicy"])
     topology, helper = read_topology(), NUMAOptimizedGQA(1)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import mmap
 import os
 import re
-import threading
-import time
+import select
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 PAGE = mmap.PAGESIZE
 _MOVE_PAGES = 279  # asm/unistd_64.h
@@ -44,43 +48,50 @@ def _page_addresses(tensor: torch.Tensor) -> list[int]:
 
 
 class Threads:
-    """Watches from a thread of its own where the others run: ``ran`` maps a thread's id to the CPUs it was seen on.
+    """Watches from another process where this one's threads run: ``ran`` maps a thread's id to the CPUs it was seen on.
 
-    A thread counts where it has used a clock tick of CPU time meanwhile.
+    A thread counts where it has used a clock tick of CPU time meanwhile; ``masks`` gives the mask of each.
     """
 
     def __enter__(self) -> Threads:
-        self._start = {tid: _look(tid)[0] for tid in _ids()}
-        self._seen: dict[int, set[int]] = {}
-        self._end = threading.Event()
-        self._watch = threading.Thread(target=self._run)
-        self._watch.start()
+        words = [sys.executable, "-S", __file__, str(os.getpid())]
+        self._watch = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert self._watch.stdout is not None
+        self._watch.stdout.readline()
         return self
 
     def __exit__(self, *_error: object) -> None:
-        self._end.set()
-        self._watch.join()
-        used = {tid: _look(tid)[0] - self._start.get(tid, 0) for tid in _ids() if tid != self._watch.native_id}
-        self.ran = {tid: self._seen[tid] for tid, ticks in used.items() if ticks > 0 and tid in self._seen}
+        seen = json.loads(self._watch.communicate()[0])
+        self.ran = {int(tid): set(cpus) for tid, cpus in seen.items()}
         self.masks = {tid: os.sched_getaffinity(tid) for tid in self.ran}
 
-    def _run(self) -> None:
-        while not self._end.is_set():
-            for tid in _ids():
-                ticks, cpu, running = _look(tid)
-                if running and ticks > self._start.get(tid, 0):
-                    self._seen.setdefault(tid, set()).add(cpu)
-            time.sleep(0.005)
+
+def _watch(pid: int) -> None:
+    """Sample the threads of a process until standard input ends, then print where those ran that used CPU time."""
+    start = {tid: _look(pid, tid)[0] for tid in _ids(pid)}
+    seen: dict[int, set[int]] = {}
+    print("watching", flush=True)
+    while not select.select([sys.stdin], [], [], 0.005)[0]:
+        for tid in _ids(pid):
+            ticks, cpu, running = _look(pid, tid)
+            if running and ticks > start.get(tid, 0):
+                seen.setdefault(tid, set()).add(cpu)
+    print(json.dumps({tid: sorted(cpus) for tid, cpus in seen.items()}))
 
 
-def _ids() -> list[int]:
-    return [int(tid) for tid in os.listdir("/proc/self/task")]
+def _ids(pid: int) -> list[int]:
+    return [int(tid) for tid in os.listdir(f"/proc/{pid}/task")]
 
 
-def _look(tid: int) -> tuple[int, int, bool]:
+def _look(pid: int, tid: int) -> tuple[int, int, bool]:
     """Clock ticks used, the CPU last used, and whether the thread is running: fields 14, 15, 39 and 3 of proc(5)'s stat."""
     try:
-        fields = Path(f"/proc/self/task/{tid}/stat").read_text().rpartition(")")[2].split()
+        with open(f"/proc/{pid}/task/{tid}/stat") as stat:
+            fields = stat.read().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
         return 0, -1, False
     return int(fields[11]) + int(fields[12]), int(fields[36]), fields[0] == "R"
+
+
+if __name__ == "__main__":
+    _watch(int(sys.argv[1]))

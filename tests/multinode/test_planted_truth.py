@@ -1,0 +1,39 @@
+"""The ranking of nodes against a known truth: equal nodes tie, and a busy one is avoided and named."""
+
+import subprocess
+import sys
+
+import pytest
+
+from numa_lab.attention.shapes import preset
+from numa_lab.optimal_node import choose, rank_nodes
+
+SHAPE = preset("llama-3-8b", kv_len=16)  # small: software computes it
+REPEATS = 20
+
+
+def ranking():
+    return rank_nodes(SHAPE, seconds=1.0, refresh=True)
+
+
+@pytest.mark.guest("two-sockets", seconds=600)
+def test_equal_nodes_tie():
+    rankings = [ranking() for _ in range(REPEATS)]
+    false_claims = [found for found in rankings if (found["tie_group"] == 2).any()]
+    assert len(false_claims) <= 1, false_claims
+    assert all((found["receipt"] == "").all() for found in rankings)
+    assert all(found.attrs["noise_floor"] > 0 for found in rankings)
+
+
+@pytest.mark.guest("two-sockets", seconds=200)
+@pytest.mark.parametrize("busy", [0, 2])
+def test_a_busy_node_is_avoided_and_the_ranking_says_why(busy):
+    words = ["numactl", f"--cpunodebind={busy}", sys.executable, "-c", "while True: pass"]
+    with subprocess.Popen(words) as hog:
+        try:
+            found = ranking()
+        finally:
+            hog.kill()
+    assert found.index[found["cause"].str.contains("other load")].tolist() == [busy], found
+    assert choose(found) != busy
+    assert found[["low", "high"]].notna().all(axis=None), "how sure it is"
