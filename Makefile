@@ -32,8 +32,8 @@ test: setup chromium ## run the tests
 	@mkdir -p build
 	$(BIN)/python -m pytest --junitxml=build/junit.xml $(PYTEST_ARGS)
 
-# Besides the guests' own tests, those of what pins, binds and allocates: they run in the guest of four nodes.
-MULTINODE_TESTS ?= tests/multinode $(addprefix tests/test_,binding.py memory.py openmp.py team.py optimized.py pool.py)
+# Besides the guests' own tests, those of what pins and places: they run in the guest of four nodes.
+MULTINODE_TESTS ?= tests/multinode $(addprefix tests/test_,team.py optimized.py pool.py)
 
 test-multinode: setup qemu ## run the tests of placement in emulated guests with several NUMA nodes (Debian, x86-64)
 	@mkdir -p build

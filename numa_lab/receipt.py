@@ -7,6 +7,7 @@ after, not during. What could not be seen at all stands in ``notes``.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
@@ -229,6 +230,12 @@ class Receipt:
             tuple(observed["notes"]),
             observed.get("huge_pages", {}),
         )
+
+
+def least_huge_pages(observed: Iterable[str]) -> float:
+    """The least share of a tensor's memory on huge pages, over values of the column ``observed``; NaN where none tells."""
+    shares = [share for text in set(observed) for share in json.loads(text).get("huge_pages", {}).values()]
+    return min(shares, default=math.nan)
 
 
 def contradictions(rows: pd.DataFrame, node_cpus: Mapping[int, Collection[int]]) -> list[str]:

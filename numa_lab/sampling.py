@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -83,9 +84,8 @@ def sample_case(
     before, moves, watch = pages(), kernel_moves(), ThreadWatch()
     taken = timing.measure(call, seconds=seconds, after_sample=watch.look)
     threads, after = watch.threads(), pages() | ({"output": memory.locate(output)} if with_output else {})
-    huge = {"key": memory.huge_page_share(pool.keys), "value": memory.huge_page_share(pool.values)}
     moved = kernel_moves() - moves
-    receipt = Receipt(requested, granted, threads, before, after, _notes(taken, moved), huge)
+    receipt = Receipt(requested, granted, threads, before, after, _notes(taken, moved), pool.huge_pages)
     local = {topology.node_of_cpu(cpu) for cpu in receipt.observed_cpus}
     shared: dict[str, object] = {
         **{name: identity.get(name, default) for name, default in BY_HAND.items()},
@@ -124,6 +124,8 @@ class KVPool:
         numbers = noise(torch.bfloat16)
         for part in self.block.view(torch.bfloat16).split(len(numbers)):
             part.copy_(numbers[: len(part)])
+        # Once for all cases, and for both: the kernel writes out all mappings of the process to tell it, and this is one.
+        self.huge_pages = dict.fromkeys(("key", "value"), memory.huge_page_share(self.block))
 
     def layers(self, shape: AttentionShape) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """As many K and V of this shape as fit."""
@@ -136,8 +138,9 @@ class KVPool:
         return [(layer(self.keys, i), layer(self.values, i)) for i in range(len(self.keys) // nbytes)]
 
 
+@cache
 def noise(dtype: torch.dtype, elements: int = 1 << 20) -> torch.Tensor:
-    """Standard normal numbers, the same each time."""
+    """Standard normal numbers, the same each time; made once, so they are for reading alone."""
     return torch.randn(elements, generator=torch.Generator().manual_seed(0)).to(dtype)
 
 

@@ -107,7 +107,7 @@ def _case(rng, shape, threads, label, binding, speed, block, order, noise, sampl
         "requested": str(binding), "effective": str(binding),
         "observed": json.dumps({
             "threads": [{"tid": 100 + cpu, "allowed": str(cpu), "seen": str(cpu)} for cpu in cpus],
-            "pages_before": placed, "pages_after": placed, "notes": [],
+            "pages_before": placed, "pages_after": placed, "notes": [], "huge_pages": {"key": 1.0, "value": 0.5},
         }),
     }  # fmt: skip
     local = len(set(cpu_nodes) & set(mem_nodes)) / len(mem_nodes)

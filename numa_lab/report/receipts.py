@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from numa_lab.errors import UntrustedResult
-from numa_lab.receipt import contradictions
+from numa_lab.receipt import contradictions, least_huge_pages
 
 
 def receipts_table(rows: pd.DataFrame) -> pd.DataFrame:
@@ -23,6 +23,7 @@ def receipts_table(rows: pd.DataFrame) -> pd.DataFrame:
         effective=("effective", distinct),
         observed_cpus=("observed_cpus", distinct),
         least_local_pages=("local_page_share", "min"),
+        least_huge_pages=("observed", least_huge_pages),
     )
 
 

@@ -107,8 +107,12 @@ def receipts(rows: pd.DataFrame, machine: Mapping[str, Any]) -> pd.DataFrame:
     """One row per label: binding requested, granted and seen, with the number of contradictions."""
     counts = {label: len(found_contradictions(group, machine)) for label, group in rows.groupby("label")}
     table = receipts_table(rows)
-    table["least_local_pages"] = 100 * table["least_local_pages"]
-    names = {"label": "binding", "observed_cpus": "CPUs seen", "least_local_pages": "local pages, at least (%)"}
+    shares = {
+        "least_local_pages": "local pages, at least (%)",
+        "least_huge_pages": "huge pages of K and V, at least (%)",
+    }
+    table[list(shares)] *= 100
+    names = {"label": "binding", "observed_cpus": "CPUs seen", **shares}
     return table.assign(contradictions=table["label"].map(counts)).rename(columns=names)
 
 

@@ -11,6 +11,7 @@ import pandas as pd
 from numa_lab import stats
 from numa_lab.binding import Binding
 from numa_lab.ratios import MIN_EXECUTIONS
+from numa_lab.receipt import least_huge_pages
 from numa_lab.stats import AA_SUFFIX, Comparison, Comparisons
 
 _EMULATED = "This machine is emulated: its times mean nothing, its placement does. "
@@ -94,7 +95,9 @@ def placement_sentence(rows: pd.DataFrame) -> str:
         where = (
             f"between {share.min():.0%} and {share.max():.0%} of the pages were local to the CPUs ({', '.join(cpus)})"
         )
-    return f"In {rows['execution_id'].nunique()} execution(s), {where}."
+    huge = least_huge_pages(rows["observed"])
+    on_huge = "" if math.isnan(huge) else f" K and V lay on huge pages, {huge:.0%} of them at least."
+    return f"In {rows['execution_id'].nunique()} execution(s), {where}.{on_huge}"
 
 
 def cold_sentence(rows: pd.DataFrame) -> str:

@@ -25,7 +25,7 @@ from multinode.guest import LAYOUTS, Guest, GuestError, prepare
 
 AT_ONCE = 2  # guests: each is busy on about one core of the host
 TEST_SECONDS = 100  # of a test that says nothing else
-GUEST_SECONDS = 25 * 60
+GUEST_SECONDS = 30 * 60
 SHARED = "NUMA_LAB_GUEST"  # the folder that host and guest share
 BUILD = Path("build/multinode")
 HERE = Path(__file__).parent

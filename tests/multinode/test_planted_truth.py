@@ -8,7 +8,7 @@ import pytest
 from numa_lab.attention.shapes import preset
 from numa_lab.optimal_node import choose, rank_nodes
 
-SHAPE = preset("llama-3-8b", kv_len=16)  # small: software computes it
+SHAPE = preset("llama-3-8b", kv_len=16, q_heads=8, kv_heads=2, head_dim=64)  # small: software computes it
 REPEATS = 20
 
 

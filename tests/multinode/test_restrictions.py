@@ -77,7 +77,8 @@ def test_refused_mbind_is_replaced_by_first_touch():
     tensor = memory.empty((4 * MIB,), torch.uint8, 3)
     assert memory.locate(tensor) == witness.pages(tensor) == {3: 1024}
     helper = NUMAOptimizedGQA(2)
-    helper.compute(**helper.create_tensors({"query": (1, 8, 1, 64), "key": (1, 2, 512, 64), "value": (1, 2, 512, 64)}))
+    tensors = helper.create_tensors({"query": (1, 8, 1, 64), "key": (1, 2, 512, 64), "value": (1, 2, 512, 64)})
+    helper.compute(**tensors)
     receipt = helper.receipt()
     assert receipt.pages_after["key"].keys() == {2}
     assert any("mbind was refused: tensors were placed by first touch" in note for note in receipt.notes)

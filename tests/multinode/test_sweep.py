@@ -18,7 +18,7 @@ def numa_lab(*words):
     return done.stdout
 
 
-@pytest.mark.guest("two-nodes", seconds=1500)
+@pytest.mark.guest("two-nodes", seconds=1700)
 def test_every_pair_of_nodes_is_measured_and_passes_the_gate():
     run_dir = Path(os.environ["NUMA_LAB_GUEST"], "run")
     subprocess.run(["rm", "-rf", run_dir], check=True)

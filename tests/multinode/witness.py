@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
 PAGE = mmap.PAGESIZE
+MILLISECOND = 1_000_000
 _MOVE_PAGES = 279  # asm/unistd_64.h
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -50,7 +51,7 @@ def _page_addresses(tensor: torch.Tensor) -> list[int]:
 class Threads:
     """Watches from another process where this one's threads run: ``ran`` maps a thread's id to the CPUs it was seen on.
 
-    A thread counts where it has used a clock tick of CPU time meanwhile; ``masks`` gives the mask of each.
+    A thread counts where it has run a millisecond meanwhile; ``masks`` gives the mask of each.
     """
 
     def __enter__(self) -> Threads:
@@ -73,8 +74,8 @@ def _watch(pid: int) -> None:
     print("watching", flush=True)
     while not select.select([sys.stdin], [], [], 0.005)[0]:
         for tid in _ids(pid):
-            ticks, cpu, running = _look(pid, tid)
-            if running and ticks > start.get(tid, 0):
+            ran, cpu = _look(pid, tid)
+            if ran > start.get(tid, 0) + MILLISECOND:
                 seen.setdefault(tid, set()).add(cpu)
     print(json.dumps({tid: sorted(cpus) for tid, cpus in seen.items()}))
 
@@ -83,14 +84,13 @@ def _ids(pid: int) -> list[int]:
     return [int(tid) for tid in os.listdir(f"/proc/{pid}/task")]
 
 
-def _look(pid: int, tid: int) -> tuple[int, int, bool]:
-    """Clock ticks used, the CPU last used, and whether the thread is running: fields 14, 15, 39 and 3 of proc(5)'s stat."""
+def _look(pid: int, tid: int) -> tuple[int, int]:
+    """Nanoseconds that a thread has run (schedstat), and the CPU that it was last on (field 39 of proc(5)'s stat)."""
     try:
-        with open(f"/proc/{pid}/task/{tid}/stat") as stat:
-            fields = stat.read().rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return 0, -1, False
-    return int(fields[11]) + int(fields[12]), int(fields[36]), fields[0] == "R"
+        with open(f"/proc/{pid}/task/{tid}/schedstat") as schedstat, open(f"/proc/{pid}/task/{tid}/stat") as stat:
+            return int(schedstat.read().split()[0]), int(stat.read().rpartition(")")[2].split()[36])
+    except (FileNotFoundError, ProcessLookupError):  # it has ended
+        return 0, -1
 
 
 if __name__ == "__main__":

@@ -72,6 +72,14 @@ def test_each_sentence_survives_a_run_that_holds_little(synthetic_rows, syntheti
             assert "nan" not in sentence
 
 
+def test_huge_pages_are_told_where_receipts_hold_them(synthetic_rows):
+    rows = synthetic_rows(executions=1)
+    assert "K and V lay on huge pages, 50% of them at least" in verdicts.placement_sentence(rows)
+    assert receipts.receipts_table(rows)["least_huge_pages"].tolist() == [0.5, 0.5]
+    rows["observed"] = rows["observed"].str.replace('"huge_pages"', '"of an older run"')
+    assert "huge" not in verdicts.placement_sentence(rows)
+
+
 def test_what_looks_unstable_names_the_next_command(synthetic_rows):
     few = synthetic_rows(executions=2)
     assert any("--profile standard" in sentence for sentence in verdicts.instability(few))
