@@ -125,6 +125,9 @@ def detect(as_json: bool, shape: str | None, refresh: bool) -> None:
 @click.option(
     "--resume", type=click.Path(path_type=Path), metavar="DIR", help="Finish what is missing in a run directory."
 )
+@click.option(
+    "--no-probes", is_flag=True, help="Leave out notebook 01, which measures bandwidth and latency between nodes."
+)
 @click.option("--dry-run", is_flag=True, help="Print the plan and start nothing.")
 @click.option("-p", "parameters", multiple=True, metavar="NAME=VALUE", help="Parameter of the measured notebook.")
 def sweep(
@@ -134,6 +137,7 @@ def sweep(
     notebook_path: str | None,
     out: Path | None,
     resume: Path | None,
+    no_probes: bool,
     dry_run: bool,
     parameters: Sequence[str],
 ) -> None:
@@ -177,7 +181,7 @@ def sweep(
     with sweeps.alone():
         if not resume:
             plans.prepare(plan, run_dir, machine)
-        failed = _run(plan, run_dir, machine, measured)
+        failed = _run(plan, run_dir, machine, measured, probes=not no_probes)
     click.echo(str(run_dir))
     if failed:
         raise NumaLabError(
@@ -196,7 +200,7 @@ def _typed(
     return shlex.join([*words, *(word for pair in parameters for word in ("-p", pair))])
 
 
-def _run(plan: Any, run_dir: Path, machine: Any, measured: Path) -> int:
+def _run(plan: Any, run_dir: Path, machine: Any, measured: Path, *, probes: bool) -> int:
     """Run a plan with a progress bar; the number of executions that failed."""
     from tqdm import tqdm
 
@@ -205,12 +209,13 @@ def _run(plan: Any, run_dir: Path, machine: Any, measured: Path) -> int:
 
     todo = plans.missing(plan, run_dir)
     failed = 0
-    with tqdm(total=len(todo) + 1, unit="execution", desc="measuring") as bar:
+    probes = probes and not (run_dir / sweeps.PROBES).exists()
+    with tqdm(total=len(todo) + probes, unit="execution", desc="measuring") as bar:
         try:
-            if not (run_dir / sweeps.PROBES).exists():
+            if probes:
                 for reason in sweeps.measure_machine(run_dir):
                     bar.write(reason, file=sys.stderr)
-            bar.update()
+                bar.update()
             for planned, reasons in sweeps.run(plan, run_dir, machine, measured):
                 failed += bool(reasons)
                 if reasons:

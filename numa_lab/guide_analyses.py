@@ -135,7 +135,7 @@ def measure(
                     seconds=seconds / total,
                     limit=math.nan,
                     identity={"label": cell.label, "execution_id": f"{done:05}", "block": block, "order": done},
-                    with_output=False,
+                    own_process=False,
                 )
             rows += [{**row, "analysis": cell.analysis} for row in visit]
             done += 1

@@ -186,7 +186,7 @@ def _visit(topology: Topology, shape: AttentionShape, seconds: float) -> Visits:
                     seconds=seconds,
                     limit=math.nan,
                     identity={"label": label, "execution_id": f"{block:04}-{label}", "block": block, "order": block},
-                    with_output=False,
+                    own_process=False,
                 )
     return visits
 

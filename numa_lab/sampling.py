@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -42,7 +42,7 @@ def sample_case(
     seconds: float,
     limit: float,
     identity: Mapping[str, Any],
-    with_output: bool = True,
+    own_process: bool = True,
 ) -> list[dict[str, object]]:
     """Time one case on the calling thread's team as it is; tidy rows (``numa_lab.results.COLUMNS``), one per sample.
 
@@ -62,9 +62,10 @@ def sample_case(
         Bytes per second that the same team reads from the same memory.
     identity
         The columns of ``BY_HAND``, and the label.
-    with_output
-        Whether the receipt speaks of the output's pages. A process that has computed on other nodes before gets pages
-        of theirs again from ``malloc``; the few of the output then say nothing about K and V.
+    own_process
+        Whether this process was bound from its first instruction. One that has computed on other nodes before gets
+        pages of theirs again from ``malloc``, so the receipt then leaves the few of the output out; and it leaves out
+        how much of K and V lies on huge pages, which takes longer to ask than a short visit lasts.
     """
     shape = case.shape
     layers, query = pool.layers(shape), _query(shape)
@@ -83,9 +84,11 @@ def sample_case(
 
     before, moves, watch = pages(), kernel_moves(), ThreadWatch()
     taken = timing.measure(call, seconds=seconds, after_sample=watch.look)
-    threads, after = watch.threads(), pages() | ({"output": memory.locate(output)} if with_output else {})
+    threads, after = watch.threads(), pages() | ({"output": memory.locate(output)} if own_process else {})
     moved = kernel_moves() - moves
-    receipt = Receipt(requested, granted, threads, before, after, _notes(taken, moved), pool.huge_pages)
+    receipt = Receipt(
+        requested, granted, threads, before, after, _notes(taken, moved), pool.huge_pages if own_process else {}
+    )
     local = {topology.node_of_cpu(cpu) for cpu in receipt.observed_cpus}
     shared: dict[str, object] = {
         **{name: identity.get(name, default) for name, default in BY_HAND.items()},
@@ -124,8 +127,11 @@ class KVPool:
         numbers = noise(torch.bfloat16)
         for part in self.block.view(torch.bfloat16).split(len(numbers)):
             part.copy_(numbers[: len(part)])
-        # Once for all cases, and for both: the kernel writes out all mappings of the process to tell it, and this is one.
-        self.huge_pages = dict.fromkeys(("key", "value"), memory.huge_page_share(self.block))
+
+    @cached_property
+    def huge_pages(self) -> dict[str, float]:
+        """Share of keys and of values on huge pages: looked up once, since the kernel writes out all mappings for it."""
+        return dict.fromkeys(("key", "value"), memory.huge_page_share(self.block))
 
     def layers(self, shape: AttentionShape) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """As many K and V of this shape as fit."""

@@ -164,6 +164,7 @@ def test_ctrl_c_leaves_what_has_finished_usable_and_no_kernel_behind(tmp_path):
         "smoke",
         "--executions",
         "9",
+        "--no-probes",
         "--out",
         str(run_dir),
     ]
@@ -181,6 +182,7 @@ def test_ctrl_c_leaves_what_has_finished_usable_and_no_kernel_behind(tmp_path):
     assert f"numa-lab sweep --resume {run_dir}" in said
     assert not [process for process in started if process.is_running()]
     assert len(results.load_run(run_dir)["execution_id"].unique()) >= 1
+    assert not (run_dir / sweep.PROBES).exists()
 
 
 def test_a_damaged_plan_is_said_to_be_damaged(tmp_path):

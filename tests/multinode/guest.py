@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 KERNEL = "linux-image-6.12-amd64"  # weighted interleaving came with 6.9
-MODULES = (
+MODULES = (  # each after those that it needs
     "virtio", "virtio_ring", "virtio_pci_modern_dev", "virtio_pci_legacy_dev", "virtio_pci",
     "fscache", "netfs", "9pnet", "9pnet_virtio", "9p", "overlay",
 )  # fmt: skip
@@ -166,6 +166,7 @@ def _build_initial_files(cache: Path) -> None:
     for folder in ("bin", "dev", "proc", "sys", "lower", "upper", "new"):
         (tree / folder).mkdir(parents=True)
     shutil.copytree(cache / "kernel/modules", tree / "modules")
+    (tree / "modules/order").write_text("".join(f"{module}\n" for module in MODULES))
     shutil.copy(cache / "kernel/busybox", tree / "bin")
     for script in ("init", "stage2"):
         shutil.copy(BOOT / script, tree)

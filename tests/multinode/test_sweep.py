@@ -18,14 +18,12 @@ def numa_lab(*words):
     return done.stdout
 
 
-@pytest.mark.guest("two-nodes", seconds=1700)
+@pytest.mark.guest("two-nodes", seconds=2200)
 def test_every_pair_of_nodes_is_measured_and_passes_the_gate():
     run_dir = Path(os.environ["NUMA_LAB_GUEST"], "run")
     subprocess.run(["rm", "-rf", run_dir], check=True)
-    run_dir.mkdir()
-    # What notebook 01 would leave there, without the minute that a notebook's own imports take here.
-    (run_dir / "probes.json").write_text(numa_lab("probe", "--json"))
-    numa_lab("sweep", "--bindings", "matrix", "--profile", "smoke", "-p", "kv_len=64", "--out", run_dir)
+    # Without notebook 01: a notebook's own imports take minutes here, and bandwidth means nothing.
+    numa_lab("sweep", "--bindings", "matrix", "--profile", "smoke", "--no-probes", "-p", "kv_len=64", "--out", run_dir)
     outcomes = [json.loads(path.read_text()) for path in (run_dir / "executions").glob("*.json")]
     assert {outcome["label"] for outcome in outcomes} == LABELS
     assert {outcome["status"] for outcome in outcomes} == {"ok"}, outcomes
@@ -56,5 +54,5 @@ def test_the_report_names_real_commands_and_trusts_no_time():
     page = (RUN / "report.html").read_text()
     assert "numactl --cpunodebind=" in page
     assert "numactl --cpunodebind=2" not in page
-    assert "Threads and pages were where the labels say" in page or "heatmap" in page.lower()
+    assert "Cross-node overhead" in page
     assert json.loads((RUN / "machine.json").read_text())["topology"]["emulated"]
