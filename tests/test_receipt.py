@@ -1,9 +1,12 @@
+import json
 import threading
+from pathlib import Path
 
 import pytest
 
 from numa_lab.binding import Binding
 from numa_lab.receipt import Receipt, ThreadSeen, ThreadWatch
+from numa_lab.results import load_run
 
 GOOD = {"key": {1: 100}, "value": {1: 100}}
 
@@ -70,3 +73,14 @@ def test_the_watch_finds_the_thread_that_computes_and_not_the_one_that_sleeps():
     assert tids["busy"] in seen
     assert tids["asleep"] not in seen
     assert set(seen[tids["busy"]].seen) <= set(seen[tids["busy"]].allowed)
+
+
+def test_the_example_of_the_documentation_is_the_samples():
+    root = Path(__file__).parents[1]
+    rows = load_run(root / "data/sample/guest")
+    chosen = rows.query("label == 'c0m1' and phase == 'decode' and attention == 'gqa' and threads == 2")
+    example, page = Receipt.from_columns(chosen.iloc[0]), (root / "docs/proof.md").read_text()
+    assert f"\n{example}\n" in page
+    shown = json.loads(page.split("```json\n")[1].split("```")[0])
+    assert shown == json.loads(example.to_columns()["observed"])
+    assert example.contradictions((0, 1), (0,)) == []
