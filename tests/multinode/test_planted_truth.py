@@ -7,6 +7,7 @@ import pytest
 
 from numa_lab.attention.shapes import preset
 from numa_lab.optimal_node import choose, rank_nodes
+from numa_lab.topology import read_topology
 
 SHAPE = preset("llama-3-8b", kv_len=512, q_heads=2, kv_heads=1, head_dim=64)  # small: software computes it
 REPEATS = 20
@@ -28,12 +29,15 @@ def test_equal_nodes_tie():
 @pytest.mark.guest("two-sockets", seconds=300)
 @pytest.mark.parametrize("busy", [0, 2])
 def test_a_busy_node_is_avoided_and_the_ranking_says_why(busy):
-    words = ["numactl", f"--cpunodebind={busy}", sys.executable, "-c", "while True: pass"]
-    with subprocess.Popen(words) as hog:
-        try:
-            found = ranking()
-        finally:
+    # One for each CPU: the kernel would move a single one to the CPU that waits for the other.
+    words = [sys.executable, "-c", "while True: pass"]
+    hogs = [subprocess.Popen(["numactl", f"--physcpubind={cpu}", *words]) for cpu in read_topology().cpus_of([busy])]
+    try:
+        found = ranking()
+    finally:
+        for hog in hogs:
             hog.kill()
+            hog.wait()
     assert found.index[found["cause"].str.contains("other load")].tolist() == [busy], found
     assert choose(found) != busy
     assert found[["low", "high"]].notna().all(axis=None), "how sure it is"
