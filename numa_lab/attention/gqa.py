@@ -1,18 +1,21 @@
 """A drop-in for torch's ``scaled_dot_product_attention`` that reads each KV head once for all its query heads.
 
-A backend is an entry of ``BACKENDS``, called with tensors that were checked; ``_fastest`` decides which one ``auto``
+A backend is an entry of ``BACKENDS``, called with tensors that were checked; ``choose_backend`` decides which one ``auto``
 means. Every other caller learns its name from ``choose_backend``.
 """
 
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from numa_lab.attention import decode
 from numa_lab.errors import InvalidInput
 
 
@@ -100,7 +103,23 @@ def choose_backend(
         _check_mask(attn_mask, (*leading, query.size(-2), key.size(-2)), query, is_causal)
     if not 0 <= dropout_p <= 1:
         raise InvalidInput(f"dropout_p={dropout_p}: expected a share between 0 and 1")
-    return _fastest(query, key, is_causal, enable_gqa) if backend == "auto" else backend
+    if backend in ("auto", "numba"):
+        if not decode.refusal(query, key, value, attn_mask, dropout_p, scale):
+            return "numba"
+        if why := decode.unavailable():
+            _warn_once(why)
+        return _fastest_of_torch(query, key, is_causal, enable_gqa)
+    return backend
+
+
+@cache
+def _warn_once(why: str) -> None:
+    warnings.warn(
+        f"numa_lab's decode kernel can't run here ({why}): torch computes instead, several times slower; the backend that ran "
+        "is named in each result",
+        RuntimeWarning,
+        stacklevel=4,
+    )
 
 
 # Measured with torch 2.13 on two Zen 3 cores (AVX2, no bfloat16 instructions), head_dim 128, kv_len 4096, medians of
@@ -118,8 +137,8 @@ def choose_backend(
 _FOLDED_Q_LEN = 8
 
 
-def _fastest(query: Tensor, key: Tensor, is_causal: bool, enable_gqa: bool) -> str:
-    """What ``auto`` means."""
+def _fastest_of_torch(query: Tensor, key: Tensor, is_causal: bool, enable_gqa: bool) -> str:
+    """What ``auto`` means where the decode kernel does not serve."""
     q_len = query.size(-2)
     if not enable_gqa or is_causal or q_len > _FOLDED_Q_LEN or query.device.type != "cpu":
         return "torch"
@@ -134,6 +153,24 @@ def _fastest(query: Tensor, key: Tensor, is_causal: bool, enable_gqa: bool) -> s
     loss = min(threads, batch * q_heads) / max(1, min(threads, batch * kv_heads))
     gain = min(2 * group, 24) if q_len == 1 and query.dtype == torch.bfloat16 else group**0.25
     return "torch-folded" if loss < gain else "torch"
+
+
+def _numba(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> Tensor:
+    """The decode kernel: K and V are read once, at the speed of memory."""
+    out = torch.empty(query.shape, dtype=query.dtype)
+    if is_causal:
+        attn_mask, key, value = decode.causal(query, key, value)
+    decode.run(query, key, value, attn_mask, scale, out, None)
+    return out
 
 
 def _torch(
@@ -215,7 +252,7 @@ def _guide(
 
 
 Backend = Callable[[Tensor, Tensor, Tensor, Tensor | None, float, bool, float | None, bool], Tensor]
-BACKENDS: dict[str, Backend] = {"torch": _torch, "torch-folded": _folded, "guide": _guide}
+BACKENDS: dict[str, Backend] = {"numba": _numba, "torch": _torch, "torch-folded": _folded, "guide": _guide}
 
 
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:

@@ -96,6 +96,7 @@ class Boot:
         self._read = 0
         (self._shared / "tests").write_text("\n".join(items))
         words = [sys.executable, "-m", "pytest", "-p", "multinode.plugin", "-p", "no:cacheprovider", "-q"]
+        words += ["-W", "ignore:numa_lab's decode kernel:RuntimeWarning"]  # guests have no AVX
         if all(HERE in item.path.parents for item in items.values()):
             words.append("--noconftest")  # what the fixtures of the other tests import takes a minute there
         environment = {

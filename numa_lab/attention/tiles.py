@@ -1,0 +1,411 @@
+"""The inner loops of the decode kernel: products, softmax, weighted sums and output, as Numba intrinsics for one kind of row.
+
+Each function here makes an intrinsic whose loops over a row are unrolled. A *tile* is some query rows against some KV rows
+whose sums all stay in registers. Addresses are int64, strides between rows of K and V are in bytes, scores and sums are
+float32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from numa_lab.attention import simd
+from numa_lab.attention.simd import FLOAT, I8, I16, I32, I64, Kind, Rows
+
+HEADROOM = 8.0  # binary orders by which weights may exceed 1: the reference of a softmax moves only when they would
+LOWEST = -3.4028234663852886e38  # the reference before the first score; -inf - -inf would be no number
+
+Intrinsic = Any
+
+
+def tile_width(rows: Rows, query_rows: int) -> int:
+    """KV rows of a tile of scores: a power of two, so that the sums of a query row are neighbours."""
+    width = 1
+    while 2 * width <= rows.vectors.streams and 2 * width * query_rows <= rows.vectors.accumulators:
+        width *= 2
+    return width
+
+
+def scores(rows: Rows, query_rows: int, chances: int) -> Intrinsic:
+    """Make ``scores(query, key, key_stride, last, ahead, nearer, out, out_stride)``.
+
+    It writes query[i] . key[min(j, last)] for a tile, so that nothing is read behind the last row. Each line of the tile's
+    K is asked for `ahead` bytes further on, and ``chances - 1`` times more, each time `nearer` bytes nearer: a core drops
+    prefetches that find its queue of misses full.
+    """
+    lanes, wide = rows.vectors.lanes, tile_width(rows, query_rows)
+    pairs = rows.kind is Kind.BFLOAT16_PAIRS
+
+    def emit(
+        b: Any, query: Any, key: Any, stride: Any, last: Any, ahead: Any, nearer: Any, out: Any, pitch: Any
+    ) -> None:
+        zero = ir.Constant(simd.floats(lanes), None)
+        sums = [[zero] * wide for _ in range(query_rows)]
+        rows_at, distances = _tile_rows(b, key, stride, last, wide), _distances(b, ahead, nearer, chances)
+        query = simd.opaque(b, query)
+        for chunk in range(rows.chunks):
+            queries = [_packed_chunk(b, rows, query, i, chunk) for i in range(query_rows)]
+            for j in range(wide):
+                _ask(b, rows, rows_at[j], distances, chunk)
+                keys = _key_chunk(b, rows, rows_at[j], chunk)
+                for i in range(query_rows):
+                    for x, y in zip(queries[i], keys, strict=True):
+                        sums[i][j] = _multiply_add(b, pairs, x, y, sums[i][j])
+        flat = [x for row_sums in sums for x in row_sums]
+        flat += [zero] * (-len(flat) % lanes)
+        summed = [simd.sum_each(b, flat[first : first + lanes]) for first in range(0, len(flat), lanes)]
+        for i in range(query_rows):
+            target = b.add(out, b.mul(pitch, I64(i)))
+            for first in range(0, wide, min(wide, lanes)):
+                place = i * wide + first
+                x = summed[place // lanes]
+                if wide < lanes:
+                    x = simd.shuffle(b, x, x, range(place % lanes, place % lanes + wide))
+                b.store(x, simd.at(b, target, first * 4), align=4)
+
+    @intrinsic
+    def tile(_context, query, key, key_stride, last, ahead, nearer, out, out_stride):  # type: ignore[no-untyped-def]
+        return _void([types.int64] * 8, emit)
+
+    return tile
+
+
+def _packed_chunk(b: Any, rows: Rows, query: Any, row: int, chunk: int) -> list[Any]:
+    parts = rows.query_bytes // rows.chunks // rows.vectors.bytes
+    offset = row * rows.query_bytes + chunk * parts * rows.vectors.bytes
+    found = []
+    for part in range(parts):
+        x = b.load(simd.at(b, query, offset + part * rows.vectors.bytes), typ=simd.floats(rows.vectors.lanes), align=4)
+        found.append(_as_pairs(b, x) if rows.kind is Kind.BFLOAT16_PAIRS else x)
+    return found
+
+
+def _key_chunk(b: Any, rows: Rows, row: Any, chunk: int) -> list[Any]:
+    raw = simd.load_raw(b, rows, row, rows.offset(chunk), chunk)
+    return [_as_pairs(b, raw)] if rows.kind is Kind.BFLOAT16_PAIRS else simd.widen(b, rows, raw)
+
+
+def _as_pairs(b: Any, x: Any) -> Any:
+    return b.bitcast(x, ir.VectorType(simd.BFLOAT, 32))
+
+
+def _multiply_add(b: Any, pairs: bool, x: Any, y: Any, total: Any) -> Any:
+    if pairs:
+        return simd.call(b, "llvm.x86.avx512bf16.dpbf16ps.512", total.type, total, x, y)
+    return simd.fma(b, x, y, total)
+
+
+def weighted_sum(rows: Rows, query_rows: int, chances: int) -> Intrinsic:
+    """Make ``weighted_sum(weights, pitch, value, value_stride, last, ahead, nearer, out)``.
+
+    out[i] += sum over j of weights[i, j] * value[min(j, last)] for a tile; weights beyond `last` are 0. `pitch` is the
+    distance of two rows of weights. The weights stay in registers and the sums in the first-level cache, so that V is read
+    row by row as K is: with the sums in registers it was read in stripes, several times, and the core's own prefetching and
+    ours came too late. Prefetches as ``scores`` does.
+    """
+    lanes, wide, pairs = rows.vectors.lanes, tile_width(rows, query_rows), rows.kind is Kind.BFLOAT16_PAIRS
+    type_, step = simd.floats(lanes), 2 if pairs else 1
+
+    def emit(
+        b: Any, weights: Any, pitch: Any, value: Any, stride: Any, last: Any, ahead: Any, nearer: Any, out: Any
+    ) -> None:
+        weight = [
+            [_weight(b, rows, weights, pitch, i, j // step) for j in range(0, wide, step)] for i in range(query_rows)
+        ]
+        rows_at, distances = _tile_rows(b, value, stride, last, wide), _distances(b, ahead, nearer, chances)
+        out = simd.opaque(b, out)
+        for chunk in range(rows.chunks):
+            loaded = []
+            for j in range(wide):
+                _ask(b, rows, rows_at[j], distances, chunk)
+                loaded.append(simd.load_raw(b, rows, rows_at[j], rows.offset(chunk), chunk))
+            if pairs:
+                values = [_pair_up(b, x, y) for x, y in zip(loaded[::2], loaded[1::2], strict=True)]
+            else:
+                values = [simd.widen(b, rows, x) for x in loaded]
+            for i in range(query_rows):
+                for part in range(rows.per_chunk):
+                    offset = i * rows.sum_bytes + (chunk * rows.per_chunk + part) * rows.vectors.bytes
+                    pointer = simd.at(b, out, offset)
+                    total = b.load(pointer, typ=type_, align=4)
+                    for x, y in zip(weight[i], values, strict=True):
+                        total = _multiply_add(b, pairs, x, y[part], total)
+                    b.store(total, pointer, align=4)
+
+    @intrinsic
+    def tile(_context, weights, pitch, value, value_stride, last, ahead, nearer, out):  # type: ignore[no-untyped-def]
+        return _void([types.int64] * 8, emit)
+
+    return tile
+
+
+def _tile_rows(b: Any, first: Any, stride: Any, last: Any, wide: int) -> list[Any]:
+    """Addresses of a tile's KV rows; behind the last existing one, that one again."""
+    found = []
+    for j in range(wide):
+        row = b.select(b.icmp_signed("<", last, I64(j)), last, I64(j))
+        found.append(simd.opaque(b, b.add(first, b.mul(row, stride))))
+    return found
+
+
+def _distances(b: Any, ahead: Any, nearer: Any, chances: int) -> list[Any]:
+    """How far on each chance of a prefetch lies."""
+    return [simd.opaque(b, b.sub(ahead, b.mul(nearer, I64(c)))) for c in range(chances)]
+
+
+def _ask(b: Any, rows: Rows, row: Any, distances: list[Any], chunk: int) -> None:
+    """Prefetch for the line that a chunk begins."""
+    if rows.offset(chunk) % simd.LINE_BYTES < min(simd.LINE_BYTES, rows.offset(1)):
+        for distance in distances:
+            simd.prefetch(b, rows.vectors, row, distance, rows.offset(chunk))
+
+
+def _weight(b: Any, rows: Rows, weights: Any, pitch: Any, row: int, place: int) -> Any:
+    """The weight of a KV row, or of a pair of them, in every lane."""
+    pairs = rows.kind is Kind.BFLOAT16_PAIRS
+    address = b.add(weights, b.add(b.mul(pitch, I64(row)), I64(4 * place)))
+    x = simd.splat(b, b.load(simd.at(b, address), typ=I32 if pairs else FLOAT, align=4), rows.vectors.lanes)
+    return _as_pairs(b, x) if pairs else x
+
+
+def _pair_up(b: Any, x: Any, y: Any) -> list[Any]:
+    """The even elements of two rows as pairs, and the odd ones."""
+    even, odd = ([lane + half for i in range(16) for lane in (2 * i, 2 * i + 32)] for half in (0, 1))
+    return [_as_pairs(b, simd.shuffle(b, x, y, lanes)) for lanes in (even, odd)]
+
+
+def softmax_step(rows: Rows) -> Intrinsic:
+    """Make ``softmax_step(scores, vectors, factor, greatest, total)`` -> factor for what was summed before.
+
+    One query row, over `vectors` vectors of scores: they become weights, 2**(factor * score - greatest), in their place, and
+    their sum is added to `total`. Where a score exceeds the reference `greatest` by more than ``HEADROOM``, it moves to the
+    greatest score, and what was summed before has to be multiplied by the result; else that is 1. So the usual way needs no
+    greatest lane and no rescaling. Weights of BFLOAT16_PAIRS are bfloat16, as torch rounds them.
+
+    Source: Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018), with a lazy reference.
+    """
+    lanes, pairs = rows.vectors.lanes, rows.kind is Kind.BFLOAT16_PAIRS
+    type_, size = simd.floats(lanes), rows.vectors.bytes
+
+    def emit(b: Any, scores: Any, vectors: Any, factor: Any, greatest: Any, total: Any) -> Any:
+        factor = simd.splat(b, factor, lanes)
+        top = cgutils.alloca_once(b, type_)
+        b.store(simd.constant(type_, float("-inf")), top)
+        with cgutils.for_range(b, vectors) as loop:
+            x = b.fmul(_vector(b, scores, loop.index, size, type_), factor)
+            b.store(simd.greater(b, x, b.load(top, typ=type_)), top)
+        old = b.load(simd.at(b, greatest), typ=FLOAT)
+        reference, rescale = cgutils.alloca_once_value(b, old), cgutils.alloca_once_value(b, ir.Constant(FLOAT, 1.0))
+        b.store(old, reference)
+        b.store(ir.Constant(FLOAT, 1.0), rescale)
+        high = b.load(top, typ=type_)
+        bound = b.fadd(simd.splat(b, old, lanes), simd.constant(type_, HEADROOM))
+        above = b.bitcast(b.fcmp_ordered(">", high, bound), ir.IntType(lanes))
+        with b.if_then(b.icmp_unsigned("!=", above, ir.IntType(lanes)(0)), likely=False):
+            new = simd.greatest_lane(b, high)
+            alpha = b.extract_element(simd.exp2(b, b.fsub(simd.splat(b, old, lanes), new), 5), I32(0))
+            new = b.extract_element(new, I32(0))
+            b.store(alpha, rescale)
+            b.store(new, reference)
+            b.store(new, simd.at(b, greatest))
+        minus = b.fneg(simd.splat(b, b.load(reference, typ=FLOAT), lanes))
+        sums = cgutils.alloca_once(b, type_)
+        b.store(ir.Constant(type_, None), sums)
+        with cgutils.for_range(b, vectors) as loop:
+            x = _vector(b, scores, loop.index, size, type_)
+            weights = simd.exp2(b, simd.fma(b, x, factor, minus), 3 if pairs else 5)
+            b.store(b.fadd(b.load(sums, typ=type_), weights), sums)
+            if pairs:
+                short = b.fptrunc(weights, ir.VectorType(simd.BFLOAT, lanes))
+                b.store(short, simd.at(b, scores, b.mul(loop.index, I64(size // 2))), align=2)
+            else:
+                b.store(weights, simd.at(b, scores, b.mul(loop.index, I64(size))), align=4)
+        alpha = b.load(rescale, typ=FLOAT)
+        before = b.fmul(b.load(simd.at(b, total), typ=FLOAT), alpha)
+        b.store(b.fadd(before, simd.sum_lanes(b, b.load(sums, typ=type_))), simd.at(b, total))
+        return alpha
+
+    @intrinsic
+    def step(_context, scores, vectors, factor, greatest, total):  # type: ignore[no-untyped-def]
+        parameters = (types.int64, types.int64, types.float32, types.int64, types.int64)
+        return types.float32(*parameters), lambda _c, b, _s, values: emit(b, *values)
+
+    return step
+
+
+def _vector(b: Any, address: Any, index: Any, size: int, type_: Any) -> Any:
+    return b.load(simd.at(b, address, b.mul(index, I64(size))), typ=type_, align=4)
+
+
+def pack(rows: Rows) -> Intrinsic:
+    """Make ``pack(query, packed)``: one query row as ``scores`` wants it, float32 unless pairs are multiplied."""
+
+    def emit(b: Any, query: Any, packed: Any) -> None:
+        parts = rows.query_bytes // rows.chunks // rows.vectors.bytes
+        for chunk in range(rows.chunks):
+            raw = simd.load_raw(b, rows, query, rows.offset(chunk), chunk)
+            vectors = [raw] if rows.kind is Kind.BFLOAT16_PAIRS else simd.widen(b, rows, raw)
+            for part, x in enumerate(vectors):
+                b.store(x, simd.at(b, packed, (chunk * parts + part) * rows.vectors.bytes), align=4)
+
+    @intrinsic
+    def copy(_context, query, packed):  # type: ignore[no-untyped-def]
+        return _void([types.int64] * 2, emit)
+
+    return copy
+
+
+def clear(rows: Rows) -> Intrinsic:
+    """Make ``clear(sums)``: a row of sums becomes zeros."""
+    type_ = simd.floats(rows.vectors.lanes)
+
+    def emit(b: Any, sums: Any) -> None:
+        with cgutils.for_range(b, I64(rows.sum_bytes // rows.vectors.bytes)) as loop:
+            b.store(ir.Constant(type_, None), simd.at(b, sums, b.mul(loop.index, I64(rows.vectors.bytes))), align=4)
+
+    @intrinsic
+    def zero(_context, sums):  # type: ignore[no-untyped-def]
+        return _void([types.int64] * 1, emit)
+
+    return zero
+
+
+def scale(rows: Rows) -> Intrinsic:
+    """Make ``scale(sums, factor)``: a row of sums, multiplied."""
+    type_ = simd.floats(rows.vectors.lanes)
+
+    def emit(b: Any, sums: Any, factor: Any) -> None:
+        factor = simd.splat(b, factor, rows.vectors.lanes)
+        with cgutils.for_range(b, I64(rows.sum_bytes // rows.vectors.bytes)) as loop:
+            x = b.fmul(_vector(b, sums, loop.index, rows.vectors.bytes, type_), factor)
+            b.store(x, simd.at(b, sums, b.mul(loop.index, I64(rows.vectors.bytes))), align=4)
+
+    @intrinsic
+    def multiply(_context, sums, factor):  # type: ignore[no-untyped-def]
+        return _void([types.int64, types.float32], emit)
+
+    return multiply
+
+
+def blend(rows: Rows) -> Intrinsic:
+    """Make ``blend(sums, own, others, weight)``: a row of sums becomes sums * own + others * weight."""
+    type_ = simd.floats(rows.vectors.lanes)
+
+    def emit(b: Any, sums: Any, own: Any, others: Any, weight: Any) -> None:
+        own, weight = (simd.splat(b, factor, rows.vectors.lanes) for factor in (own, weight))
+        with cgutils.for_range(b, I64(rows.sum_bytes // rows.vectors.bytes)) as loop:
+            x, y = (_vector(b, address, loop.index, rows.vectors.bytes, type_) for address in (sums, others))
+            x = simd.fma(b, x, own, b.fmul(y, weight))
+            b.store(x, simd.at(b, sums, b.mul(loop.index, I64(rows.vectors.bytes))), align=4)
+
+    @intrinsic
+    def mix(_context, sums, own, others, weight):  # type: ignore[no-untyped-def]
+        return _void([types.int64, types.float32, types.int64, types.float32], emit)
+
+    return mix
+
+
+def write(rows: Rows) -> Intrinsic:
+    """Make ``write(sums, factor, out)``: a row of sums, times a factor, rounded to the kind of the rows."""
+    type_ = simd.floats(rows.vectors.lanes)
+
+    def emit(b: Any, sums: Any, factor: Any, out: Any) -> None:
+        factor = simd.splat(b, factor, rows.vectors.lanes)
+        for chunk in range(rows.chunks):
+            values = []
+            for part in range(rows.per_chunk):
+                offset = (chunk * rows.per_chunk + part) * rows.vectors.bytes
+                values.append(b.fmul(b.load(simd.at(b, sums, offset), typ=type_, align=4), factor))
+            simd.store_chunk(b, rows, values, out, chunk)
+
+    @intrinsic
+    def put(_context, sums, factor, out):  # type: ignore[no-untyped-def]
+        return _void([types.int64, types.float32, types.int64], emit)
+
+    return put
+
+
+# --- scalars
+
+
+@intrinsic
+def load_float(_context, address):  # type: ignore[no-untyped-def]
+    """The float32 at an address."""
+    return types.float32(types.int64), lambda _c, b, _s, a: b.load(simd.at(b, a[0]), typ=FLOAT, align=4)
+
+
+@intrinsic
+def load_half(_context, address):  # type: ignore[no-untyped-def]
+    """The float16 at an address, as float32."""
+    return types.float32(types.int64), lambda _c, b, _s, a: b.fpext(
+        b.load(simd.at(b, a[0]), typ=simd.HALF, align=2), FLOAT
+    )
+
+
+@intrinsic
+def load_bfloat(_context, address):  # type: ignore[no-untyped-def]
+    """The bfloat16 at an address, as float32."""
+
+    def emit(_c: Any, b: Any, _s: Any, a: Any) -> Any:
+        bits = b.zext(b.load(simd.at(b, a[0]), typ=I16, align=2), I32)
+        return b.bitcast(b.shl(bits, I32(16)), FLOAT)
+
+    return types.float32(types.int64), emit
+
+
+@intrinsic
+def load_bool(_context, address):  # type: ignore[no-untyped-def]
+    """The byte at an address is not 0."""
+
+    def emit(_c: Any, b: Any, _s: Any, a: Any) -> Any:
+        return b.icmp_unsigned("!=", b.load(simd.at(b, a[0]), typ=I8), I8(0))
+
+    return types.boolean(types.int64), emit
+
+
+@intrinsic
+def store_float(_context, address, value):  # type: ignore[no-untyped-def]
+    """Write a float32."""
+    return _void([types.int64, types.float32], lambda b, at, x: b.store(x, simd.at(b, at), align=4))
+
+
+@intrinsic
+def exp2(_context, x):  # type: ignore[no-untyped-def]
+    """2**x, as ``simd.exp2`` has it."""
+
+    def emit(_c: Any, b: Any, _s: Any, a: Any) -> Any:
+        return b.extract_element(simd.exp2(b, simd.splat(b, a[0], 4), 5), I32(0))
+
+    return types.float32(types.float32), emit
+
+
+@intrinsic
+def fetch_add(_context, address):  # type: ignore[no-untyped-def]
+    """Count an int64 up by one, all threads in some order; what it was before."""
+    return types.int64(types.int64), lambda _c, b, _s, a: b.atomic_rmw("add", simd.at(b, a[0]), I64(1), "acq_rel")
+
+
+@intrinsic
+def call_int(_context, address):  # type: ignore[no-untyped-def]
+    """Call ``int f(void)`` at an address that is known only when it runs, so that compiled code can be stored."""
+
+    def emit(_c: Any, b: Any, _s: Any, a: Any) -> Any:
+        function = b.inttoptr(a[0], ir.FunctionType(I32, []).as_pointer())
+        return b.sext(b.call(function, []), I64)
+
+    return types.int64(types.int64), emit
+
+
+def _void(parameters: list[Any], emit: Any) -> Any:
+    """The signature and the generator of an intrinsic that gives nothing."""
+
+    def generate(context: Any, builder: Any, _signature: Any, values: Any) -> Any:
+        emit(builder, *values)
+        return context.get_dummy_value()
+
+    return types.void(*parameters), generate

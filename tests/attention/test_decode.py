@@ -1,0 +1,208 @@
+"""The decode kernel against float64: what it reads and writes, and what it leaves alone."""
+
+import ctypes
+import math
+import mmap
+import os
+import random
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from numa_lab.attention import decode, simd
+from numa_lab.attention.gqa import choose_backend, gqa_attention
+from numa_lab.attention.reference import attention as reference
+from numa_lab.errors import InvalidInput
+
+PAGE = mmap.PAGESIZE
+EPSILON = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 1.5e-3}  # of outputs of size about 1
+
+
+def at_the_end_of_a_page(size, dtype):
+    """A tensor whose last byte is followed by a page that may not be touched."""
+    nbytes = math.prod(size) * dtype.itemsize
+    pages = -(-max(nbytes, 1) // PAGE)
+    block = mmap.mmap(-1, (pages + 1) * PAGE)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(block))
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.mprotect(ctypes.c_void_p(start + pages * PAGE), PAGE, mmap.PROT_READ * 0) == 0
+    tensor = (
+        torch.frombuffer(block, dtype=dtype, count=math.prod(size), offset=pages * PAGE - nbytes) if nbytes else None
+    )
+    tensor = torch.empty(size, dtype=dtype) if tensor is None else tensor.view(size)
+    return tensor.copy_(torch.randn(size).to(dtype)) if nbytes else tensor
+
+
+VERSIONS = [  # dtype, head_dim, query rows that one compiled version serves: as (group, q_len)
+    (torch.float32, 128, [(4, 1), (2, 2), (1, 4)]),
+    (torch.bfloat16, 128, [(11, 1), (5, 3), (19, 1)]),
+    (torch.bfloat16, 72, [(1, 1)]),
+    (torch.float16, 80, [(7, 1), (1, 7)]),
+    (torch.float16, 64, [(2, 1)]),
+]
+
+
+def one_shape(number):
+    chance = random.Random(number)
+    dtype, head_dim, rows = VERSIONS[number % len(VERSIONS)]
+    group, q_len = chance.choice(rows)
+    batch, kv_heads = chance.choice([1, 1, 2, 3]), chance.choice([1, 2, 3])
+    kv_len = chance.choice([0, 1, 2, 15, 16, 17, 63, 64, 65, chance.randrange(600)])
+    torch.set_num_threads(chance.choice([1, 2, 3]))  # of this thread
+    query = at_the_end_of_a_page((batch, kv_heads * group, q_len, head_dim), dtype)
+    if chance.random() < 0.5:
+        key, value = (at_the_end_of_a_page((batch, kv_heads, kv_len, head_dim), dtype) for _ in range(2))
+    else:  # a [B, S, H, D] cache seen as [B, H, S, D]
+        key, value = (
+            at_the_end_of_a_page((batch, kv_len, kv_heads, head_dim), dtype).transpose(1, 2) for _ in range(2)
+        )
+    mask = None
+    if chance.random() < 0.5:
+        size = [chance.choice([1, n]) for n in (batch, kv_heads * group, q_len, kv_len)]
+        mask = torch.rand(size) > 0.3
+        if chance.random() < 0.5:
+            mask = torch.randn(size).masked_fill(~mask, -math.inf).to(chance.choice([dtype, torch.float32]))
+    room = torch.full((query.numel() + 128,), math.nan, dtype=dtype)
+    out = room[64:-64].view(query.shape)
+    result, lse = decode.decode_attention(query, key, value, mask, out=out, return_lse=True)
+    expected, expected_lse = reference(query, key, value, mask, enable_gqa=True)
+    what = (
+        f"shape {number}: {dtype} {tuple(query.shape)} {tuple(key.shape)} mask {None if mask is None else mask.dtype}"
+    )
+    torch.testing.assert_close(result.double(), expected, rtol=0, atol=4 * EPSILON[dtype], msg=lambda m: f"{what}: {m}")
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=0, atol=1e-4, msg=lambda m: f"{what}: {m}")
+    assert room[:64].isnan().all(), what
+    assert room[-64:].isnan().all(), what
+
+
+def test_1000_shapes_from_several_threads_read_and_write_nothing_else():
+    before = torch.get_num_threads()
+    for version in range(len(VERSIONS)):
+        one_shape(version)  # compiles
+    with ThreadPoolExecutor(3) as threads:
+        list(threads.map(one_shape, range(1000)))
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", EPSILON)
+@pytest.mark.parametrize(("size", "kv_len"), [(1.0, 2000), (30.0, 500), (1.0, 131072)])
+def test_no_further_from_float64_than_torch(dtype, size, kv_len):
+    torch.manual_seed(0)
+    query = (size * torch.randn(1, 4, 1, 64)).to(dtype)
+    key, value = (torch.randn(1, 1, kv_len, 64).to(dtype) for _ in range(2))
+    expected, _ = reference(query, key, value, enable_gqa=True)
+
+    def error(output):
+        return (output - expected).abs().max().item()
+
+    by_torch = error(scaled_dot_product_attention(query, key, value, enable_gqa=True))
+    rounding = torch.finfo(dtype).eps / 2 * expected.abs().max().item()  # of the output: the best that there can be
+    assert error(decode.decode_attention(query, key, value)) <= max(by_torch, rounding)
+
+
+def test_what_is_no_number_is_not_hidden():
+    query, key, value = torch.randn(1, 2, 1, 64), torch.randn(1, 1, 99, 64), torch.randn(1, 1, 99, 64)
+    key[0, 0, 50, 3] = math.nan
+    assert gqa_attention(query, key, value, enable_gqa=True, backend="numba").isnan().all()
+
+
+def test_what_the_kernel_does_not_serve_goes_to_torch_and_is_named():
+    query, key = torch.randn(1, 4, 1, 64), torch.randn(1, 2, 9, 64)
+    assert choose_backend(query, key, key, enable_gqa=True) == "numba"
+    for odd in (
+        {"query": query.double(), "key": key.double()},
+        {"query": query[..., :60], "key": key[..., :60]},
+        {"query": query.expand(1, 4, 17, 64)},
+        {"query": query.clone().requires_grad_()},
+        {"key": key.transpose(-1, -2).contiguous().transpose(-1, -2)},
+        {"scale": 0.0},
+        {"dropout_p": 0.1},
+    ):
+        given = {"query": query, "key": key, **odd}
+        given["value"] = given["key"]
+        assert choose_backend(**given, enable_gqa=True, backend="numba").startswith("torch"), odd
+    with pytest.raises(InvalidInput, match=r"float64.*use gqa_attention"):
+        decode.decode_attention(query.double(), key.double(), key.double())
+
+
+def test_without_what_it_needs_torch_computes_and_one_warning_says_why(monkeypatch):
+    from numa_lab.attention import gqa
+
+    query, key = torch.randn(1, 4, 1, 64), torch.randn(1, 2, 9, 64)
+    monkeypatch.setattr(simd, "host", lambda: None)
+    decode.unavailable.cache_clear()
+    gqa._warn_once.cache_clear()
+    try:
+        with pytest.warns(RuntimeWarning, match="AVX2") as warned:
+            for _ in range(2):
+                assert choose_backend(query, key, key, enable_gqa=True).startswith("torch")
+        assert len(warned) == 1
+    finally:
+        decode.unavailable.cache_clear()
+
+
+BY_ANOTHER_PROCESS = """
+import torch
+from numa_lab.attention import compiled, decode
+built = []
+compiled.machine_code = lambda spec, make=compiled.machine_code: built.append(spec) or make(spec)
+query = torch.ones(1, 1, 1, 64)
+torch.testing.assert_close(decode.decode_attention(query, query, query), query)
+print(len(built), len(list(compiled.folder().glob("*.o"))))
+"""
+
+
+def test_what_was_compiled_is_loaded_from_disk_and_made_anew_where_damaged(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def others(count):
+        words = [sys.executable, "-c", BY_ANOTHER_PROCESS]
+        started = [subprocess.Popen(words, stdout=subprocess.PIPE, text=True) for _ in range(count)]
+        return [tuple(map(int, process.communicate()[0].split())) for process in started]
+
+    assert {files for _, files in others(2)} == {1}  # at once
+    assert others(1) == [(0, 1)]
+    (stored,) = (tmp_path / "numa_lab/kernels").glob("*.o")
+    stored.write_bytes(stored.read_bytes()[:-100])
+    assert others(1) == [(1, 1)]
+    stored.unlink()
+    stored.parent.rmdir()
+    stored.parent.write_text("not a folder")
+    assert others(1) == [(1, 0)]
+
+
+FOR_ANOTHER_CPU = """
+import dataclasses, sys
+import llvmlite.binding as llvm
+from numa_lab.attention import compiled, decode_kernel, simd
+llvm.initialize_all_targets()
+llvm.initialize_all_asmprinters()
+name, kind, cpu, triple = sys.argv[1:]
+vectors = getattr(simd, name)
+if name == "NEON":  # Numba compiles for this CPU too, which does not know that instruction
+    vectors = dataclasses.replace(vectors, prefetch="")
+rows = simd.Rows(vectors, simd.Kind[kind], 72)
+target = llvm.Target.from_triple(triple).create_target_machine(cpu=cpu, opt=3)
+print(compiled.assembly(decode_kernel.Spec.of(rows, 4), target))
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "cpu", "triple", "wanted"),
+    [
+        ("AVX512_BF16", "BFLOAT16_PAIRS", "znver4", "x86_64-linux-gnu", ["vdpbf16ps", "zmm", "prefetcht1"]),
+        ("AVX512", "FLOAT16", "skylake-avx512", "x86_64-linux-gnu", ["vfmadd", "zmm", "vcvtph2ps"]),
+        ("NEON", "BFLOAT16", "neoverse-n1", "aarch64-linux-gnu", ["fmla\tv"]),
+    ],
+)
+def test_one_source_gives_the_instructions_of_other_cpus(name, kind, cpu, triple, wanted):
+    """They can't run here, so what is made for them is looked at."""
+    words = [sys.executable, "-c", FOR_ANOTHER_CPU, name, kind, cpu, triple]
+    environment = os.environ | ({"NUMBA_CPU_NAME": cpu, "NUMBA_CPU_FEATURES": ""} if name != "NEON" else {})
+    done = subprocess.run(words, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert all(word in done.stdout for word in wanted)
