@@ -225,9 +225,9 @@ def build(spec: Spec) -> Any:
                 total += weight * tiles.load_float(at + 4 * (query_rows + i))
                 blend(sums, own, at + 8 * query_rows + i * sum_bytes, weight)
                 own = one
-            factor = nothing if total == nothing else one / total
+            divisor = total if total != nothing else np.float32(np.inf)  # a row that may look at no key gives zeros
             query_head, row = head * a.group + i // a.q_len, i % a.q_len
-            write(sums, factor, a.out + batch * a.out_batch + query_head * a.out_head + row * a.out_row)
+            write(sums, divisor, a.out + batch * a.out_batch + query_head * a.out_head + row * a.out_row)
             if a.lse:
                 value = (top + np.log2(total)) * LN_2
                 place = (batch * a.kv_heads * a.group + query_head) * a.q_len + row

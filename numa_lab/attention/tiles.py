@@ -311,20 +311,20 @@ def blend(rows: Rows) -> Intrinsic:
 
 
 def write(rows: Rows) -> Intrinsic:
-    """Make ``write(sums, factor, out)``: a row of sums, times a factor, rounded to the kind of the rows."""
+    """Make ``write(sums, divisor, out)``: a row of sums, divided, rounded to the kind of the rows."""
     type_ = simd.floats(rows.vectors.lanes)
 
-    def emit(b: Any, sums: Any, factor: Any, out: Any) -> None:
-        factor = simd.splat(b, factor, rows.vectors.lanes)
+    def emit(b: Any, sums: Any, divisor: Any, out: Any) -> None:
+        divisor = simd.splat(b, divisor, rows.vectors.lanes)
         for chunk in range(rows.chunks):
             values = []
             for part in range(rows.per_chunk):
                 offset = (chunk * rows.per_chunk + part) * rows.vectors.bytes
-                values.append(b.fmul(b.load(simd.at(b, sums, offset), typ=type_, align=4), factor))
+                values.append(b.fdiv(b.load(simd.at(b, sums, offset), typ=type_, align=4), divisor))
             simd.store_chunk(b, rows, values, out, chunk)
 
     @intrinsic
-    def put(_context, sums, factor, out):  # type: ignore[no-untyped-def]
+    def put(_context, sums, divisor, out):  # type: ignore[no-untyped-def]
         return _void([types.int64, types.float32, types.int64], emit)
 
     return put
