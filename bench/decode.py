@@ -34,7 +34,7 @@ from numa_lab.sampling import KVPool
 POOL_BYTES = 1 << 30
 SAMPLE_SECONDS = 0.02  # of one timing, at least one call
 LIMIT_BYTES = 128 << 20  # read in one timing
-LOOPS = 20_000
+LOOPS = 2_000_000  # of multiply-adds into every accumulator: some milliseconds
 
 
 def shapes() -> dict[str, AttentionShape]:

@@ -7,7 +7,7 @@ receipt of each, ``Execution.finish`` writes the rows and refuses those that can
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 
 from numa_lab import memory, openmp, team
-from numa_lab.attention import gqa
+from numa_lab.attention import decode, gqa
 from numa_lab.attention.reference import attention as reference
 from numa_lab.binding import Binding, effective
 from numa_lab.errors import InvalidInput, NodeUnavailable, UntrustedResult
@@ -26,7 +26,7 @@ from numa_lab.results import machine_facts, write_rows
 from numa_lab.sampling import BY_HAND, KVPool, noise, pool_bytes, sample_case
 from numa_lab.sysfs import format_cpulist
 from numa_lab.topology import Topology, read_topology, spread
-from numa_lab.workloads import MEMORY_SHARE, Workload, usable_bytes, workload
+from numa_lab.workloads import MEMORY_SHARE, Case, Workload, usable_bytes, workload
 
 LIMIT_SECONDS = 0.2
 TOLERANCE = {
@@ -127,20 +127,29 @@ class Execution:
         for threads in sorted({case.threads for case in cases}):
             with team.pinned_team(spread(self.cores, threads)):
                 limit = read_bandwidth(pool.block, threads, seconds=LIMIT_SECONDS)
-                for case in cases:
-                    if case.threads == threads:
-                        rows += sample_case(
-                            case,
-                            pool,
-                            requested=self.requested,
-                            granted=self.effective,
-                            topology=self.topology,
-                            backend=self.backend,
-                            seconds=self.workload.profile.case_seconds,
-                            limit=limit,
-                            identity={**self.identity, "label": self.label},
-                        )
+                for case, backend in self._calls(threads):
+                    rows += sample_case(
+                        case,
+                        pool,
+                        requested=self.requested,
+                        granted=self.effective,
+                        topology=self.topology,
+                        backend=backend,
+                        seconds=self.workload.profile.case_seconds,
+                        limit=limit,
+                        identity={**self.identity, "label": self.label},
+                    )
         return pd.DataFrame(rows)
+
+    def _calls(self, threads: int) -> Iterator[tuple[Case, str]]:
+        """The cases for so many threads and what computes them; one also by torch, to show what a slow kernel hides."""
+        cases = self.workload.cases(len(self.cores))
+        for case in cases:
+            if case.threads == threads:
+                yield case, self.backend
+        shown = Case(self.workload.base.replace(dtype=self.workload.profile.dtypes[0]), threads)
+        if self.backend == "auto" and not decode.unavailable() and threads == cases[0].threads and shown in cases:
+            yield shown, "torch"
 
     def finish(self, rows: pd.DataFrame) -> str:
         """Write the rows where the sweep asked for them, then refuse those that can't be trusted.

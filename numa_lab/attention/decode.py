@@ -20,7 +20,7 @@ from torch import Tensor
 
 from numa_lab import openmp
 from numa_lab.attention import compiled, decode_kernel, simd
-from numa_lab.attention.decode_kernel import FIELDS, LOG2_E, Spec
+from numa_lab.attention.decode_kernel import FIELDS, LOG2_E, POINTERS, Spec
 from numa_lab.attention.simd import Kind, Rows
 from numa_lab.errors import InvalidInput
 
@@ -36,8 +36,10 @@ _MASK_KINDS = {
     torch.float16: decode_kernel.MASK_HALF,
     torch.bfloat16: decode_kernel.MASK_BFLOAT,
 }
-_PACKED = struct.Struct(f"{len(FIELDS)}q d")
-_NO_MASK = (0, 0, 0, 0, 0, decode_kernel.MASK_NONE)
+_POINTERS = struct.Struct(f"{len(POINTERS)}q")
+_SIZES = struct.Struct(f"{len(FIELDS) - len(POINTERS)}qd")
+MAX_PLANS = 1024
+_plans: dict[tuple[object, ...], _Plan] = {}
 
 
 def refusal(
@@ -158,6 +160,37 @@ def causal(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, T
     return mask, key[..., :seen, :], value[..., :seen, :]
 
 
+def plain(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> Tensor | None:
+    """Attention without mask and options, for shapes that were served before; None for others, which have to be checked.
+
+    The layers of a model ask alike, and checking takes longer than attention to a short context.
+    """
+    plan = _plans.get(_signature(query, key, value, enable_gqa))
+    if plan is None:
+        return None
+    out = torch.empty_like(query)
+    plan.run(query, key, value, None, out, None)
+    return out
+
+
+def remember(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
+    """Let ``plain`` serve inputs like these, which were checked."""
+    if len(_plans) >= MAX_PLANS:
+        _plans.clear()
+    out = torch.empty_like(query)
+    _plans[_signature(query, key, value, enable_gqa)] = _plan(query, key, value, None, None, out)
+
+
+def _signature(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[object, ...]:
+    """All that decides whether and how inputs are served, beside their numbers and addresses."""
+    learns = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    return (
+        type(query), type(key), type(value), query.dtype, key.dtype, value.dtype,
+        query.is_cpu, key.is_cpu, value.is_cpu, learns, enable_gqa, torch.get_num_threads(),
+        query.shape, key.shape, value.shape, query.stride(), key.stride(), value.stride(),
+    )  # fmt: skip
+
+
 def run(
     query: Tensor,
     key: Tensor,
@@ -168,51 +201,67 @@ def run(
     lse: Tensor | None,
 ) -> None:
     """Compute inputs that were checked into `out` and, where wanted, `lse`."""
+    if attn_mask is not None:
+        attn_mask = attn_mask.expand(*query.shape[:-1], key.size(-2))
+    _plan(query, key, value, attn_mask, scale, out).run(query, key, value, attn_mask, out, lse)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What calls of one shape have in common."""
+
+    function: int  # 0 where there is nothing to compute
+    threads: int
+    workspace_bytes: int
+    sizes: bytes  # the fields behind the pointers
+
+    def run(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor | None
+    ) -> None:
+        if not self.function:
+            out.zero_()
+            if lse is not None:
+                lse.fill_(-math.inf)
+            return
+        memory = _memory.here(self.workspace_bytes)
+        _POINTERS.pack_into(
+            memory.arguments, 0, memory.counter, memory.workspace,
+            query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr(),
+            0 if lse is None else lse.data_ptr(), 0 if mask is None else mask.data_ptr(),
+        )  # fmt: skip
+        memory.arguments[_POINTERS.size :] = self.sizes
+        openmp.run_on_team(self.function, memory.address, self.threads)
+
+
+def _plan(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None, out: Tensor) -> _Plan:
     *leading, q_heads, q_len, head_dim = query.shape
     kv_heads, kv_len = key.shape[-3], key.shape[-2]
     batch = leading[0] if leading else 1
     if not kv_len or not out.numel():
-        out.zero_()
-        if lse is not None:
-            lse.fill_(-math.inf)
-        return
-    size = query.element_size()
+        return _Plan(0, 0, 0, b"")
     query_rows = q_heads // kv_heads * q_len
     version = _version(query.dtype, head_dim, query_rows)
     threads = torch.get_num_threads()
-    if threads > 1 and 2 * batch * kv_heads * kv_len * head_dim * size < ALONE_BYTES:
+    if key.element_size() * (key.numel() + value.numel()) < ALONE_BYTES:
         threads = 1
-    memory = _memory.here(threads * version.workspace_bytes)
-    _PACKED.pack_into(
-        memory.arguments, 0,
-        *_team_functions(), memory.counter, memory.workspace, version.workspace_bytes,
+    sizes = _SIZES.pack(
+        *_team_functions(), version.workspace_bytes,
         batch, kv_heads, q_heads // kv_heads, q_len, kv_len,
-        query.data_ptr(), *_strides(query, size),
-        key.data_ptr(), *_strides(key, size),
-        value.data_ptr(), *_strides(value, size),
-        out.data_ptr(), *_strides(out, size),
-        0 if lse is None else lse.data_ptr(),
-        *(_NO_MASK if attn_mask is None else _mask(attn_mask, query, kv_len)),
+        *(stride for tensor in (query, key, value, out) for stride in _strides(tensor)),
+        *((0, 0, 0, 0, decode_kernel.MASK_NONE) if mask is None else _mask_fields(mask)),
         LOG2_E * (head_dim**-0.5 if scale is None else scale),
     )  # fmt: skip
-    openmp.run_on_team(version.function, memory.address, threads)
+    return _Plan(version.function, threads, threads * version.workspace_bytes, sizes)
 
 
-def _strides(tensor: Tensor, size: int) -> tuple[int, int, int]:
+def _strides(tensor: Tensor) -> tuple[int, ...]:
     """Bytes from one sequence, head and row to the next."""
-    strides = tensor.stride()
-    if len(strides) == 3:
-        return 0, strides[0] * size, strides[1] * size
-    return strides[0] * size, strides[1] * size, strides[2] * size
+    strides = [tensor.element_size() * stride for stride in tensor.stride()[:-1]]
+    return tuple(strides) if len(strides) == 3 else (0, *strides)
 
 
-def _mask(mask: Tensor, query: Tensor, kv_len: int) -> tuple[int, int, int, int, int, int]:
-    mask = mask.expand(*query.shape[:-1], kv_len)
-    size, strides = mask.element_size(), mask.stride()
-    batch = strides[0] * size if len(strides) == 4 else 0
-    return (
-        mask.data_ptr(), batch, strides[-3] * size, strides[-2] * size, strides[-1] * size, _MASK_KINDS[mask.dtype],
-    )  # fmt: skip
+def _mask_fields(mask: Tensor) -> tuple[int, ...]:
+    return (*_strides(mask), mask.element_size() * mask.stride(-1), _MASK_KINDS[mask.dtype])
 
 
 @dataclass(frozen=True)
@@ -249,10 +298,11 @@ class _Memory(threading.local):
     def __init__(self) -> None:
         self._buffer = torch.empty(0, dtype=torch.uint8)
         self.workspace = 0
-        # The counter has a line of its own, which the kernel leaves at the number of threads.
-        self.arguments = (ctypes.c_char * (_PACKED.size + 2 * simd.LINE_BYTES))()
-        self.address = ctypes.addressof(self.arguments)
-        self.counter = -(-(self.address + _PACKED.size) // simd.LINE_BYTES) * simd.LINE_BYTES
+        # The counter has a line of its own; the kernel leaves it at the number of threads.
+        self._block = bytearray(_POINTERS.size + _SIZES.size + 2 * simd.LINE_BYTES)
+        self.arguments = memoryview(self._block)[: _POINTERS.size + _SIZES.size]
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._block))
+        self.counter = -(-(self.address + len(self.arguments)) // simd.LINE_BYTES) * simd.LINE_BYTES
         self._count: Any = ctypes.c_int64.from_address(self.counter)
 
     def here(self, workspace_bytes: int) -> _Memory:

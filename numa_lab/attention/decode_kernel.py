@@ -27,16 +27,18 @@ MASK_NONE, MASK_BOOL, MASK_FLOAT, MASK_HALF, MASK_BFLOAT = range(5)
 LOWEST = np.float32(tiles.LOWEST)
 LOG2_E, LN_2 = math.log2(math.e), math.log(2)
 
-# What the team gets: addresses, strides in bytes, and counts. `factor` is the scale of the scores times log2(e).
+# What the team gets: first what differs with each call of one shape, then addresses of functions, strides in bytes, and
+# counts. `factor` is the scale of the scores times log2(e).
+POINTERS = ("arrived", "workspace", "query", "key", "value", "out", "lse", "mask")
 FIELDS = (
-    "thread_number", "team_size", "arrived", "workspace", "workspace_bytes",
+    *POINTERS,
+    "thread_number", "team_size", "workspace_bytes",
     "batch", "kv_heads", "group", "q_len", "kv_len",
-    "query", "query_batch", "query_head", "query_row",
-    "key", "key_batch", "key_head", "key_row",
-    "value", "value_batch", "value_head", "value_row",
-    "out", "out_batch", "out_head", "out_row",
-    "lse",
-    "mask", "mask_batch", "mask_head", "mask_row", "mask_column", "mask_kind",
+    "query_batch", "query_head", "query_row",
+    "key_batch", "key_head", "key_row",
+    "value_batch", "value_head", "value_row",
+    "out_batch", "out_head", "out_row",
+    "mask_batch", "mask_head", "mask_row", "mask_column", "mask_kind",
 )  # fmt: skip
 ARGUMENTS = np.dtype([*((name, np.int64) for name in FIELDS), ("factor", np.float64)])
 

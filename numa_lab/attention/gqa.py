@@ -68,7 +68,12 @@ def gqa_attention(
     InvalidInput
         Shapes, dtypes or devices don't fit together, or there is no such backend.
     """
+    plain = attn_mask is None and scale is None and not dropout_p and not is_causal and backend in ("auto", "numba")
+    if plain and (output := decode.plain(query, key, value, enable_gqa)) is not None:
+        return output
     name = choose_backend(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, backend=backend)
+    if plain and name == "numba":
+        decode.remember(query, key, value, enable_gqa)
     return BACKENDS[name](query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
 
 

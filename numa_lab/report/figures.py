@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 
+from numa_lab.report.figures_backends import overhead_by_backend
 from numa_lab.report.figures_certainty import cold_against_steady, run_order, spread
 from numa_lab.report.figures_experiments import batch_scaling, decode_runs, ranking
 from numa_lab.report.figures_machine import bandwidth_heatmap, latency_heatmap
@@ -28,6 +29,7 @@ __all__ = [
     "latency_heatmap",
     "limit_share",
     "machine_figures",
+    "overhead_by_backend",
     "overhead_heatmap",
     "pages",
     "ranking",
@@ -41,7 +43,8 @@ __all__ = [
 def run_figures(rows: pd.DataFrame) -> list[Plot]:
     """All figures of a run, in the order of the report."""
     drawn = (
-        overhead_heatmap, spread, limit_share, thread_scaling, kv_curve, batch_curve, pages, run_order, cold_against_steady
+        overhead_heatmap, overhead_by_backend, spread, limit_share, thread_scaling, kv_curve, batch_curve, pages, run_order,
+        cold_against_steady,
     )  # fmt: skip
     return [draw(rows) for draw in drawn]
 

@@ -71,6 +71,9 @@ def test_every_backend_agrees_with_float64_and_with_torch(call):
     for backend in ("auto", *BACKENDS):
         output = gqa_attention(query, key, value, **options, backend=backend)
         assert output.dtype == query.dtype
+        assert torch.equal(gqa_attention(query, key, value, **options, backend=backend), output), (
+            "the second time differs"
+        )
         torch.testing.assert_close(output.double(), expected, rtol=0, atol=bound)
         torch.testing.assert_close(output, by_torch, rtol=0, atol=2 * bound)
     assert [tensor._version for tensor in (query, key, value)] == versions, "an input was changed in place"

@@ -33,8 +33,10 @@ def check(plot):
 def test_figures_of_a_matrix_say_what_is_seen(matrix_rows):
     settings = dict(mpl.rcParams)
     drawn = {plot.name: check(plot) for plot in figures.run_figures(matrix_rows)}
-    assert list(drawn) == ["overhead", "spread", "limit", "threads", "kv_len", "batch", "pages", "order", "cold"]
-    assert not [plot.name for plot in drawn.values() if plot.missing]
+    assert list(drawn) == [
+        "overhead", "backends", "spread", "limit", "threads", "kv_len", "batch", "pages", "order", "cold",
+    ]  # fmt: skip
+    assert [plot.name for plot in drawn.values() if plot.missing] == ["backends"]
     assert "The slowest is c0m1" in drawn["overhead"].alt
     assert " 1.5" in drawn["overhead"].alt or " 1.4" in drawn["overhead"].alt
     assert {"c0-1i0-1", "c*m*"} < set(drawn["overhead"].table["binding"])
@@ -52,7 +54,7 @@ def test_figures_of_a_matrix_say_what_is_seen(matrix_rows):
 
 def test_one_node_and_one_execution_is_drawn_as_far_as_it_goes(synthetic_rows):
     drawn = {plot.name: check(plot) for plot in figures.run_figures(synthetic_rows(**ONE_NODE_ONE_EXECUTION))}
-    assert [name for name, plot in drawn.items() if plot.missing] == ["order"]
+    assert [name for name, plot in drawn.items() if plot.missing] == ["backends", "order"]
     assert "Only c0m0 was measured" in drawn["overhead"].alt
     shown = [text.get_text() for text in drawn["spread"].figure.findobj(Text)]
     assert "One node: nothing to compare" in shown
@@ -62,11 +64,11 @@ def test_one_node_and_one_execution_is_drawn_as_far_as_it_goes(synthetic_rows):
 @pytest.mark.parametrize(
     ("column", "kept", "missing"),
     [
-        ("phase", "prefill", ["threads", "kv_len", "batch"]),
-        ("dtype", "float32", ["threads", "kv_len", "batch"]),
-        ("label", "c0m1", []),
-        ("label", "none", ["overhead", "limit", "threads", "kv_len", "batch", "pages", "order", "cold"]),
-        ("cold", True, ["overhead", "limit", "threads", "kv_len", "batch", "order", "cold"]),
+        ("phase", "prefill", ["backends", "threads", "kv_len", "batch"]),
+        ("dtype", "float32", ["backends", "threads", "kv_len", "batch"]),
+        ("label", "c0m1", ["backends"]),
+        ("label", "none", ["overhead", "backends", "limit", "threads", "kv_len", "batch", "pages", "order", "cold"]),
+        ("cold", True, ["overhead", "backends", "limit", "threads", "kv_len", "batch", "order", "cold"]),
     ],
 )
 def test_what_was_not_measured_is_said_and_nothing_fails(matrix_rows, column, kept, missing):
@@ -123,3 +125,15 @@ def test_a_notebook_shows_a_figure_once_with_its_alt_text_and_its_table(matrix_r
     assert "spread (%)" in table["text/plain"]
     assert plot.svg() == plot.svg()
     assert b"source guide, GQA: 17.07 %" in plot.svg()
+
+
+def test_a_slow_backend_that_hides_remote_memory_stands_beside_the_fast_one(synthetic_rows):
+    labels = ("c0m0", "c0m1", "c1m0", "c1m1")
+    fast = synthetic_rows(labels, effects={"c0m1": 1.5, "c1m0": 1.5}).assign(backend="numba")
+    slow = synthetic_rows(labels, effects={"c0m1": 1.02, "c1m0": 1.02}).assign(backend="torch")
+    plot = check(figures.overhead_by_backend(pd.concat([fast, slow])))
+    worst = plot.table.groupby("backend")["relative time"].max()
+    assert worst["numba"] == pytest.approx(1.5, abs=0.05)
+    assert worst["torch"] == pytest.approx(1.02, abs=0.05)
+    assert "numba up to" in plot.alt
+    assert figures.overhead_by_backend(fast).missing
