@@ -55,10 +55,11 @@ class TeamThread:
 def runtime() -> Runtime | None:
     """torch's OpenMP library, or None where it can't be found.
 
-    A process may hold several such libraries. torch's is the one whose entry a look-up through torch's own extension
-    module and its dependencies finds.
+    A process may hold several such libraries. torch's is the one whose entry the loader finds for it: among what is global,
+    where a preloaded library comes first (Intel's and LLVM's serve programs built for libgomp so), then among the
+    dependencies of torch's own extension module.
     """
-    torch_entry = _entry(torch._C.__file__)
+    torch_entry = _entry(None) or _entry(torch._C.__file__)
     for found in threadpoolctl.threadpool_info():
         if found["user_api"] == "openmp" and torch_entry and _entry(found["filepath"]) == torch_entry:
             library = ctypes.CDLL(found["filepath"])
@@ -85,8 +86,8 @@ def require() -> Runtime:
     return found
 
 
-def _entry(path: str) -> int | None:
-    """Address of GOMP_parallel as the library at `path`, or one that it depends on, has it."""
+def _entry(path: str | None) -> int | None:
+    """Address of GOMP_parallel as the library at `path`, or one that it depends on, has it; None: what is global."""
     function = getattr(ctypes.CDLL(path), "GOMP_parallel", None)
     return ctypes.cast(function, ctypes.c_void_p).value if function else None
 

@@ -7,7 +7,7 @@ receipt of each, ``Execution.finish`` writes the rows and refuses those that can
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,13 +121,15 @@ class Execution:
         NodeUnavailable
             The memory nodes have too little free memory.
         """
-        cases = self.workload.cases(len(self.cores))
+        cores, calls = self.cores, self._calls()  # asked before the team is pinned, which changes the answer
         pool = KVPool(self._pool_bytes())
         rows: list[dict[str, object]] = []
-        for threads in sorted({case.threads for case in cases}):
-            with team.pinned_team(spread(self.cores, threads)):
+        for threads in sorted({case.threads for case, _ in calls}):
+            with team.pinned_team(spread(cores, threads)):
                 limit = read_bandwidth(pool.block, threads, seconds=LIMIT_SECONDS)
-                for case, backend in self._calls(threads):
+                for case, backend in calls:
+                    if case.threads != threads:
+                        continue
                     rows += sample_case(
                         case,
                         pool,
@@ -141,15 +143,14 @@ class Execution:
                     )
         return pd.DataFrame(rows)
 
-    def _calls(self, threads: int) -> Iterator[tuple[Case, str]]:
-        """The cases for so many threads and what computes them; one also by torch, to show what a slow kernel hides."""
+    def _calls(self) -> list[tuple[Case, str]]:
+        """Each case and what computes it; one also by torch, to show what a slow kernel hides."""
         cases = self.workload.cases(len(self.cores))
-        for case in cases:
-            if case.threads == threads:
-                yield case, self.backend
-        shown = Case(self.workload.base.replace(dtype=self.workload.profile.dtypes[0]), threads)
-        if self.backend == "auto" and not decode.unavailable() and threads == cases[0].threads and shown in cases:
-            yield shown, "torch"
+        calls = [(case, self.backend) for case in cases]
+        if self.backend == "auto" and not decode.unavailable():
+            base = self.workload.base.replace(dtype=self.workload.profile.dtypes[0])
+            calls += [(case, "torch") for case in cases if case == Case(base, cases[0].threads)]
+        return calls
 
     def finish(self, rows: pd.DataFrame) -> str:
         """Write the rows where the sweep asked for them, then refuse those that can't be trusted.

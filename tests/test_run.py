@@ -5,6 +5,7 @@ import pytest
 from numa_lab import results, run
 from numa_lab.errors import InvalidInput, UntrustedResult
 from numa_lab.receipt import Receipt
+from numa_lab.workloads import CASE_KEY, case_key
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +17,10 @@ def measured():
 def test_every_case_has_a_cold_sample_a_limit_and_a_receipt(measured):
     started, rows = measured
     cases = rows.groupby(list(results.CASE))
-    assert cases.ngroups == len(started.workload.cases(len(started.cores)))
+    wanted = started.workload.cases(len(started.cores))
+    assert set(rows.groupby(list(CASE_KEY)).groups) == {case_key(case) for case in wanted}
+    both = rows[(rows["attention"] == "gqa") & (rows["phase"] == "decode") & (rows["threads"] == len(started.cores))]
+    assert set(both["backend"]) == {"numba", "torch"}
     assert (cases["cold"].sum() == 1).all()
     assert (rows["limit_bytes_per_s"] > 1e8).all()
     receipt = Receipt.from_columns(rows.iloc[-1])
