@@ -34,6 +34,7 @@ from numa_lab.sampling import KVPool
 POOL_BYTES = 1 << 30
 SAMPLE_SECONDS = 0.02  # of one timing, at least one call
 LIMIT_BYTES = 128 << 20  # read in one timing
+DRAWN = r"group"  # which cases the figure shows
 LOOPS = 2_000_000  # of multiply-adds into every accumulator: some milliseconds
 
 
@@ -192,21 +193,23 @@ def show(rows: pd.DataFrame) -> str:
     return str(shown.pivot(index="case", columns="backend", values="cell").reindex(rows["case"].unique()).to_string())
 
 
-def draw(rows: pd.DataFrame, path: Path) -> None:
-    """Bars of the share of the read limit, for each case and backend."""
-    rows = rows[rows["threads"] == rows["threads"].max()]
-    table = rows.pivot(index="case", columns="backend", values="share_of_limit").reindex(rows["case"].unique())[::-1]
-    figure, (ax,) = plots.canvas(1, height=0.16 * table.size + 1)
+@plots.drawn
+def share_of_limit(rows: pd.DataFrame) -> plots.Plot:
+    """Bars of the share of the read limit for some cases, with all threads that were measured."""
+    rows = rows[(rows["threads"] == rows["threads"].max()) & rows["case"].str.match(DRAWN)]
+    table = rows.pivot(index="case", columns="backend", values="share_of_limit").reindex(rows["case"].unique())
+    figure, (ax,) = plots.canvas(height=0.14 * table.size + 1)
     height = 0.8 / len(table.columns)
-    for place, backend in enumerate(reversed(table.columns)):
-        color = plots.COLORS[list(table.columns).index(backend)]
-        ax.barh(np.arange(len(table)) + place * height, 100 * table[backend], height, label=backend, color=color)
-    ax.set_yticks(np.arange(len(table)) + height * (len(table.columns) - 1) / 2, table.index)
+    for i, backend in enumerate(table.columns):
+        places = -np.arange(len(table)) - i * height
+        ax.barh(places, 100 * table[backend], 0.9 * height, label=backend, color=plots.COLORS[i])
+    ax.set_yticks(-np.arange(len(table)) - height * (len(table.columns) - 1) / 2, table.index)
     ax.set_xlabel("share of the memory read limit (%)")
-    handles, labels = ax.get_legend_handles_labels()
-    ax.legend(handles[::-1], labels[::-1], loc="lower right")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=plots.DPI)
+    ax.margins(y=0.01)
+    figure.legend(loc="outside lower center", ncols=len(table.columns))
+    best = {backend: f"{100 * table[backend].max():.0f} %" for backend in table.columns}
+    alt = f"Decode attention of {len(table)} cases; at best " + ", ".join(f"{b} {v}" for b, v in best.items())
+    return plots.Plot("decode", "Share of the memory limit", figure, alt, table.reset_index(), "Medians of one run.")
 
 
 def main() -> None:
@@ -233,7 +236,8 @@ def main() -> None:
     rows = pd.concat(found)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     rows.to_parquet(options.out.with_suffix(".parquet"))
-    draw(rows, options.out.with_suffix(".png"))
+    if rows["case"].str.match(DRAWN).any():
+        options.out.with_suffix(".png").write_bytes(share_of_limit(rows).png())
 
 
 if __name__ == "__main__":

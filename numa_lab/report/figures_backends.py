@@ -29,6 +29,8 @@ def overhead_by_backend(rows: pd.DataFrame) -> Plot:
         ignore_index=True,
     )
     bindings = sorted(set(table["binding"]), key=lambda label: (len(label), label), reverse=True)
+    if len(bindings) == 1:
+        return nothing(name, title, f"Only {bindings[0]} was measured: nothing to compare.")
     figure, (ax,) = canvas(height=0.3 * len(bindings) + 1.5)
     ranges = []
     for i, (backend, part) in enumerate(table.groupby("backend")):
@@ -39,12 +41,8 @@ def overhead_by_backend(rows: pd.DataFrame) -> Plot:
     ax.set_yticks(range(len(bindings)), bindings)
     ax.margins(y=0.15)
     ax.set_xlabel("slower than its own fastest local binding (%)")
-    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.45 / (0.3 * len(bindings) + 0.6)), ncols=3)
+    figure.legend(loc="outside lower center", ncols=3)
     case = cases.case_name(str(attention), "decode", str(dtype))
     alt = f"Points by binding for {case}: {listed(ranges)} slower than the fastest local binding of the same backend."
-    if len(bindings) == 1:
-        alt = (
-            f"{case} with {listed(sorted(set(table['backend'])))} under one binding, {bindings[0]}: nothing to compare."
-        )
     note = f"{case}; medians over the executions of a binding, with all threads that it allows."
     return Plot(name, title, figure, alt, table, note)
