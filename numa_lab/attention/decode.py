@@ -20,6 +20,7 @@ from torch import Tensor
 
 from numa_lab import openmp
 from numa_lab.attention import compiled, decode_kernel, simd
+from numa_lab.attention.checks import check
 from numa_lab.attention.decode_kernel import FIELDS, LOG2_E, POINTERS, Spec
 from numa_lab.attention.simd import Kind, Rows
 from numa_lab.errors import InvalidInput
@@ -135,8 +136,9 @@ def decode_attention(
     Raises
     ------
     InvalidInput
-        The inputs are none that the kernel serves.
+        The inputs don't fit together, or are none that the kernel serves.
     """
+    check(query, key, value, attn_mask, 0.0, is_causal, enable_gqa=True)
     if why := refusal(query, key, value, attn_mask, 0.0, scale):
         raise InvalidInput(f"decode_attention does not serve {why}: use gqa_attention, which has other backends")
     if out is None:

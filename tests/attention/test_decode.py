@@ -125,6 +125,10 @@ def test_what_the_kernel_does_not_serve_goes_to_torch_and_is_named():
         given = {"query": query, "key": key, **odd}
         given["value"] = given["key"]
         assert choose_backend(**given, enable_gqa=True, backend="numba").startswith("torch"), odd
+    with pytest.raises(InvalidInput, match="one kv_len for key and value"):
+        decode.decode_attention(query, key, key[:, :, :5])  # compiled code would read behind the values
+    with pytest.raises(InvalidInput, match="multiple of them in query"):
+        decode.decode_attention(query[:, :3], key, key)
     with pytest.raises(InvalidInput, match=r"float64.*use gqa_attention"):
         decode.decode_attention(query.double(), key.double(), key.double())
 

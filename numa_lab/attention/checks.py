@@ -1,0 +1,100 @@
+"""Whether the tensors of one attention call fit together: errors that name the shapes and the fix."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from numa_lab.errors import InvalidInput
+
+
+def check(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    enable_gqa: bool,
+) -> None:
+    """Refuse arguments of ``gqa_attention`` that don't fit together; compiled code trusts those that passed.
+
+    Raises
+    ------
+    InvalidInput
+        Shapes, dtypes or devices don't fit together.
+    """
+    _check_tensors(query, key, value)
+    leading = _check_heads(query, key, value, enable_gqa)
+    if attn_mask is not None:
+        _check_mask(attn_mask, (*leading, query.size(-2), key.size(-2)), query, is_causal)
+    if not 0 <= dropout_p <= 1:
+        raise InvalidInput(f"dropout_p={dropout_p}: expected a share between 0 and 1")
+
+
+def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
+    if not query.dtype == key.dtype == value.dtype or not query.dtype.is_floating_point:
+        raise InvalidInput(
+            f"query is {query.dtype}, key {key.dtype} and value {value.dtype}: expected one floating-point dtype; "
+            "convert with .to(dtype)"
+        )
+    if not query.device == key.device == value.device:
+        raise InvalidInput(
+            f"query is on {query.device}, key on {key.device} and value on {value.device}: expected one device; "
+            "move with .to(device)"
+        )
+    if min(query.dim(), key.dim(), value.dim()) < 2 or query.size(-1) != key.size(-1) or key.size(-2) != value.size(-2):
+        raise InvalidInput(
+            f"{_shapes(query, key, value)}: expected [..., q_heads, q_len, head_dim] and twice [..., kv_heads, kv_len, "
+            "head_dim], with one head_dim for query and key and one kv_len for key and value"
+        )
+
+
+def _check_heads(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[int, ...]:
+    """The output's dimensions in front of q_len, after broadcasting those of the batch as torch does."""
+    shapes = _shapes(query, key, value)
+    last = -2
+    if enable_gqa:
+        last = -3
+        if min(query.dim(), key.dim(), value.dim()) < 3:
+            raise InvalidInput(f"{shapes}: enable_gqa=True expects a dimension of heads, third from last")
+        q_heads, kv_heads = query.size(-3), key.size(-3)
+        if kv_heads != value.size(-3) or not q_heads or not kv_heads or q_heads % kv_heads:
+            raise InvalidInput(
+                f"{shapes}: {q_heads} query heads with {kv_heads} KV heads in key and {value.size(-3)} in value: "
+                "enable_gqa=True expects as many in key as in value, and a multiple of them in query"
+            )
+    leading = query.shape[:last]
+    if not leading == key.shape[:last] == value.shape[:last]:
+        try:
+            leading = torch.broadcast_shapes(leading, key.shape[:last], value.shape[:last])
+        except RuntimeError as error:
+            fix = "give all three the same batch"
+            if not enable_gqa and query.dim() > 2 and query.shape[:-3] == key.shape[:-3] == value.shape[:-3]:
+                fix = "set enable_gqa=True to let a group of query heads share a KV head"
+            raise InvalidInput(f"{shapes}: the dimensions in front of the last {-last} don't match; {fix}") from error
+    return (*leading, query.size(-3)) if enable_gqa else tuple(leading)
+
+
+def _check_mask(mask: Tensor, scores: tuple[int, ...], query: Tensor, is_causal: bool) -> None:
+    if is_causal:
+        raise InvalidInput(
+            "attn_mask together with is_causal=True: expected one of them; put the causal part into the mask "
+            "(mask & torch.ones(q_len, kv_len, dtype=torch.bool).tril() for a boolean one)"
+        )
+    if mask.dtype not in (torch.bool, torch.float32, query.dtype) or mask.device != query.device:
+        raise InvalidInput(
+            f"attn_mask is {mask.dtype} on {mask.device}: expected torch.bool (True: may look) or {query.dtype} "
+            f"(added to the scores) on {query.device}; convert with .to(device, dtype)"
+        )
+    padded = (1,) * (len(scores) - mask.dim()) + tuple(mask.shape)
+    fits = len(padded) == len(scores) and all(own in (1, full) for own, full in zip(padded, scores, strict=True))
+    if mask.dim() < 2 or not fits:
+        raise InvalidInput(
+            f"attn_mask {tuple(mask.shape)}: expected at least two dimensions that broadcast to "
+            f"[..., q_heads, q_len, kv_len] = {scores}"
+        )
+
+
+def _shapes(query: Tensor, key: Tensor, value: Tensor) -> str:
+    return f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
