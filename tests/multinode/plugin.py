@@ -16,6 +16,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from itertools import zip_longest
 from pathlib import Path
 
 import pytest
@@ -79,7 +80,7 @@ class Outer:
         finally:
             for boot in running:
                 boot.guest.kill()
-        for item, following in zip(afterwards, [*afterwards[1:], None], strict=True):
+        for item, following in zip_longest(afterwards, afterwards[1:]):
             item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
         return True
 
