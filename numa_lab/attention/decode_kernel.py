@@ -15,13 +15,14 @@ import numpy as np
 from numba import cfunc, from_dtype, njit, types
 from numba.extending import intrinsic
 
-from numa_lab.attention import simd, tiles
+from numa_lab.attention import tiles
 from numa_lab.attention.simd import Rows
 
 BLOCK = 64  # KV rows between two softmax steps
 TILE = 4  # query rows whose sums fit into registers together
-STEP_BYTES = 2048  # each line of K and V is asked for CHANCES times, each time so much nearer
-CHANCES = 2
+PITCH = 4 * BLOCK  # bytes from the scores of one query row to those of the next
+STEP_BYTES = 4096  # each line of K and V is asked for CHANCES times, each time so much nearer
+CHANCES = 4
 FLUSH = 1024  # KV rows whose sums are added up apart, so that errors of long sequences do not pile up
 MASK_NONE, MASK_BOOL, MASK_FLOAT, MASK_HALF, MASK_BFLOAT = range(5)
 LOWEST = np.float32(tiles.LOWEST)
@@ -67,7 +68,7 @@ class Spec:
 
     def workspace_bytes(self, query_rows: int) -> int:
         """Bytes that each thread needs: two parts, the packed query, and scores; whole pages, so that threads share none."""
-        per_row = self.rows.query_bytes + self.rows.sum_bytes + 4 * BLOCK
+        per_row = self.rows.query_bytes + self.rows.sum_bytes + PITCH
         needed = 2 * self.part_bytes(query_rows) + query_rows * per_row
         return -(-needed // 4096) * 4096
 
@@ -85,12 +86,12 @@ def _score_tile(rows: Rows, height: int, chances: int) -> Any:
     """Scores of `height` query rows against a block."""
     if not height:
         return _nothing
-    tile, width = tiles.scores(rows, height, chances), tiles.tile_width(rows, height)
+    tile, width = tiles.scores(rows, height, PITCH, chances), tiles.tile_width(rows, height)
 
     @_compiled
     def run(query, key, stride, count, ahead, nearer, out):  # type: ignore[no-untyped-def]
         for j in range(0, count, width):
-            tile(query, key + j * stride, stride, count - 1 - j, ahead, nearer, out + 4 * j, 4 * BLOCK)
+            tile(query, key + j * stride, stride, count - 1 - j, ahead, nearer, out + 4 * j)
 
     return run
 
@@ -99,14 +100,12 @@ def _sum_tile(rows: Rows, height: int, chances: int) -> Any:
     """Weighted sums of a block for `height` query rows."""
     if not height:
         return _nothing
-    tile, width = tiles.weighted_sum(rows, height, chances), tiles.tile_width(rows, height)
+    tile = tiles.weighted_sum(rows, height, PITCH, chances)
 
     @_compiled
     def run(weights, value, stride, count, ahead, nearer, out):  # type: ignore[no-untyped-def]
-        for j in range(0, count, width):
-            tile(weights + weight_bytes * j, 4 * BLOCK, value + j * stride, stride, count - 1 - j, ahead, nearer, out)
+        tile(weights, value, stride, count, ahead, nearer, out)
 
-    weight_bytes = 2 if rows.kind is simd.Kind.BFLOAT16_PAIRS else 4
     return run
 
 
@@ -143,7 +142,7 @@ def build(spec: Spec) -> Any:
     """Compile the body of a team's threads, a ``void (void *ARGUMENTS)``."""
     rows = spec.rows
     first, further, rest = spec.tiles
-    lanes, sum_bytes, query_bytes, pitch = rows.vectors.lanes, rows.sum_bytes, rows.query_bytes, 4 * BLOCK
+    lanes, sum_bytes, query_bytes = rows.vectors.lanes, rows.sum_bytes, rows.query_bytes
     step_rows = max(1, STEP_BYTES // rows.row_bytes)
     padding = max(lanes, *(tiles.tile_width(rows, height) for height in (first, further, rest) if height))
     score_first, score_further, score_rest = (
@@ -162,18 +161,18 @@ def build(spec: Spec) -> Any:
         """out[i, j] = query[i] . key[j]; only the first tile prefetches, the others find K in the caches."""
         score_first(query, key, stride, count, CHANCES * step_rows * stride, step_rows * stride, out)
         for i in range(TILE, query_rows - TILE + 1, TILE):
-            score_further(query + i * query_bytes, key, stride, count, 0, 0, out + i * pitch)
+            score_further(query + i * query_bytes, key, stride, count, 0, 0, out + i * PITCH)
         i = query_rows - rest
-        score_rest(query + i * query_bytes, key, stride, count, 0, 0, out + i * pitch)
+        score_rest(query + i * query_bytes, key, stride, count, 0, 0, out + i * PITCH)
 
     @_compiled
     def add_values(weights, query_rows, value, stride, count, out):  # type: ignore[no-untyped-def]
         """out[i] += sum of weights[i, j] * value[j]."""
         sum_first(weights, value, stride, count, CHANCES * step_rows * stride, step_rows * stride, out)
         for i in range(TILE, query_rows - TILE + 1, TILE):
-            sum_further(weights + i * pitch, value, stride, count, 0, 0, out + i * sum_bytes)
+            sum_further(weights + i * PITCH, value, stride, count, 0, 0, out + i * sum_bytes)
         i = query_rows - rest
-        sum_rest(weights + i * pitch, value, stride, count, 0, 0, out + i * sum_bytes)
+        sum_rest(weights + i * PITCH, value, stride, count, 0, 0, out + i * sum_bytes)
 
     @_compiled
     def attend(a, batch, head, begin, count, packed, scores, recent, part):  # type: ignore[no-untyped-def]
@@ -192,7 +191,7 @@ def build(spec: Spec) -> Any:
             vectors = (here + padding - 1) // padding * (padding // lanes)
             score(packed, query_rows, key + block * a.key_row, a.key_row, here, scores)
             for i in range(query_rows):
-                row, factor = scores + i * pitch, np.float32(a.factor)
+                row, factor = scores + i * PITCH, np.float32(a.factor)
                 if a.mask_kind:
                     mask = a.mask + batch * a.mask_batch + (head * a.group + i // a.q_len) * a.mask_head
                     mask += i % a.q_len * a.mask_row + (begin + block) * a.mask_column
@@ -265,7 +264,7 @@ def build(spec: Spec) -> Any:
         part = own_space = a.workspace + me * a.workspace_bytes
         packed = part + 2 * part_bytes
         scores = packed + query_rows * query_bytes
-        recent = scores + query_rows * pitch
+        recent = scores + query_rows * PITCH
         while at < end:
             h = at // a.kv_len
             batch, head, begin = h // a.kv_heads, h % a.kv_heads, at - h * a.kv_len

@@ -31,19 +31,17 @@ def tile_width(rows: Rows, query_rows: int) -> int:
     return width
 
 
-def scores(rows: Rows, query_rows: int, chances: int) -> Intrinsic:
-    """Make ``scores(query, key, key_stride, last, ahead, nearer, out, out_stride)``.
+def scores(rows: Rows, query_rows: int, pitch: int, chances: int) -> Intrinsic:
+    """Make ``scores(query, key, key_stride, last, ahead, nearer, out)``.
 
-    It writes query[i] . key[min(j, last)] for a tile, so that nothing is read behind the last row. Each line of the tile's
-    K is asked for `ahead` bytes further on, and ``chances - 1`` times more, each time `nearer` bytes nearer: a core drops
-    prefetches that find its queue of misses full.
+    It writes query[i] . key[min(j, last)] for a tile, so that nothing is read behind the last row; rows of scores are `pitch`
+    bytes apart. Each line of the tile's K is asked for `ahead` bytes further on, and ``chances - 1`` times more, each time
+    `nearer` bytes nearer: a core drops prefetches that find its queue of misses full.
     """
     lanes, wide = rows.vectors.lanes, tile_width(rows, query_rows)
     pairs = rows.kind is Kind.BFLOAT16_PAIRS
 
-    def emit(
-        b: Any, query: Any, key: Any, stride: Any, last: Any, ahead: Any, nearer: Any, out: Any, pitch: Any
-    ) -> None:
+    def emit(b: Any, query: Any, key: Any, stride: Any, last: Any, ahead: Any, nearer: Any, out: Any) -> None:
         zero = ir.Constant(simd.floats(lanes), None)
         sums = [[zero] * wide for _ in range(query_rows)]
         rows_at, distances = _tile_rows(b, key, stride, last, wide), _distances(b, ahead, nearer, chances)
@@ -60,17 +58,16 @@ def scores(rows: Rows, query_rows: int, chances: int) -> Intrinsic:
         flat += [zero] * (-len(flat) % lanes)
         summed = [simd.sum_each(b, flat[first : first + lanes]) for first in range(0, len(flat), lanes)]
         for i in range(query_rows):
-            target = b.add(out, b.mul(pitch, I64(i)))
             for first in range(0, wide, min(wide, lanes)):
                 place = i * wide + first
                 x = summed[place // lanes]
                 if wide < lanes:
                     x = simd.shuffle(b, x, x, range(place % lanes, place % lanes + wide))
-                b.store(x, simd.at(b, target, first * 4), align=4)
+                b.store(x, simd.at(b, out, i * pitch + first * 4), align=4)
 
     @intrinsic
-    def tile(_context, query, key, key_stride, last, ahead, nearer, out, out_stride):  # type: ignore[no-untyped-def]
-        return _void([types.int64] * 8, emit)
+    def tile(_context, query, key, key_stride, last, ahead, nearer, out):  # type: ignore[no-untyped-def]
+        return _void([types.int64] * 7, emit)
 
     return tile
 
@@ -100,48 +97,58 @@ def _multiply_add(b: Any, pairs: bool, x: Any, y: Any, total: Any) -> Any:
     return simd.fma(b, x, y, total)
 
 
-def weighted_sum(rows: Rows, query_rows: int, chances: int) -> Intrinsic:
-    """Make ``weighted_sum(weights, pitch, value, value_stride, last, ahead, nearer, out)``.
+def weighted_sum(rows: Rows, query_rows: int, pitch: int, chances: int) -> Intrinsic:
+    """Make ``weighted_sum(weights, value, value_stride, count, ahead, nearer, out)``.
 
-    out[i] += sum over j of weights[i, j] * value[min(j, last)] for a tile; weights beyond `last` are 0. `pitch` is the
-    distance of two rows of weights. The weights stay in registers and the sums in the first-level cache, so that V is read
-    row by row as K is: with the sums in registers it was read in stripes, several times, and the core's own prefetching and
-    ours came too late. Prefetches as ``scores`` does.
+    out[i] += sum over j < count of weights[i, j] * value[j], two KV rows at a time; where the second is missing its weight has
+    to be 0. Rows of weights are `pitch` bytes apart. V is taken in *stripes* as wide as the sums that registers hold, so that
+    the loop reads nothing but V and weights. Prefetches as ``scores`` does, each stripe for its own lines.
     """
-    lanes, wide, pairs = rows.vectors.lanes, tile_width(rows, query_rows), rows.kind is Kind.BFLOAT16_PAIRS
-    type_, step = simd.floats(lanes), 2 if pairs else 1
+    pairs, type_ = rows.kind is Kind.BFLOAT16_PAIRS, simd.floats(rows.vectors.lanes)
+    per_stripe = max(1, rows.vectors.accumulators // (query_rows * rows.per_chunk))
 
-    def emit(
-        b: Any, weights: Any, pitch: Any, value: Any, stride: Any, last: Any, ahead: Any, nearer: Any, out: Any
-    ) -> None:
-        weight = [
-            [_weight(b, rows, weights, pitch, i, j // step) for j in range(0, wide, step)] for i in range(query_rows)
-        ]
-        rows_at, distances = _tile_rows(b, value, stride, last, wide), _distances(b, ahead, nearer, chances)
-        out = simd.opaque(b, out)
-        for chunk in range(rows.chunks):
-            loaded = []
-            for j in range(wide):
-                _ask(b, rows, rows_at[j], distances, chunk)
-                loaded.append(simd.load_raw(b, rows, rows_at[j], rows.offset(chunk), chunk))
-            if pairs:
-                values = [_pair_up(b, x, y) for x, y in zip(loaded[::2], loaded[1::2], strict=True)]
-            else:
-                values = [simd.widen(b, rows, x) for x in loaded]
-            for i in range(query_rows):
-                for part in range(rows.per_chunk):
-                    offset = i * rows.sum_bytes + (chunk * rows.per_chunk + part) * rows.vectors.bytes
-                    pointer = simd.at(b, out, offset)
-                    total = b.load(pointer, typ=type_, align=4)
-                    for x, y in zip(weight[i], values, strict=True):
-                        total = _multiply_add(b, pairs, x, y[part], total)
-                    b.store(total, pointer, align=4)
+    def emit(b: Any, weights: Any, value: Any, stride: Any, count: Any, ahead: Any, nearer: Any, out: Any) -> None:
+        distances = _distances(b, ahead, nearer, chances)
+        for first in range(0, rows.chunks, per_stripe):
+            chunks = range(first, min(first + per_stripe, rows.chunks))
+            vectors = range(chunks.start * rows.per_chunk, chunks.stop * rows.per_chunk)
+            offsets = [[i * rows.sum_bytes + n * rows.vectors.bytes for n in vectors] for i in range(query_rows)]
+            sums = [
+                [cgutils.alloca_once_value(b, b.load(simd.at(b, out, offset), typ=type_, align=4)) for offset in row]
+                for row in offsets
+            ]
+            with cgutils.for_range_slice(b, I64(0), count, I64(2)) as (j, _):
+                row = b.add(value, b.mul(j, stride))
+                second = b.select(b.icmp_signed("<", b.add(j, I64(1)), count), b.add(row, stride), row)
+                loaded = [_stripe(b, rows, at, chunks, distances) for at in (row, second)]
+                if pairs:
+                    values = [[x for both in zip(*loaded, strict=True) for x in _pair_up(b, *both)]]
+                else:
+                    values = [[x for raw in stripe for x in simd.widen(b, rows, raw)] for stripe in loaded]
+                at_weights = b.add(weights, b.mul(j, I64(2 if pairs else 4)))
+                for step, parts in enumerate(values):
+                    for i in range(query_rows):
+                        weight = _weight(b, rows, at_weights, i * pitch + 4 * step)
+                        for cell, x in zip(sums[i], parts, strict=True):
+                            b.store(_multiply_add(b, pairs, weight, x, b.load(cell, typ=type_)), cell)
+            for row_offsets, cells in zip(offsets, sums, strict=True):
+                for offset, cell in zip(row_offsets, cells, strict=True):
+                    b.store(b.load(cell, typ=type_), simd.at(b, out, offset), align=4)
 
     @intrinsic
-    def tile(_context, weights, pitch, value, value_stride, last, ahead, nearer, out):  # type: ignore[no-untyped-def]
-        return _void([types.int64] * 8, emit)
+    def tile(_context, weights, value, value_stride, count, ahead, nearer, out):  # type: ignore[no-untyped-def]
+        return _void([types.int64] * 7, emit)
 
     return tile
+
+
+def _stripe(b: Any, rows: Rows, row: Any, chunks: range, distances: list[Any]) -> list[Any]:
+    """Some chunks of a row as they lie in memory; what comes later is asked for."""
+    loaded = []
+    for chunk in chunks:
+        _ask(b, rows, row, distances, chunk)
+        loaded.append(simd.load_raw(b, rows, row, rows.offset(chunk), chunk))
+    return loaded
 
 
 def _tile_rows(b: Any, first: Any, stride: Any, last: Any, wide: int) -> list[Any]:
@@ -165,11 +172,11 @@ def _ask(b: Any, rows: Rows, row: Any, distances: list[Any], chunk: int) -> None
             simd.prefetch(b, rows.vectors, row, distance, rows.offset(chunk))
 
 
-def _weight(b: Any, rows: Rows, weights: Any, pitch: Any, row: int, place: int) -> Any:
+def _weight(b: Any, rows: Rows, weights: Any, offset: int) -> Any:
     """The weight of a KV row, or of a pair of them, in every lane."""
     pairs = rows.kind is Kind.BFLOAT16_PAIRS
-    address = b.add(weights, b.add(b.mul(pitch, I64(row)), I64(4 * place)))
-    x = simd.splat(b, b.load(simd.at(b, address), typ=I32 if pairs else FLOAT, align=4), rows.vectors.lanes)
+    number = b.load(simd.at(b, weights, offset), typ=I32 if pairs else FLOAT, align=4)
+    x = simd.splat(b, number, rows.vectors.lanes)
     return _as_pairs(b, x) if pairs else x
 
 
