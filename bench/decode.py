@@ -23,8 +23,8 @@ from numba import cfunc, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from numa_lab import openmp, reading
-from numa_lab.attention import decode, simd
+from numa_lab import openmp, reading, simd
+from numa_lab.attention import decode
 from numa_lab.attention.gqa import BACKENDS, gqa_attention
 from numa_lab.attention.reference import attention as reference
 from numa_lab.attention.shapes import AttentionShape

@@ -13,7 +13,8 @@ import torch
 
 from numa_lab import memory, openmp, team
 from numa_lab.errors import NodeUnavailable, NumaLabError
-from numa_lab.reading import LINE_BYTES, LINE_WORDS, cycle_through, read_bandwidth, read_latency
+from numa_lab.reading import LINE_WORDS, cycle_through, read_bandwidth, read_latency
+from numa_lab.simd import LINE_BYTES
 from numa_lab.sysfs import format_cpulist
 from numa_lab.topology import Topology
 

@@ -1,8 +1,8 @@
 """Read memory and time it: bandwidth of a team over a tensor, latency of dependent loads.
 
 Compiled by Numba and run on torch's own OpenMP team, so no C compiler and no second OpenMP runtime is needed. Limits: it
-measures reading alone, with one thread per physical core; hardware prefetchers see plain streams, so the figure is that
-of the best case. Latency is that of one dependent load at a time, the translation of its address included.
+measures reading alone, with one thread per physical core, in plain streams and with the prefetches of the decode kernel, so
+the figure is that of the best case. Latency is that of one dependent load at a time, the translation of its address included.
 """
 
 from __future__ import annotations
@@ -17,18 +17,54 @@ from typing import Any
 
 import numpy as np
 import torch
+from llvmlite import ir
 from numba import cfunc, njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
 
-from numa_lab import openmp
+from numa_lab import openmp, simd
 from numa_lab.errors import InvalidInput
+from numa_lab.simd import LINE_BYTES
 
-LINE_BYTES = 64
 LATENCY_LOADS = 200_000  # of one chase: about 20 ms
 MIN_REPEATS = 3
 
 _WORD_BYTES = 8
 LINE_WORDS = LINE_BYTES // _WORD_BYTES
 _WORDS = types.CPointer(types.int64)
+
+
+@intrinsic
+def _sum_lines(_context: Any, words: Any, first: Any, lines: Any) -> Any:
+    """Add up the words of so many lines from the first on, read with the vectors and prefetches of the decode kernel.
+
+    One stream: two that lie far apart read a quarter less (Zen 4), where their addresses compete for the same ways of a cache.
+    On a CPU whose vectors are not known it prefetches nothing.
+    """
+    vectors = simd.host()
+    type_ = ir.VectorType(simd.I64, vectors.bytes // _WORD_BYTES if vectors else 2)
+    width = type_.count * _WORD_BYTES
+
+    def generate(_c: Any, b: Any, _s: Any, arguments: Any) -> Any:
+        sums = [cgutils.alloca_once_value(b, ir.Constant(type_, None)) for _ in range(LINE_BYTES // width)]
+        address, first, lines = arguments
+        begin = b.add(b.ptrtoint(address, simd.I64), b.mul(first, simd.I64(LINE_BYTES)))
+        with cgutils.for_range(b, lines) as loop:
+            line = b.add(begin, b.mul(loop.index, simd.I64(LINE_BYTES)))
+            if vectors:
+                for chance in range(simd.CHANCES, 0, -1):
+                    simd.prefetch(b, vectors, line, simd.I64(chance * simd.STEP_BYTES), 0)
+            for i, cell in enumerate(sums):
+                x = b.load(simd.at(b, line, i * width), typ=type_, align=_WORD_BYTES)
+                b.store(b.add(b.load(cell, typ=type_), x), cell)
+        total = simd.I64(0)
+        for cell in sums:
+            x = b.load(cell, typ=type_)
+            for lane in range(type_.count):
+                total = b.add(total, b.extract_element(x, simd.I32(lane)))
+        return total
+
+    return types.int64(_WORDS, types.int64, types.int64), generate
 
 
 @cache
@@ -43,24 +79,16 @@ def _team_body() -> Any:
     for function in (number, size):
         function.argtypes, function.restype = [], ctypes.c_int
 
-    # Integer sums may be reordered, so LLVM makes them unrolled vector loads. It does so through pointers, not through a
-    # signed index into an array: that may wrap around, each word was then loaded alone, and one thread read a third less.
-    # A second stream, as attention has in K and V, read up to a tenth more than one (AVX2, Zen 3); four streams and
-    # prefetches added nothing.
     @cfunc(types.void(types.CPointer(_WORDS)), error_model="numpy")
     def body(arguments: Any) -> None:
         words, sums, count = arguments[0], arguments[1], arguments[2][0]
-        me, threads, lines = number(), size(), (count + LINE_WORDS - 1) // LINE_WORDS
-        first = lines * me // threads * LINE_WORDS
-        last = min(count, lines * (me + 1) // threads * LINE_WORDS)
-        half = (last - first) // 2
-        one = two = 0
-        for i in range(first, first + half):
-            one += words[i]
-            two += words[i + half]
-        for i in range(first + 2 * half, last):
-            one += words[i]
-        sums[me * LINE_WORDS] = one + two
+        me, threads, lines = number(), size(), count // LINE_WORDS
+        first, end = lines * me // threads, lines * (me + 1) // threads
+        total = _sum_lines(words, first, end - first)
+        if me == threads - 1:  # words behind the last whole line
+            for i in range(lines * LINE_WORDS, count):
+                total += words[i]
+        sums[me * LINE_WORDS] = total
 
     return body
 

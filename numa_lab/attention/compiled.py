@@ -20,7 +20,8 @@ import llvmlite.binding as llvm
 import numba
 import platformdirs
 
-from numa_lab.attention import decode_kernel, simd, tiles
+from numa_lab import simd
+from numa_lab.attention import decode_kernel, tiles
 from numa_lab.attention.decode_kernel import Spec
 
 _ENTRY = "decode_team"

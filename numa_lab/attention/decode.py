@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from numa_lab import openmp
-from numa_lab.attention import compiled, decode_kernel, simd
+from numa_lab import openmp, simd
+from numa_lab.attention import compiled, decode_kernel
 from numa_lab.attention.checks import check
 from numa_lab.attention.decode_kernel import FIELDS, LOG2_E, POINTERS, Spec
-from numa_lab.attention.simd import Kind, Rows
 from numa_lab.errors import InvalidInput
+from numa_lab.simd import Kind, Rows
 
 MAX_HEAD_DIM = 256
 MAX_Q_LEN = 16

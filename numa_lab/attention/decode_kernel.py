@@ -16,13 +16,11 @@ from numba import cfunc, from_dtype, njit, types
 from numba.extending import intrinsic
 
 from numa_lab.attention import tiles
-from numa_lab.attention.simd import Rows
+from numa_lab.simd import CHANCES, STEP_BYTES, Rows
 
 BLOCK = 64  # KV rows between two softmax steps
 TILE = 4  # query rows whose sums fit into registers together
 PITCH = 4 * BLOCK  # bytes from the scores of one query row to those of the next
-STEP_BYTES = 4096  # each line of K and V is asked for CHANCES times, each time so much nearer
-CHANCES = 4
 FLUSH = 1024  # KV rows whose sums are added up apart, so that errors of long sequences do not pile up
 MASK_NONE, MASK_BOOL, MASK_FLOAT, MASK_HALF, MASK_BFLOAT = range(5)
 LOWEST = np.float32(tiles.LOWEST)

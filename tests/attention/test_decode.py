@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from numa_lab.attention import decode, simd
+from numa_lab import simd
+from numa_lab.attention import decode
 from numa_lab.attention.gqa import choose_backend, gqa_attention
 from numa_lab.attention.reference import attention as reference
 from numa_lab.errors import InvalidInput
@@ -182,7 +183,8 @@ def test_what_was_compiled_is_loaded_from_disk_and_made_anew_where_damaged(tmp_p
 FOR_ANOTHER_CPU = """
 import dataclasses, sys
 import llvmlite.binding as llvm
-from numa_lab.attention import compiled, decode_kernel, simd
+from numa_lab import simd
+from numa_lab.attention import compiled, decode_kernel
 llvm.initialize_all_targets()
 llvm.initialize_all_asmprinters()
 name, kind, cpu, triple = sys.argv[1:]

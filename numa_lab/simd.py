@@ -1,7 +1,7 @@
 """Vectors, half-precision rows and prefetches for Numba, written as LLVM IR: what its own loops can't be made to say.
 
 One source serves AVX-512, AVX2 and NEON: all widths follow from ``Vectors``, which is read off the CPU. The functions here
-emit IR through an llvmlite builder; ``numa_lab.attention.tiles`` makes Numba intrinsics of them.
+emit IR through an llvmlite builder; ``numa_lab.attention.tiles`` and ``numa_lab.reading`` make Numba intrinsics of them.
 
 Limits: little-endian CPUs; addresses are plain integers, and nothing checks them.
 """
@@ -22,6 +22,9 @@ from numba.core import cgutils
 llvm.initialize_native_asmparser()  # for the prefetch below
 
 LINE_BYTES = 64
+# Each line is asked for CHANCES times, each time STEP_BYTES nearer: a core drops prefetches that find its queue of misses full.
+STEP_BYTES = 4096
+CHANCES = 4
 
 I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 FLOAT, HALF, POINTER = ir.FloatType(), ir.HalfType(), ir.PointerType()
