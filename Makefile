@@ -15,10 +15,11 @@ STRIP := --keep-id --extra-keys "metadata.papermill metadata.language_info cell.
 # papermill and JupyterLab find the kernel of .venv before any that the user has registered.
 export JUPYTER_PREFER_ENV_PATH := 1
 
-.PHONY: help setup report test test-multinode lab figures bench bench-enter lint format clean constraints numactl chromium qemu
+.PHONY: help setup report test test-multinode lab figures bench lint format clean constraints numactl chromium qemu
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo "Benchmarks of one question each: make $(BENCHES)"
 	@echo "Settings: PYTHON=python3.12  SWEEP_ARGS='--profile quick'  PYTEST_ARGS='-k topology'  LAB_ARGS=--port=8890"
 
 setup: numactl .venv/installed ## make .venv and install numa_lab with the tested versions
@@ -48,11 +49,14 @@ figures: setup ## draw the README's figure anew from data/sample
 	$(BIN)/python -c "from pathlib import Path; from numa_lab import load_run; from numa_lab.report import figures; \
 	  Path('figures/readme-limit-share.png').write_bytes(figures.limit_share(load_run('data/sample')).png())"
 
-bench: setup ## decode attention beside what memory and vector units allow, and beside torch; draws the README's figure
+bench: setup ## decode attention beside what memory and vector units allow, and beside others; draws the README's figure
 	@$(BIN)/python bench/decode.py --out figures/readme-decode $(BENCH_ARGS)
 
-bench-enter: setup ## what it costs to enter and leave the helper, beside torch's own call
-	@$(BIN)/python bench/enter.py $(BENCH_ARGS)
+# One question each; the first lines of bench/*.py say which.
+BENCHES := $(addprefix bench-,dispatch enter huge-pages prefill read-limit short-context)
+.PHONY: $(BENCHES)
+$(BENCHES): bench-%: setup
+	@$(BIN)/python bench/$(subst -,_,$*).py $(BENCH_ARGS)
 
 lint: setup ## check style, types, imports between modules, and that notebooks hold no output
 	$(BIN)/ruff check

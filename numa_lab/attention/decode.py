@@ -138,6 +138,9 @@ def decode_attention(
     InvalidInput
         The inputs don't fit together, or are none that the kernel serves.
     """
+    usual = attn_mask is None and scale is None and not is_causal and not return_lse
+    if usual and (output := plain(query, key, value, True, out)) is not None:
+        return output
     check(query, key, value, attn_mask, 0.0, is_causal, enable_gqa=True)
     if why := refusal(query, key, value, attn_mask, 0.0, scale):
         raise InvalidInput(f"decode_attention does not serve {why}: use gqa_attention, which has other backends")
@@ -152,6 +155,8 @@ def decode_attention(
     if is_causal:
         attn_mask, key, value = causal(query, key, value)
     run(query, key, value, attn_mask, scale, out, lse)
+    if usual:
+        remember(query, key, value, True)
     return out if lse is None else (out, lse)
 
 
@@ -162,7 +167,7 @@ def causal(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, T
     return mask, key[..., :seen, :], value[..., :seen, :]
 
 
-def plain(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> Tensor | None:
+def plain(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool, out: Tensor | None = None) -> Tensor | None:
     """Attention without mask and options, for shapes that were served before; None for others, which have to be checked.
 
     The layers of a model ask alike, and checking takes longer than attention to a short context.
@@ -170,7 +175,10 @@ def plain(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> Tensor
     plan = _plans.get(_signature(query, key, value, enable_gqa))
     if plan is None:
         return None
-    out = torch.empty_like(query)
+    if out is None:
+        out = torch.empty_like(query)
+    elif _layout(out) != plan.out:
+        return None
     plan.run(query, key, value, None, out, None)
     return out
 
@@ -179,8 +187,11 @@ def remember(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> Non
     """Let ``plain`` serve inputs like these, which were checked."""
     if len(_plans) >= MAX_PLANS:
         _plans.clear()
-    out = torch.empty_like(query)
-    _plans[_signature(query, key, value, enable_gqa)] = _plan(query, key, value, None, None, out)
+    _plans[_signature(query, key, value, enable_gqa)] = _plan(query, key, value, None, None, torch.empty_like(query))
+
+
+def _layout(out: Tensor) -> tuple[object, ...]:
+    return out.shape, out.stride(), out.dtype, out.is_cpu
 
 
 def _signature(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[object, ...]:
@@ -216,6 +227,7 @@ class _Plan:
     threads: int
     workspace_bytes: int
     sizes: bytes  # the fields behind the pointers
+    out: tuple[object, ...]  # the layout of the output
 
     def run(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor | None
@@ -240,7 +252,7 @@ def _plan(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale:
     kv_heads, kv_len = key.shape[-3], key.shape[-2]
     batch = leading[0] if leading else 1
     if not kv_len or not out.numel():
-        return _Plan(0, 0, 0, b"")
+        return _Plan(0, 0, 0, b"", _layout(out))
     query_rows = q_heads // kv_heads * q_len
     version = _version(query.dtype, head_dim, query_rows)
     threads = torch.get_num_threads()
@@ -253,7 +265,7 @@ def _plan(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale:
         *((0, 0, 0, 0, decode_kernel.MASK_NONE) if mask is None else _mask_fields(mask)),
         LOG2_E * (head_dim**-0.5 if scale is None else scale),
     )  # fmt: skip
-    return _Plan(version.function, threads, threads * version.workspace_bytes, sizes)
+    return _Plan(version.function, threads, threads * version.workspace_bytes, sizes, _layout(out))
 
 
 def _strides(tensor: Tensor) -> tuple[int, ...]:
@@ -298,8 +310,7 @@ class _Memory(threading.local):
     """What a calling thread keeps for its team: the workspace, the arguments, and the counter of those that arrived."""
 
     def __init__(self) -> None:
-        self._buffer = torch.empty(0, dtype=torch.uint8)
-        self.workspace = 0
+        self._room = self.workspace = 0
         # The counter has a line of its own; the kernel leaves it at the number of threads.
         self._block = bytearray(_POINTERS.size + _SIZES.size + 2 * simd.LINE_BYTES)
         self.arguments = memoryview(self._block)[: _POINTERS.size + _SIZES.size]
@@ -309,9 +320,12 @@ class _Memory(threading.local):
 
     def here(self, workspace_bytes: int) -> _Memory:
         """Make ready for a call."""
-        if len(self._buffer) < workspace_bytes + 4096:  # so much may be lost to the start of a page
-            self._buffer = torch.empty(workspace_bytes + 4096, dtype=torch.uint8)
+        if self._room < workspace_bytes:
+            self._buffer = torch.empty(
+                workspace_bytes + 4096, dtype=torch.uint8
+            )  # so much may lie before a page begins
             self.workspace = -(-self._buffer.data_ptr() // 4096) * 4096
+            self._room = workspace_bytes
         self._count.value = 0
         return self
 

@@ -104,6 +104,8 @@ def choose_backend(
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise InvalidInput(f"backend {backend!r}: {hint}expected auto or one of {', '.join(BACKENDS)}")
     check(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
+    if backend == "auto" and is_causal and query.size(-2) > 1:
+        return "torch"  # a prompt
     if backend in ("auto", "numba"):
         if not decode.refusal(query, key, value, attn_mask, dropout_p, scale):
             return "numba"
@@ -123,8 +125,8 @@ def _warn_once(why: str) -> None:
     )
 
 
-# Measured with torch 2.13 on two Zen 3 cores (AVX2, no bfloat16 instructions), head_dim 128, kv_len 4096, medians of
-# interleaved calls; time of torch-folded / time of torch:
+# Measured with torch 2.13, head_dim 128, kv_len 4096, medians of interleaved calls; time of torch-folded / time of torch. On
+# two Zen 3 cores (AVX2, no bfloat16 instructions):
 #
 #   threads 1, q_len 1       group 2   group 4   group 8   group 32        threads 2, group 4   q_len 2   8    16    64
 #     bfloat16                 .17       .10       .06       .04             bfloat16            .42     .61   .81   .75
@@ -132,10 +134,12 @@ def _warn_once(why: str) -> None:
 #     float32                  .78       .51       .40       .24
 #
 # torch reads K and V of a KV head again for each query head, and its products of a single row hardly use the vector
-# units: folding gives them group rows. With 512 queries there are rows enough (.89 to .97; with is_causal .95 to 1.5),
-# and at 2048 the explicit causal mask costs a factor of 2, because torch skips what is_causal hides. The guide's
-# method took .9 to 2.5 times as long as torch, and was never the fastest, so it is never chosen.
-_FOLDED_Q_LEN = 8
+# units: folding gives them group rows. On two Zen 4 cores (`make bench-prefill`), groups 4 and 8, q_len 17 to 512, both
+# thread counts, it is .66 to .79 in float16, .79 to .99 in float32, .76 to 1.03 in bfloat16. A prompt is torch's: the explicit
+# causal mask costs a factor of 2 to 5, because torch skips what is_causal hides; and 16 tokens on themselves, which the
+# decode kernel takes too, last up to 2.3 times as long there. The guide's method took .9 to 2.5 times as long as torch, and was
+# never the fastest, so it is never chosen.
+_FOLDED_Q_LEN = 512
 
 
 def _fastest_of_torch(query: Tensor, key: Tensor, is_causal: bool, enable_gqa: bool) -> str:

@@ -144,14 +144,20 @@ def without_the_kernel(monkeypatch):
 
 
 @pytest.mark.usefixtures("without_the_kernel")
-def test_auto_folds_the_group_where_few_tokens_are_decoded(monkeypatch):
+def test_auto_folds_the_group_where_tokens_see_all_of_the_cache(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     key = torch.randn(1, 2, 16, 8)
     assert choose_backend(torch.randn(1, 4, 1, 8), key, key, enable_gqa=True) == "torch-folded"
-    assert choose_backend(torch.randn(1, 4, 99, 8), key, key, enable_gqa=True) == "torch"
+    assert choose_backend(torch.randn(1, 4, 99, 8), key, key, enable_gqa=True) == "torch-folded"
+    assert choose_backend(torch.randn(1, 4, 999, 8), key, key, enable_gqa=True) == "torch"
     assert choose_backend(torch.randn(1, 4, 4, 8), key, key, enable_gqa=True, is_causal=True) == "torch"
     assert choose_backend(torch.randn(1, 2, 1, 8), key, key, enable_gqa=True) == "torch"
     assert choose_backend(torch.randn(1, 2, 1, 8), key, key) == "torch"
+
+
+def test_a_prompt_is_left_to_torch():
+    key = torch.randn(1, 2, 16, 8)
+    assert choose_backend(torch.randn(1, 4, 16, 8), key, key, enable_gqa=True, is_causal=True) == "torch"
 
 
 @pytest.mark.usefixtures("without_the_kernel")

@@ -1,0 +1,207 @@
+"""What the benchmarks share: contenders, the limits of the machine, and turns in random order.
+
+Every turn calls everything that is compared once, in random order, so that all see the same machine; medians count. Each
+number of threads has a process of its own, which may use so many cores: some libraries take all that they see.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import random
+import statistics
+import time
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from numba import cfunc, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+from peers import PEERS, Unsupported
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from numa_lab import openmp, reading, simd
+from numa_lab.attention import decode
+from numa_lab.attention.gqa import BACKENDS, gqa_attention
+from numa_lab.attention.reference import attention as reference
+from numa_lab.attention.shapes import AttentionShape
+from numa_lab.topology import read_topology, spread
+
+SAMPLE_SECONDS = 0.02  # of one timing, at least one call
+SLEEP_SECONDS = 0.05  # longer than the pools of all contenders spin
+LIMIT_BYTES = 128 << 20  # read at once
+READS = 4  # in one timing
+LOOPS = 2_000_000  # of multiply-adds into every accumulator: some milliseconds
+
+Key = TypeVar("Key", bound=Hashable)
+Layers = Sequence[tuple[Tensor, Tensor]]
+
+
+def parser(description: str | None, turns: int, backends: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """The options that all benchmarks of contenders have."""
+    options = argparse.ArgumentParser(description=description)
+    cores = len(cores_here())
+    options.add_argument("--threads", type=int, nargs="*", default=sorted({1, cores}), choices=range(1, cores + 1))
+    options.add_argument(
+        "--backends", nargs="*", default=backends or [*BACKENDS, *PEERS], choices=[*BACKENDS, *PEERS],
+        help="what is compared",
+    )  # fmt: skip
+    options.add_argument("--cases", default="", help="regular expression that a case's name has to match")
+    options.add_argument("--turns", type=int, default=turns)
+    if why := decode.unavailable():
+        options.error(f"the decode kernel can't run here: {why}")
+    return options
+
+
+def cores_here() -> list[int]:
+    """One CPU of each core that this process may use."""
+    topology = read_topology()
+    return list(topology.physical_cores(topology.allowed_cpus))
+
+
+def in_own_process(threads: int, work: Callable[..., Any], *arguments: Any) -> Any:
+    """What ``work(*arguments)`` gives in a new process that has so many cores and computes with so many threads."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context, _confine, (threads, spread(cores_here(), threads))) as pool:
+        return pool.submit(work, *arguments).result()
+
+
+def _confine(threads: int, cpus: Sequence[int]) -> None:
+    os.sched_setaffinity(0, cpus)
+    torch.set_num_threads(threads)
+
+
+def medians(work: dict[Key, Callable[[], float]], turns: int) -> dict[Key, float]:
+    """The median of what each gives, over turns in which each is called once, in random order."""
+    taken: dict[Key, list[float]] = {key: [] for key in work}
+    for _ in range(turns):
+        for key in random.sample(list(work), len(work)):
+            taken[key].append(work[key]())
+    return {key: statistics.median(values) for key, values in taken.items()}
+
+
+def query_of(shape: AttentionShape) -> Tensor:
+    """A random query."""
+    return torch.randn(shape.batch, shape.q_heads, shape.q_len, shape.head_dim).to(getattr(torch, shape.dtype))
+
+
+def contender(name: str, shape: AttentionShape, layers: Layers, query: Tensor, **options: Any) -> Callable[[int], Any]:
+    """Attention of one backend or peer over a layer, by its number, as its users call it; raises ``Unsupported``."""
+    if name in PEERS:
+        return PEERS[name](shape, list(layers), query, torch.get_num_threads())
+    options["enable_gqa"] = shape.group > 1
+    if name == "torch":
+        return lambda layer: scaled_dot_product_attention(query, *layers[layer], **options)
+    return lambda layer: gqa_attention(query, *layers[layer], **options, backend=name)
+
+
+def seconds_of(call: Callable[[int], Any], layers: int) -> Callable[[], float]:
+    """What measures the seconds of a call, over enough calls for the clock, each with the next layer."""
+    turn = iter(range(1 << 62))
+    for _ in range(2):
+        begin = time.perf_counter()
+        call(next(turn) % layers)
+    calls = max(1, int(SAMPLE_SECONDS / (time.perf_counter() - begin)))
+
+    def measure() -> float:
+        if calls > 1:
+            settle(lambda: call(next(turn) % layers))
+        begin = time.perf_counter()
+        for _ in range(calls):
+            call(next(turn) % layers)
+        return (time.perf_counter() - begin) / calls
+
+    return measure
+
+
+def settle(call: Callable[[], object]) -> None:
+    """Let the threads of whatever ran before go to sleep, and call for a while.
+
+    Threads that wake up beside others may share a core for some milliseconds: after OpenVINO the first 128 MiB were read at
+    half the speed of the next.
+    """
+    time.sleep(SLEEP_SECONDS)
+    begin = time.perf_counter()
+    while time.perf_counter() < begin + SAMPLE_SECONDS:
+        call()
+
+
+def error(name: str, shape: AttentionShape) -> float:
+    """Largest distance from float64, in units of the largest output; over one KV head and its query heads."""
+    one = shape.replace(batch=1, kv_heads=1, q_heads=shape.group)
+    torch.manual_seed(0)
+    query = query_of(one)
+    key, value = torch.randn(2, 1, 1, one.kv_len, one.head_dim).to(query.dtype)
+    expected, _ = reference(query, key, value, enable_gqa=True)
+    output = contender(name, one, [(key, value)], query)(0)
+    return float((output - expected).abs().max() / expected.abs().max())
+
+
+def read_limit(block: Tensor, threads: int) -> Callable[[], float]:
+    """What measures bytes that `threads` threads read per second, each time others."""
+    parts = block.split(LIMIT_BYTES)
+    turn = iter(range(1 << 62))
+
+    def read() -> None:
+        reading.read_once(parts[next(turn) % len(parts)], threads)
+
+    def measure() -> float:
+        settle(read)
+        begin = time.perf_counter()
+        for _ in range(READS):
+            read()
+        return READS * LIMIT_BYTES / (time.perf_counter() - begin)
+
+    return measure
+
+
+def vector_ceiling(threads: int) -> Callable[[], float]:
+    """What measures bytes of float32 vectors that `threads` threads multiply and add per second, from registers."""
+    vectors = simd.host()
+    assert vectors is not None, "the decode kernel can't run here, so there is no ceiling of its instructions"
+    type_ = simd.floats(vectors.lanes)
+
+    @intrinsic
+    def multiply_adds(_context: Any, loops: Any) -> Any:
+        def generate(_c: Any, b: Any, _s: Any, arguments: Any) -> Any:
+            cells = [cgutils.alloca_once_value(b, simd.constant(type_, i)) for i in range(vectors.accumulators)]
+            for i, cell in enumerate(cells):
+                b.store(simd.constant(type_, float(i)), cell)
+            x = simd.splat(b, b.sitofp(simd.opaque(b, simd.I64(0)), simd.FLOAT), vectors.lanes)
+            with cgutils.for_range(b, arguments[0]):
+                for cell in cells:
+                    b.store(simd.fma(b, x, x, b.load(cell, typ=type_)), cell)
+            total = b.load(cells[0], typ=type_)
+            for cell in cells[1:]:
+                total = b.fadd(total, b.load(cell, typ=type_))
+            return simd.sum_lanes(b, total)
+
+        return types.float32(types.int64), generate
+
+    @cfunc(types.void(types.CPointer(types.float32)))
+    def body(out: Any) -> None:
+        out[0] = multiply_adds(LOOPS)
+
+    sink = np.zeros(1, np.float32)
+
+    def measure() -> float:
+        begin = time.perf_counter()
+        openmp.run_on_team(body.address, sink.ctypes.data, threads)
+        return threads * LOOPS * vectors.accumulators * vectors.bytes / (time.perf_counter() - begin)
+
+    return measure
+
+
+def multiply_adds_per_vector(shape: AttentionShape) -> int:
+    """Multiply-adds of float32 vectors for each vector of K and V: two per query row where numbers have to be widened."""
+    vectors = simd.host()
+    widened = shape.dtype == "float16" or (shape.dtype == "bfloat16" and not (vectors and vectors.pairs))
+    return shape.group * shape.q_len * (2 if widened else 1)
+
+
+__all__ = ["BACKENDS", "PEERS", "Unsupported"]

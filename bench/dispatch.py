@@ -1,0 +1,53 @@
+"""What a call costs beside its arithmetic: microseconds of the ways into the kernel, for K and V of one token."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+
+import common
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from numa_lab import gqa_attention, openmp
+from numa_lab.attention import decode
+
+
+def measure(turns: int) -> dict[str, float]:
+    """Median seconds by what is called."""
+    query = torch.randn(1, 8, 1, 128)
+    key, value = torch.randn(2, 1, 2, 1, 128)
+    out = torch.empty_like(query)
+    plan = decode._plan(query, key, value, None, None, out)
+    plan.run(query, key, value, None, out, None)
+    arguments = ctypes.create_string_buffer(bytes(decode._memory.arguments))  # a copy: other calls have other outputs
+
+    def kernel() -> None:
+        decode._memory.here(0)  # one KV row is too little to share: a single thread arrives
+        openmp.run_on_team(plan.function, ctypes.addressof(arguments), plan.threads)
+
+    calls: dict[str, Callable[[], object]] = {
+        "gqa_attention": lambda: gqa_attention(query, key, value, enable_gqa=True),
+        "decode_attention(out=)": lambda: decode.decode_attention(query, key, value, out=out),
+        "the kernel alone": kernel,
+        "torch": lambda: scaled_dot_product_attention(query, key, value, enable_gqa=True),
+        "torch.empty_like": lambda: torch.empty_like(query),
+        "nothing": lambda: None,
+    }
+    work = {name: common.seconds_of(lambda _, call=call: call(), 1) for name, call in calls.items()}
+    return common.medians(work, turns)
+
+
+def main() -> None:
+    """Print one line per way: microseconds, and the difference to the kernel alone, which is Python's part."""
+    options = common.parser(__doc__, turns=50).parse_args()
+    for threads in options.threads:
+        seconds = common.in_own_process(threads, measure, options.turns)
+        print(f"\n{threads} threads{'':22} us   beyond the kernel   of torch's")
+        for name, one in seconds.items():
+            beyond = one - seconds["the kernel alone"]
+            print(f"{name:28} {1e6 * one:6.2f} {1e6 * beyond:16.2f} {one / seconds['torch']:14.2f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""Microseconds of one decode step over a short context, whose K and V lie in the caches: ours beside the best other.
+
+The same layer each time: a short context of one layer is still cached when the next step reads it, or nearly so; what counts is
+the way to the arithmetic and back.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import common
+import pandas as pd
+import torch
+
+from numa_lab.attention.shapes import AttentionShape
+
+OURS = "numba"
+
+
+def cases() -> dict[str, AttentionShape]:
+    """The shapes by name."""
+    base = AttentionShape(1, 32, 8, 1, 1, 128, "bfloat16")
+    return {
+        f"{dtype}, {q_heads}/8 heads, kv_len {kv_len}": base.replace(dtype=dtype, q_heads=q_heads, kv_len=kv_len)
+        for dtype in ("bfloat16", "float32")
+        for q_heads in (8, 32)
+        for kv_len in (1, 16, 128, 512, 2048)
+    }
+
+
+def measure(wanted: dict[str, AttentionShape], names: list[str], turns: int) -> pd.DataFrame:
+    """Median seconds per call: a row for each case, a column for each contender that serves it."""
+    work: dict[tuple[str, str], Callable[[], float]] = {}
+    for case, shape in wanted.items():
+        size = (2, shape.batch, shape.kv_heads, shape.kv_len, shape.head_dim)
+        key, value = torch.randn(size).to(getattr(torch, shape.dtype))
+        for name in names:
+            try:
+                call = common.contender(name, shape, [(key, value)], common.query_of(shape))
+                work[case, name] = common.seconds_of(call, 1)
+            except common.Unsupported as why:
+                print(f"{name}, {case}: {why}")
+    return pd.Series(common.medians(work, turns)).unstack().reindex(index=list(wanted), columns=names)
+
+
+def main() -> None:
+    """Print a table per thread count."""
+    options = common.parser(__doc__, turns=15).parse_args()
+    wanted = {name: case for name, case in cases().items() if re.search(options.cases, name)}
+    for threads in options.threads:
+        seconds = common.in_own_process(threads, measure, wanted, options.backends, options.turns)
+        others = seconds.drop(columns=OURS)
+        table = (1e6 * seconds).round(1).assign(best=others.idxmin(axis=1))
+        table["ours / best"] = (seconds[OURS] / others.min(axis=1)).round(2)
+        print(f"\n{threads} threads, us per call\n{table.to_string(na_rep='')}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
