@@ -15,7 +15,7 @@ STRIP := --keep-id --extra-keys "metadata.papermill metadata.language_info cell.
 # papermill and JupyterLab find the kernel of .venv before any that the user has registered.
 export JUPYTER_PREFER_ENV_PATH := 1
 
-.PHONY: help setup report test test-multinode lab figures bench lint format clean constraints numactl chromium qemu
+.PHONY: help setup report test test-multinode lab figures bench lint format clean constraints numactl chromium libomp qemu
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,7 +29,7 @@ report: setup ## measure attention under every binding and write data/runs/RUN_I
 	if (( status > 1 )) || [[ ! -d "$(RUN_DIR)" ]]; then exit $$status; fi; \
 	$(BIN)/numa-lab report "$(RUN_DIR)"; exit $$status  # 1: some executions failed, and the report lists them
 
-test: setup chromium ## run the tests
+test: setup chromium libomp ## run the tests
 	@mkdir -p build
 	$(BIN)/python -m pytest --junitxml=build/junit.xml $(PYTEST_ARGS)
 
@@ -81,7 +81,7 @@ constraints: ## write constraints.txt anew: the newest versions that pyproject.t
 	  | sed -E '/^(pip|triton|(cuda|nvidia)-.*)==/d; s/\+[a-z0-9.]+$$//' | LC_ALL=C sort -f; } > build/constraints.txt
 	mv build/constraints.txt constraints.txt
 
-numactl chromium qemu:
+numactl chromium libomp qemu:
 	@tools/need.sh $@
 
 # Scripts in .venv hold its absolute path: a moved folder, like a Python that has gone, makes it anew.

@@ -1,4 +1,7 @@
+import ctypes.util
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -25,3 +28,29 @@ def test_an_error_on_one_thread_reaches_the_caller():
     with pytest.raises(KeyError):
         openmp.run_on_each(fail, 2)
     assert openmp.run_on_each(lambda number: number * 10, 3) == [0, 10, 20]
+
+
+ON_ANOTHER_RUNTIME = """
+import os, torch
+from numa_lab import openmp
+from numa_lab.attention import decode
+torch.set_num_threads(2)
+torch.ones(1 << 22).sum()
+before = set(os.listdir("/proc/self/task"))
+query, key = torch.ones(1, 4, 1, 64), torch.ones(1, 2, 999, 64)
+torch.testing.assert_close(decode.decode_attention(query, key, key), query)
+assert {str(thread.tid) for thread in openmp.team()} <= before, "not the threads on which torch computes"
+print(openmp.runtime().name)
+"""
+
+
+def test_the_kernel_runs_on_llvms_runtime_where_torch_does():
+    """As with conda's torch, which is built for libomp."""
+    library = ctypes.util.find_library("omp")
+    if library is None:
+        pytest.fail("libomp is not installed: apt-get install libomp5 | dnf install libomp")
+    done = subprocess.run(
+        [sys.executable, "-c", ON_ANOTHER_RUNTIME],
+        env=os.environ | {"LD_PRELOAD": library}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.stdout == "libomp\n", done.stderr

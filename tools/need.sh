@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# tools/need.sh numactl | chromium | qemu | python [COMMAND]
+# tools/need.sh numactl | chromium | libomp | qemu | python [COMMAND]
 #
 # Makes sure that a system tool is there. A missing one is installed where this runs as root on apt or dnf; elsewhere the
 # line to type is printed and the exit status is 1. `python` prints a Python >= 3.11 that can make virtual environments.
@@ -58,8 +58,10 @@ case ${1:-} in
     # The names under which the tests look for it, in this order.
     chromium) any_of chromium chromium-browser google-chrome || install "chromium (the tests open reports in it)" \
         chromium chromium "conda install -c conda-forge chromium" ;;
+    libomp) PATH=$PATH:/sbin ldconfig -p | grep 'libomp\.so' >/dev/null || install "libomp (a test runs on it in place of libgomp)" \
+        libomp5 libomp "conda install -c conda-forge llvm-openmp" ;;
     qemu) any_of qemu-system-x86_64 || install "QEMU (the guests with several NUMA nodes run in it)" \
         qemu-system-x86 qemu-system-x86 "conda install -c conda-forge qemu" ;;
     python) find_python "${2:-}" ;;
-    *) fail "usage: tools/need.sh numactl|chromium|qemu|python [COMMAND]" ;;
+    *) fail "usage: tools/need.sh numactl|chromium|libomp|qemu|python [COMMAND]" ;;
 esac
