@@ -116,20 +116,20 @@ def show(rows: pd.DataFrame) -> str:
 
 @plots.drawn
 def share_of_limit(rows: pd.DataFrame) -> plots.Plot:
-    """Bars of the share of the read limit for some cases, with all threads that were measured."""
+    """The share of the read limit for some cases, a mark for each contender, with all threads that were measured."""
     rows = rows[(rows["threads"] == rows["threads"].max()) & rows["case"].str.match(DRAWN)]
     table = rows.pivot(index="case", columns="backend", values="share_of_limit").reindex(
         index=rows["case"].unique(), columns=rows["backend"].unique()
     )
-    figure, (ax,) = plots.canvas(height=0.14 * table.size + 1)
-    height = 0.8 / len(table.columns)
+    figure, (ax,) = plots.canvas(height=0.28 * len(table) + 1.2)
+    places = -np.arange(len(table))
+    ax.hlines(places, 0, 100, color="0.9", linewidth=1, zorder=0)
     for i, backend in enumerate(table.columns):
-        places = -np.arange(len(table)) - i * height
-        ax.barh(places, 100 * table[backend], 0.9 * height, label=backend, color=plots.COLORS[i])
-    ax.set_yticks(-np.arange(len(table)) - height * (len(table.columns) - 1) / 2, table.index)
+        ax.scatter(100 * table[backend], places, 30, plots.COLORS[i], plots.MARKERS[i], label=backend)
+    ax.set_yticks(places, table.index)
     ax.set_xlabel("share of the memory read limit (%)")
-    ax.margins(y=0.01)
-    figure.legend(loc="outside lower center", ncols=len(table.columns))
+    ax.set_xlim(left=0)
+    figure.legend(loc="outside lower center", ncols=3)
     best = {backend: f"{100 * table[backend].max():.0f} %" for backend in table.columns}
     alt = f"Decode attention of {len(table)} cases; at best " + ", ".join(f"{b} {v}" for b, v in best.items())
     return plots.Plot("decode", "Share of the memory limit", figure, alt, table.reset_index(), "Medians of one run.")

@@ -1,7 +1,7 @@
-"""Microseconds of one decode step over a short context, whose K and V lie in the caches: ours beside the best other.
+"""Microseconds of one decode step over a short context: ours beside the best other.
 
-The same layer each time: a short context of one layer is still cached when the next step reads it, or nearly so; what counts is
-the way to the arithmetic and back.
+Layer after layer, as a model asks: between two steps its weights pass through the caches, so K and V come from memory, or from
+the last cache where so many layers as are taken fit there.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ from collections.abc import Callable
 
 import common
 import pandas as pd
-import torch
 
 from numa_lab.attention.shapes import AttentionShape
+from numa_lab.sampling import KVPool
 
 OURS = "numba"
+POOL_BYTES = 256 << 20
+MAX_LAYERS = 512
 
 
 def cases() -> dict[str, AttentionShape]:
@@ -31,14 +33,14 @@ def cases() -> dict[str, AttentionShape]:
 
 def measure(wanted: dict[str, AttentionShape], names: list[str], turns: int) -> pd.DataFrame:
     """Median seconds per call: a row for each case, a column for each contender that serves it."""
+    pool = KVPool(POOL_BYTES)
     work: dict[tuple[str, str], Callable[[], float]] = {}
     for case, shape in wanted.items():
-        size = (2, shape.batch, shape.kv_heads, shape.kv_len, shape.head_dim)
-        key, value = torch.randn(size).to(getattr(torch, shape.dtype))
+        layers = pool.layers(shape)[:MAX_LAYERS]
         for name in names:
             try:
-                call = common.contender(name, shape, [(key, value)], common.query_of(shape))
-                work[case, name] = common.seconds_of(call, 1)
+                call = common.contender(name, shape, layers, common.query_of(shape))
+                work[case, name] = common.seconds_of(call, len(layers))
             except common.Unsupported as why:
                 print(f"{name}, {case}: {why}")
     return pd.Series(common.medians(work, turns)).unstack().reindex(index=list(wanted), columns=names)
