@@ -3,7 +3,7 @@
 The modules, from the machine up to the reader; each imports only from those above it in this list:
 
 - ``errors``: what goes wrong, in words
-- ``sysfs``, ``hardware``, ``topology``, ``libnuma``, ``mappings``, ``free_memory``: the machine, the kernel's
+- ``sysfs``, ``hardware``, ``simd``, ``topology``, ``libnuma``, ``mappings``, ``free_memory``: the machine, the kernel's
   NUMA calls, what it tells of mappings, and what a node can still hold
 - ``timing``, ``ratios``, ``stats``: the clock, and honest comparison
 - ``overview``: the machine in words
@@ -11,10 +11,11 @@ The modules, from the machine up to the reader; each imports only from those abo
 - ``binding``, ``memory``, ``gpus``, ``results``: place threads and pages, see where they are, keep rows
 - ``receipt``, ``team``, ``notebook``, ``reading``: proof of placement; a team on its place; one notebook in a process
   of its own; timed reads
-- ``probes``, ``doctor``, ``attention``: the limits of memory, what spoils them, what is computed
+- ``probes``, ``doctor``, ``attention``, ``proof``: the limits of memory, what spoils them, what is computed, where a team is
 - ``workloads``, ``sampling``: which cases are measured, and one case with its receipt
 - ``rankings``, ``optimal_node``: which node is best, and how sure that is
-- ``plan``, ``optimized``, ``pool``: which executions a sweep runs; attention on one node, and on all of them
+- ``plan``, ``optimized``, ``pool``, ``kv_cache``: which executions a sweep runs; attention on one node, a batch over all of
+  them, and one sequence over all of them
 - ``run``, ``sweep``, ``report``: one execution, all executions of a plan, what is told of them
 - ``batch_scaling``, ``decode_loop``, ``guide_analyses``: the source guide's experiments, measured as this project measures
 - ``cli``: the commands

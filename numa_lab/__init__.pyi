@@ -3,6 +3,7 @@ from .attention.shapes import AttentionShape as AttentionShape
 from .binding import Binding as Binding
 from .binding import MemPolicy as MemPolicy
 from .errors import NumaLabError as NumaLabError
+from .kv_cache import NodeShardedKVCache as NodeShardedKVCache
 from .optimal_node import bind_to_numa_node as bind_to_numa_node
 from .optimal_node import get_optimal_numa_node as get_optimal_numa_node
 from .optimal_node import rank_nodes as rank_nodes
@@ -21,6 +22,7 @@ __all__ = [
     "MemPolicy",
     "NUMAOptimizedGQA",
     "NUMAThreadPool",
+    "NodeShardedKVCache",
     "NumaLabError",
     "Receipt",
     "Topology",

@@ -19,12 +19,12 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from numa_lab import gpus, libnuma, memory, openmp
+from numa_lab import gpus, libnuma, memory, proof
 from numa_lab.attention.gqa import gqa_attention
-from numa_lab.binding import Binding, MemPolicy, effective
+from numa_lab.binding import Binding, MemPolicy
 from numa_lab.errors import InvalidInput
 from numa_lab.optimal_node import get_optimal_numa_node
-from numa_lab.receipt import Receipt, threads_now
+from numa_lab.receipt import Receipt
 from numa_lab.team import Before, Placement
 from numa_lab.topology import Topology, read_topology
 
@@ -217,15 +217,11 @@ class NUMAOptimizedGQA:
         at now; that they have not moved meanwhile it does not prove.
         """
         with self:
-            granted = effective(self._topology)
-            team = openmp.team() if openmp.runtime() else []
+            granted, threads, lost = proof.look(self._topology)
             before = next((b for _, b in reversed(_entered.stack) if b is not None), None)
-        threads = threads_now((thread.tid, thread.cpus) for thread in team)
         alive = tensors or {name: tensor for name, ref in self._own.seen.items() if (tensor := ref()) is not None}
         pages = {name: memory.locate(tensor) for name, tensor in alive.items() if tensor.device.type == "cpu"}
-        notes = [*memory.lost(), *([before.refusal] if before and before.refusal else [])]
-        if openmp.runtime() is None:
-            notes.append("torch's OpenMP library was not found: its threads were not pinned one by one")
+        notes = [*lost, *([before.refusal] if before and before.refusal else [])]
         for name, found in pages.items():
             away = sum(count for node, count in found.items() if node not in (self.node, memory.UNTOUCHED))
             if away:

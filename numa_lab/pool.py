@@ -16,11 +16,11 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from numa_lab import libnuma, memory, openmp
+from numa_lab import memory, proof
 from numa_lab.attention.gqa import gqa_attention
-from numa_lab.binding import Binding, MemPolicy, effective
+from numa_lab.binding import Binding, MemPolicy
 from numa_lab.errors import InvalidInput, NodeUnavailable
-from numa_lab.receipt import Receipt, ThreadSeen, threads_now
+from numa_lab.receipt import Receipt
 from numa_lab.sysfs import format_cpulist
 from numa_lab.team import NodeTeam
 from numa_lab.topology import Topology, read_topology
@@ -65,10 +65,7 @@ class NUMAThreadPool:
             )
         shares = {node: _shares(self._topology, node, num_threads_per_node) for node in self.nodes}
         self._teams = {
-            node: [
-                NodeTeam(cpus, (libnuma.MPOL_PREFERRED, [node]), f"numa-node-{node}-{number}")
-                for number, cpus in enumerate(parts)
-            ]
+            node: [NodeTeam(node, cpus, f"numa-node-{node}-{number}") for number, cpus in enumerate(parts)]
             for node, parts in shares.items()
         }
         self._lock = threading.Lock()
@@ -171,19 +168,18 @@ class NUMAThreadPool:
 
         Where tensors lie it does not say (``numa_lab.memory.locate`` does).
         """
-        looks = {node: [team.submit(self._look) for team in teams] for node, teams in self._teams.items()}
+        looks = {
+            node: [team.submit(proof.look, self._topology) for team in teams] for node, teams in self._teams.items()
+        }
         receipts = {}
         for node, futures in looks.items():
-            seen = [future.result() for future in futures]
-            threads = tuple(itertools.chain.from_iterable(threads for _, threads in seen))
-            notes = (*memory.lost(), *(team.refusal for team in self._teams[node] if team.refusal))
-            requested = Binding((node,), (node,), MemPolicy.PREFERRED)
-            receipts[node] = Receipt(requested, seen[0][0], threads, {}, {}, tuple(dict.fromkeys(notes)))
+            granted, threads, notes = zip(*(future.result() for future in futures), strict=True)
+            refusals = (team.refusal for team in self._teams[node] if team.refusal)
+            receipts[node] = Receipt(
+                Binding((node,), (node,), MemPolicy.PREFERRED), granted[0], tuple(itertools.chain.from_iterable(threads)),
+                {}, {}, tuple(dict.fromkeys((*itertools.chain.from_iterable(notes), *refusals))),
+            )  # fmt: skip
         return receipts
-
-    def _look(self) -> tuple[Binding, tuple[ThreadSeen, ...]]:
-        found = openmp.team() if openmp.runtime() else []
-        return effective(self._topology), threads_now((thread.tid, thread.cpus) for thread in found)
 
     def shutdown(self, wait: bool = True) -> None:
         """Finish what was submitted and end all threads; nothing can be submitted afterwards."""

@@ -1,0 +1,373 @@
+"""NodeShardedKVCache: one cache in the memory of all nodes, each node's threads reading their own.
+
+K and V of a sequence are split by token range: blocks of tokens belong to nodes in turn, for good. A decode step runs on
+all nodes at once, each over its own tokens, and the partial results are merged by their log-sum-exp. So one sequence is
+read with the bandwidth of all nodes, for any number of KV heads.
+
+Limits: one thread may use a cache at a time. Handing a step to the nodes takes some tens of microseconds: contexts of a few
+thousand tokens are faster on one node.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import wait
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from numa_lab import memory, proof, team
+from numa_lab.attention.partial import Part, merge, partial_attention
+from numa_lab.binding import Binding, MemPolicy
+from numa_lab.errors import InvalidInput
+from numa_lab.receipt import Receipt
+from numa_lab.team import NodeTeam
+from numa_lab.topology import read_topology
+
+T = TypeVar("T")
+
+
+class NodeShardedKVCache:
+    """K and V of a batch of sequences, split over nodes by token range.
+
+    Parameters
+    ----------
+    batch, kv_heads, head_dim
+        Of K and V.
+    capacity
+        Tokens that a sequence may grow to. Room for them is checked and bound at once, and touched as it fills.
+    dtype
+        Of K, V and the queries.
+    nodes
+        Where; all effective nodes where None is given.
+    teams
+        A ``NodeTeam`` for each node; the shared ones (``numa_lab.team.teams``) where None is given.
+    block
+        Tokens in a row that belong to one node.
+    weights
+        A node's share of the blocks, in any unit: its measured read bandwidth where nodes are unequal. Equal where None is given.
+
+    Raises
+    ------
+    InvalidInput
+        A size is not positive, or nodes, teams and weights don't agree.
+    NodeUnavailable
+        A node may not be used, or has too little free memory for its share of `capacity`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> cache = NodeShardedKVCache(1, 8, 128, capacity=1024, dtype=torch.bfloat16)
+    >>> cache.append(*torch.randn(2, 1, 8, 600, 128).to(torch.bfloat16))
+    >>> output = cache.attend(torch.randn(1, 32, 1, 128).to(torch.bfloat16))
+    """
+
+    def __init__(
+        self,
+        batch: int,
+        kv_heads: int,
+        head_dim: int,
+        capacity: int,
+        dtype: torch.dtype,
+        nodes: Sequence[int] | None = None,
+        teams: Mapping[int, NodeTeam] | None = None,
+        block: int = 256,
+        weights: Mapping[int, float] | None = None,
+    ) -> None:
+        sizes = {"batch": batch, "kv_heads": kv_heads, "head_dim": head_dim, "capacity": capacity, "block": block}
+        for name, size in sizes.items():
+            if size < 1:
+                raise InvalidInput(f"{name}={size}: expected at least 1")
+        if not dtype.is_floating_point:
+            raise InvalidInput(f"dtype={dtype}: expected a floating-point dtype")
+        self._teams = dict(teams if teams is not None else team.teams(nodes))
+        self.nodes = tuple(self._teams if nodes is None else nodes)
+        missing = [node for node in self.nodes if node not in self._teams]
+        if missing or not self.nodes or len(set(self.nodes)) < len(self.nodes):
+            raise InvalidInput(
+                f"nodes={self.nodes} with teams of {tuple(self._teams)}: expected each node once, with a team"
+            )
+        shares = (
+            dict.fromkeys(self.nodes, 1.0) if weights is None else {node: weights.get(node, 0) for node in self.nodes}
+        )
+        if min(shares.values()) < 0 or not sum(shares.values()):
+            raise InvalidInput(f"weights={weights}: expected a weight for nodes {self.nodes}, none negative, not all 0")
+        self.batch, self.kv_heads, self.head_dim, self.dtype = batch, kv_heads, head_dim, dtype
+        self.capacity, self._block, self._shares = capacity, block, shares
+        self._segments = [self._new_segment(capacity)]
+
+    def __len__(self) -> int:
+        """Tokens of the longest sequence."""
+        return max(self.lengths)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each sequence."""
+        return tuple(map(sum, zip(*(segment.lengths for segment in self._segments), strict=True)))
+
+    def append(self, key: Tensor, value: Tensor, lengths: Sequence[int] | None = None) -> None:
+        """Add tokens: one, or those of a prompt.
+
+        Parameters
+        ----------
+        key, value
+            ``[batch, kv_heads, new, head_dim]``.
+        lengths
+            How many of the `new` tokens each sequence takes, from the first on; all where None is given.
+
+        Raises
+        ------
+        InvalidInput
+            Shapes or dtypes don't fit, or a sequence would grow beyond the capacity; nothing is added then.
+        """
+        expected = (self.batch, self.kv_heads, key.size(2) if key.dim() == 4 else "new", self.head_dim)
+        for name, tensor in {"key": key, "value": value}.items():
+            if tuple(tensor.shape) != expected or tensor.dtype != self.dtype:
+                raise InvalidInput(
+                    f"{name} {tuple(tensor.shape)} of {tensor.dtype}: expected {expected} of {self.dtype}"
+                )
+        counts = self._per_sequence(lengths, key.size(2), "lengths", 0, key.size(2))
+        before = self.lengths
+        after = [old + count for old, count in zip(before, counts, strict=True)]
+        if max(after) > self.capacity:
+            full = int(np.argmax(after))
+            raise InvalidInput(
+                f"sequence {full} holds {before[full]} tokens and would hold {after[full]}: the capacity is {self.capacity}; "
+                "make the cache larger, or truncate it"
+            )
+        segment = self._writable()
+        copies: dict[int, list[Callable[[], object]]] = {node: [] for node in self.nodes}
+        for rows, (old, count) in _runs(list(zip(segment.lengths, counts, strict=True))):
+            for node, local, start, stop in segment.layout.pieces(old, old + count):
+                for ours, new in ((segment.keys, key), (segment.values, value)):
+                    target = ours[node][rows, :, local : local + stop - start]
+                    copies[node].append(partial(target.copy_, new[rows, :, start - old : stop - old]))
+        self._on_nodes(
+            {node: partial(_call_all, parts) for node, parts in copies.items() if parts},
+            here=max(counts) <= self._block,
+        )
+        segment.lengths = [old + count for old, count in zip(segment.lengths, counts, strict=True)]
+
+    def attend(self, query: Tensor, *, scale: float | None = None) -> Tensor:
+        """Attention of each sequence's last q_len tokens, which were appended before, to themselves and all before them.
+
+        Parameters
+        ----------
+        query
+            ``[batch, q_heads, q_len, head_dim]``; query i sees the tokens up to its own.
+        scale
+            Factor of the scores; 1 / sqrt(head_dim) where it is None.
+
+        Returns
+        -------
+        Tensor
+            ``[batch, q_heads, q_len, head_dim]``, of the query's dtype.
+
+        Raises
+        ------
+        InvalidInput
+            The query does not fit, or a sequence holds fewer than q_len tokens.
+        """
+        fits = query.dim() == 4 and (query.size(0), query.size(3), query.dtype) == (
+            self.batch,
+            self.head_dim,
+            self.dtype,
+        )
+        if not fits or not query.size(1) or query.size(1) % self.kv_heads:
+            raise InvalidInput(
+                f"query {tuple(query.shape)} of {query.dtype}: expected ({self.batch}, a multiple of {self.kv_heads}, q_len, "
+                f"{self.head_dim}) of {self.dtype}"
+            )
+        if min(self.lengths) < query.size(2):
+            raise InvalidInput(
+                f"q_len {query.size(2)} with sequences of {self.lengths} tokens: append the keys and values of the queries first"
+            )
+        query = query.detach()
+        parts = self._on_nodes(
+            {node: partial(self._attend_on, node, query, scale) for node in self.nodes if self._holds(node)}
+        )
+        return merge(parts)[0].to(self.dtype)
+
+    def truncate(self, tokens: int | Sequence[int]) -> None:
+        """Forget all but the first tokens of each sequence; a sequence that holds no more is left alone.
+
+        Raises
+        ------
+        InvalidInput
+            A number is negative, or there are not as many as sequences.
+        """
+        left = self._per_sequence(tokens, 0, "tokens", 0, None)
+        for segment in self._segments:
+            kept = [min(own, keep) for own, keep in zip(segment.lengths, left, strict=True)]
+            segment.truncate(kept)
+            left = [keep - own for keep, own in zip(left, kept, strict=True)]
+        while len(self._segments) > 1 and not any(self._segments[-1].lengths):
+            self._segments.pop()
+
+    def fork(self) -> NodeShardedKVCache:
+        """A cache that begins with the same tokens, for beams: they are shared, not copied, and each side goes on alone."""
+        twin = object.__new__(NodeShardedKVCache)
+        twin.__dict__.update(self.__dict__)
+        twin._segments = [segment.lent() for segment in self._segments]
+        return twin
+
+    def receipt(self) -> dict[int, Receipt]:
+        """For each node what its team is granted and where it is, and where the pages of its K and V lie, as seen now."""
+        found = {}
+        topology = read_topology()
+        looks = {node: self._teams[node].submit(proof.look, topology) for node in self.nodes}
+        for node, look in looks.items():
+            granted, threads, notes = look.result()
+            pages: dict[str, dict[int, int]] = {}
+            for number, segment in enumerate(self._segments):
+                for name, tensor in (("key", segment.keys[node]), ("value", segment.values[node])):
+                    if tensor.numel():
+                        seen = memory.locate(tensor)
+                        seen.pop(memory.UNTOUCHED, None)  # room for tokens to come
+                        pages[f"{name}{number or ''}"] = seen
+            requested = Binding((node,), (node,), MemPolicy.PREFERRED)
+            refusal = self._teams[node].refusal
+            found[node] = Receipt(requested, granted, threads, {}, pages, (*notes, refusal) if refusal else notes)
+        return found
+
+    def _per_sequence(
+        self, given: int | Sequence[int] | None, default: int, name: str, least: int, most: int | None
+    ) -> list[int]:
+        numbers = (
+            [default] * self.batch if given is None else [given] * self.batch if isinstance(given, int) else list(given)
+        )
+        if len(numbers) != self.batch or min(numbers) < least or (most is not None and max(numbers) > most):
+            room = f"{least} to {most}" if most is not None else f"at least {least}"
+            raise InvalidInput(f"{name}={given}: expected {self.batch} numbers, {room}")
+        return numbers
+
+    def _new_segment(self, capacity: int) -> _Segment:
+        layout = _Layout.of(self._shares, self._block, capacity)
+        size = {node: (self.batch, self.kv_heads, layout.count(node, capacity), self.head_dim) for node in self.nodes}
+        keys, values = ({node: memory.empty(size[node], self.dtype, node) for node in self.nodes} for _ in range(2))
+        return _Segment(layout, keys, values, [0] * self.batch)
+
+    def _writable(self) -> _Segment:
+        """The segment that takes new tokens: the last one, unless others read it beyond its end."""
+        if not self._segments[-1].own:
+            self._segments.append(self._new_segment(self.capacity - min(self.lengths)))
+        return self._segments[-1]
+
+    def _holds(self, node: int) -> bool:
+        return any(segment.layout.count(node, max(segment.lengths)) for segment in self._segments)
+
+    def _attend_on(self, node: int, query: Tensor, scale: float | None) -> Part:
+        """Attention over the tokens of one node; it runs on the node's team."""
+        q_len, outputs = query.size(2), []
+        for rows, lengths in _runs(list(zip(*(segment.lengths for segment in self._segments), strict=True))):
+            parts, behind = [], sum(lengths)  # tokens of this segment and of those after it
+            for segment, length in zip(self._segments, lengths, strict=True):
+                by_all = min(length, max(0, behind - q_len + 1))  # so many of them does each query see
+                key, value = segment.keys[node][rows], segment.values[node][rows]
+                first, last = segment.layout.count(node, by_all), segment.layout.count(node, length)
+                if first:
+                    parts.append(partial_attention(query[rows], key[:, :, :first], value[:, :, :first], None, scale))
+                if last > first:
+                    own = torch.from_numpy(segment.layout.positions(node, first, last))
+                    mask = own <= behind - q_len + torch.arange(q_len).unsqueeze(1)
+                    tail = key[:, :, first:last], value[:, :, first:last]
+                    parts.append(partial_attention(query[rows], *tail, mask, scale))
+                behind -= length
+            outputs.append(merge(parts) if parts else _nothing(query[rows]))
+        if len(outputs) == 1:
+            return outputs[0]
+        return torch.cat([output.float() for output, _ in outputs]), torch.cat([lse for _, lse in outputs])
+
+    def _on_nodes(self, work: Mapping[int, Callable[[], T]], here: bool = False) -> list[T]:
+        """Results of what is run on the teams of nodes, at once; or by this thread, one after the other."""
+        if here:
+            return [function() for function in work.values()]
+        futures = [self._teams[node].submit(function) for node, function in work.items()]
+        wait(futures)
+        return [future.result() for future in futures]
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Which token lies where: block by block, each of one node, numbered there from 0."""
+
+    block: int
+    owners: tuple[int, ...]
+    before: Mapping[int, NDArray[np.int64]]  # blocks of a node in front of each block
+
+    @classmethod
+    def of(cls, shares: Mapping[int, float], block: int, capacity: int) -> _Layout:
+        """Give each block to the node that is furthest behind its share."""
+        total, given, owners = sum(shares.values()), dict.fromkeys(shares, 0), []
+        for number in range(-(-capacity // block)):
+            owner = max(shares, key=lambda node: shares[node] / total * (number + 1) - given[node])
+            given[owner] += 1
+            owners.append(owner)
+        before = {node: np.cumsum([0, *(owner == node for owner in owners)]) for node in shares}
+        return cls(block, tuple(owners), before)
+
+    def count(self, node: int, tokens: int) -> int:
+        """How many of the first tokens of a sequence lie on a node."""
+        whole, rest = divmod(tokens, self.block)
+        return int(self.before[node][whole]) * self.block + (rest if rest and self.owners[whole] == node else 0)
+
+    def pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
+        """For a range of tokens the node, the first place there, and the first and the last + 1 of each piece."""
+        while start < stop:
+            number = start // self.block
+            node, end = self.owners[number], min(stop, (number + 1) * self.block)
+            yield node, int(self.before[node][number]) * self.block + start % self.block, start, end
+            start = end
+
+    def positions(self, node: int, first: int, last: int) -> NDArray[np.int64]:
+        """The tokens at some places of a node."""
+        blocks = np.flatnonzero(np.equal(self.owners, node))
+        places = np.arange(first, last)
+        return np.asarray(blocks[places // self.block] * self.block + places % self.block)
+
+
+@dataclass
+class _Segment:
+    """Tokens in a row of all sequences, with their memory, which caches that were forked share."""
+
+    layout: _Layout
+    keys: Mapping[int, Tensor]
+    values: Mapping[int, Tensor]
+    lengths: list[int]
+    own: bool = True  # whether tokens may be added behind them
+    lent_lengths: tuple[int, ...] = ()
+
+    def lent(self) -> _Segment:
+        """The same tokens for another cache, which may add none here."""
+        self.lent_lengths = tuple(map(max, zip(self.lengths, self.lent_lengths or self.lengths, strict=True)))
+        return _Segment(self.layout, self.keys, self.values, list(self.lengths), own=False)
+
+    def truncate(self, lengths: list[int]) -> None:
+        """Forget tokens; where others still read them, they may not be written over."""
+        self.lengths = lengths
+        if any(own < lent for own, lent in zip(lengths, self.lent_lengths, strict=False)):
+            self.own = False
+
+
+def _runs(items: Sequence[tuple[int, ...]]) -> Iterator[tuple[slice, tuple[int, ...]]]:
+    """Neighbouring sequences that are alike, as slices of the batch."""
+    start = 0
+    for item, run in itertools.groupby(items):
+        stop = start + len(list(run))
+        yield slice(start, stop), item
+        start = stop
+
+
+def _call_all(functions: Sequence[Callable[[], object]]) -> None:
+    for function in functions:
+        function()
+
+
+def _nothing(query: Tensor) -> Part:
+    return torch.zeros(query.shape), torch.full(query.shape[:-1], -torch.inf)

@@ -1,0 +1,18 @@
+"""What a receipt says of the calling thread's team: what it is granted, and where its threads are."""
+
+from __future__ import annotations
+
+from numa_lab import memory, openmp
+from numa_lab.binding import Binding, effective
+from numa_lab.receipt import ThreadSeen, threads_now
+from numa_lab.topology import Topology
+
+
+def look(topology: Topology) -> tuple[Binding, tuple[ThreadSeen, ...], tuple[str, ...]]:
+    """The binding in effect, the team's threads as they are now, and what could not be placed or seen."""
+    found, notes = [], memory.lost()
+    if openmp.runtime() is None:
+        notes = (*notes, "torch's OpenMP library was not found: its threads were not pinned one by one")
+    else:
+        found = openmp.team()
+    return effective(topology), threads_now((thread.tid, thread.cpus) for thread in found), notes
