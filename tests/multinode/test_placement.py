@@ -7,9 +7,11 @@ import torch
 
 from multinode import witness
 from numa_lab import libnuma, memory, openmp, sampling, team
+from numa_lab.attention.reference import attention as reference
 from numa_lab.attention.shapes import preset
 from numa_lab.binding import Binding
 from numa_lab.errors import InvalidInput, NodeUnavailable
+from numa_lab.kv_cache import NodeShardedKVCache
 from numa_lab.optimized import NUMAOptimizedGQA
 from numa_lab.pool import NUMAThreadPool
 from numa_lab.receipt import Receipt
@@ -233,3 +235,35 @@ def test_a_node_without_cpus_is_no_place_to_compute(topology):
         assert pool._node_of((memory.empty((MIB,), torch.uint8, 3).fill_(1),)) == 2, "the nearest with CPUs"
     with pytest.raises(InvalidInput, match="1 to 2"):
         NUMAThreadPool(3)
+
+
+@pytest.mark.guest("two-sockets")
+def test_one_sequence_lies_on_all_nodes_and_each_reads_its_own(topology):
+    cache = NodeShardedKVCache(1, 2, 64, 4096, torch.float32, block=64, weights={0: 2, 1: 1, 2: 1})
+    assert cache.nodes == (0, 1, 2)  # node 3 has no CPUs
+    key, value = torch.randn(2, 1, 2, 3000, 64)
+    cache.append(key[:, :, :2000], value[:, :, :2000])
+
+    def lie():
+        return {node: witness.pages(cache._segments[0].keys[node]) for node in cache.nodes}
+
+    first = lie()
+    assert all(pages.keys() <= {node, -1} for node, pages in first.items())
+    assert first[0][0] > 1.5 * max(first[node][node] for node in (1, 2))
+    query = torch.randn(1, 8, 1, 64)
+    with witness.Threads() as threads:
+        for _ in range(20):
+            output = cache.attend(query)
+    expected, _ = reference(query, key[:, :, :2000], value[:, :, :2000], enable_gqa=True)
+    torch.testing.assert_close(output.double(), expected, rtol=0, atol=1e-5)
+    for node, receipt in cache.receipt().items():
+        cpus = topology.cpus_of([node])
+        assert receipt.contradictions(cpus, [node]) == []
+        assert len(receipt.threads) == len(cpus)
+        for thread in receipt.threads:
+            assert threads.ran.get(thread.tid, set()) <= set(cpus)
+        assert any(thread.tid in threads.ran for thread in receipt.threads), f"nothing ran on node {node}"
+    cache.append(key[:, :, 2000:], value[:, :, 2000:])
+    for node, pages in lie().items():
+        assert pages.keys() <= {node, -1}
+        assert pages[node] >= first[node][node], "growth moved pages"
