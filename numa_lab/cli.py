@@ -206,10 +206,11 @@ def _run(plan: Any, run_dir: Path, machine: Any, measured: Path, *, probes: bool
 
     from numa_lab import plan as plans
     from numa_lab import sweep as sweeps
+    from numa_lab.measured import PROBES
 
     todo = plans.missing(plan, run_dir)
     failed = 0
-    probes = probes and not (run_dir / sweeps.PROBES).exists()
+    probes = probes and not (run_dir / PROBES).exists()
     with tqdm(total=len(todo) + probes, unit="execution", desc="measuring") as bar:
         try:
             if probes:
