@@ -15,6 +15,7 @@ The modules, from the machine up to the reader; each imports only from those abo
 - ``probes``, ``doctor``, ``attention``: the limits of memory, what spoils them, what is computed
 - ``workloads``, ``sampling``: which cases are measured, and one case with its receipt
 - ``rankings``, ``optimal_node``: which node is best, and how sure that is
+- ``roofline``, ``placement``: what memory allows for each placement, and which to choose
 - ``plan``, ``optimized``, ``pool``: which executions a sweep runs; attention on one node, and on all of them
 - ``run``, ``sweep``, ``report``: one execution, all executions of a plan, what is told of them
 - ``batch_scaling``, ``decode_loop``, ``guide_analyses``: the source guide's experiments, measured as this project measures
