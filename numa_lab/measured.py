@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from itertools import combinations, pairwise
@@ -69,7 +70,7 @@ class Measured:
         nodes, bandwidth, latency, together = (value[name] for name in names)
         try:
             rows = [None if matrix is None else tuple(map(tuple, matrix)) for matrix in (bandwidth, latency)]
-            return cls(tuple(map(int, nodes)), rows[0] or (), rows[1], together)
+            return cls(tuple(map(operator.index, nodes)), rows[0] or (), rows[1], together)
         except TypeError as error:
             raise InvalidInput(f"probes ({error}): expected what `numa-lab probe --json` prints") from error
 

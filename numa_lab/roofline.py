@@ -12,7 +12,8 @@ Where several nodes compute one sequence, one of them collects the partial resul
 
     merge = sum over the other nodes(latency + batch * q_heads * q_len * (head_dim + 1) * 4 bytes / bandwidth)
 
-with latency and bandwidth of the collector's path to each of them; the collector is the one that is done first.
+with latency and bandwidth of the collector's path to each of them; the collector is the one that is done first. Nodes that
+share this work are faster: it matters for large batches, where instances need no merge at all.
 
 Limits: only reading takes time, so that a kernel below the memory limit is slower, and so is waking threads (microseconds:
 they matter below a megabyte). Caches that hold K and V make it faster. A link's bandwidth is a lower bound where one node alone

@@ -206,6 +206,7 @@ def test_sockets_that_are_known_are_taken():
         ({"read_bytes_per_s": None}, "a row and a column"),
         ({"all_nodes_bytes_per_s": 0}, "all_nodes_bytes_per_s of 0"),
         ({"nodes": 2}, "numa-lab probe --json"),
+        ({"nodes": ["0", "1"]}, "numa-lab probe --json"),
     ],
 )
 def test_probes_that_make_no_sense_are_refused(change, message):
