@@ -76,7 +76,7 @@ clean: ## remove .venv, build output and caches; data/runs stays
 
 constraints: ## write constraints.txt anew: the newest versions that pyproject.toml allows
 	rm -rf build/newest && "$$(tools/need.sh python "$(PYTHON)")" -m venv build/newest
-	build/newest/bin/python -m pip install -qq --editable '.[dev]'
+	build/newest/bin/python -m pip install -qq --editable '.[dev,bench]'
 	{ sed '/^[^#]/,$$d' constraints.txt; build/newest/bin/python -m pip freeze --all --exclude-editable \
 	  | sed -E '/^(pip|triton|(cuda|nvidia)-.*)==/d; s/\+[a-z0-9.]+$$//' | LC_ALL=C sort -f; } > build/constraints.txt
 	mv build/constraints.txt constraints.txt

@@ -6,6 +6,7 @@ The modules, from the machine up to the reader; each imports only from those abo
 - ``sysfs``, ``hardware``, ``simd``, ``topology``, ``libnuma``, ``mappings``, ``free_memory``: the machine, the kernel's
   NUMA calls, what it tells of mappings, and what a node can still hold
 - ``timing``, ``ratios``, ``stats``: the clock, and honest comparison
+- ``measured``, ``mlc``: bandwidths and latencies between nodes, and Intel MLC's output
 - ``overview``: the machine in words
 - ``openmp``, ``thread_state``: torch's own threads, and their masks and policies
 - ``binding``, ``memory``, ``gpus``, ``results``: place threads and pages, see where they are, keep rows
@@ -14,6 +15,7 @@ The modules, from the machine up to the reader; each imports only from those abo
 - ``probes``, ``doctor``, ``attention``, ``proof``: the limits of memory, what spoils them, what is computed, where a team is
 - ``workloads``, ``sampling``: which cases are measured, and one case with its receipt
 - ``rankings``, ``optimal_node``: which node is best, and how sure that is
+- ``roofline``, ``placement``: what memory allows for each placement, and which to choose
 - ``plan``, ``optimized``, ``pool``, ``kv_cache``: which executions a sweep runs; attention on one node, a batch over all of
   them, and one sequence over all of them
 - ``run``, ``sweep``, ``report``: one execution, all executions of a plan, what is told of them

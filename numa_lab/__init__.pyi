@@ -9,6 +9,7 @@ from .optimal_node import get_optimal_numa_node as get_optimal_numa_node
 from .optimal_node import rank_nodes as rank_nodes
 from .optimized import NUMAOptimizedGQA as NUMAOptimizedGQA
 from .optimized import scaled_dot_product_attention_gqa as scaled_dot_product_attention_gqa
+from .placement import plan_placement as plan_placement
 from .pool import NUMAThreadPool as NUMAThreadPool
 from .receipt import Receipt as Receipt
 from .results import load_run as load_run
@@ -31,6 +32,7 @@ __all__ = [
     "gqa_attention",
     "load_run",
     "load_runs",
+    "plan_placement",
     "rank_nodes",
     "read_topology",
     "scaled_dot_product_attention_gqa",

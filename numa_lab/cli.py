@@ -113,6 +113,53 @@ def detect(as_json: bool, shape: str | None, refresh: bool) -> None:
 
 
 @main.command()
+@_as_json
+@click.option("--mlc", metavar="FILE", help="Output of Intel Memory Latency Checker, versions 3.1 to 3.11.")
+@click.option(
+    "--run", "run_dir", type=click.Path(path_type=Path), metavar="DIR", help="Run directory; its probes are taken."
+)
+@click.option("--machine", metavar="NAME", help="Published: broadwell, cascadelake, icelake or sapphirerapids.")
+@click.option("--preset", "model", default="llama-3-8b", show_default=True, metavar="NAME", help="Model's attention.")
+@click.option("--kv-len", type=int, metavar="N", help="Tokens in the cache; the preset's own where not given.")
+@click.option("--batch", type=int, metavar="N", help="Sequences; the preset's own where not given.")
+@click.option("--dtype", metavar="D", help="float32, bfloat16 or float16; the preset's own where not given.")
+def predict(
+    as_json: bool,
+    mlc: str | None,
+    run_dir: Path | None,
+    machine: str | None,
+    model: str,
+    kv_len: int | None,
+    batch: int | None,
+    dtype: str | None,
+) -> None:
+    """Predict decode attention for every placement: one node, a socket, all nodes, an instance on each.
+
+    Exactly one of --mlc, --run and --machine says what memory was measured. Nothing is run.
+    """
+    from numa_lab import mlc as mlc_output
+    from numa_lab import placement
+    from numa_lab.attention.shapes import preset
+
+    if sum(given is not None for given in (mlc, run_dir, machine)) != 1:
+        raise InvalidInput("expected exactly one of --mlc FILE, --run DIR and --machine NAME")
+    sizes = {"kv_len": kv_len, "batch": batch, "dtype": dtype}
+    shape = preset(model, **{name: value for name, value in sizes.items() if value is not None})
+    facts = None
+    if run_dir is not None:
+        source, (facts, measured) = str(run_dir), placement.read_run(run_dir)
+    elif mlc is not None:
+        source, measured = mlc, mlc_output.read_mlc(mlc)
+    else:
+        source, measured = f"{machine}, {mlc_output.SOURCE}", mlc_output.published(str(machine))
+    plan = placement.plan_placement(shape, facts, measured)
+    if as_json:
+        _print_json({"source": source, **plan.to_json()})
+    else:
+        click.echo(placement.render(plan, source))
+
+
+@main.command()
 @click.option("--profile", default="quick", show_default=True, help="How much: smoke, quick, standard or full.")
 @click.option("--bindings", help="local, matrix, all, or labels such as c0m0,c0m1; the profile's own where not given.")
 @click.option(
@@ -206,10 +253,11 @@ def _run(plan: Any, run_dir: Path, machine: Any, measured: Path, *, probes: bool
 
     from numa_lab import plan as plans
     from numa_lab import sweep as sweeps
+    from numa_lab.measured import PROBES
 
     todo = plans.missing(plan, run_dir)
     failed = 0
-    probes = probes and not (run_dir / sweeps.PROBES).exists()
+    probes = probes and not (run_dir / PROBES).exists()
     with tqdm(total=len(todo) + probes, unit="execution", desc="measuring") as bar:
         try:
             if probes:

@@ -13,6 +13,7 @@ import torch
 
 from numa_lab import memory, openmp, team
 from numa_lab.errors import NodeUnavailable, NumaLabError
+from numa_lab.measured import Matrix, Measured
 from numa_lab.reading import LINE_WORDS, cycle_through, read_bandwidth, read_latency
 from numa_lab.simd import LINE_BYTES
 from numa_lab.sysfs import format_cpulist
@@ -30,15 +31,13 @@ Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
-class NodeProbes:
-    """Measured limits: matrices have a row per CPU node and a column per memory node; None where nothing could be measured."""
+class NodeProbes(Measured):
+    """Limits measured on this machine: latencies are those from the first core of a CPU node.
 
-    nodes: tuple[int, ...]
-    read_bytes_per_s: tuple[tuple[float | None, ...], ...]  # one CPU node pulling alone
-    latency_ns: tuple[tuple[float | None, ...], ...]  # from the first core of the CPU node
-    all_nodes_bytes_per_s: (
-        float | None
-    )  # all nodes pulling their own memory at once, together; one node: measured again
+    With one node, ``all_nodes_bytes_per_s`` is that node, measured again.
+    """
+
+    latency_ns: Matrix
     threads: tuple[int, ...]  # per CPU node
     pages: dict[int, dict[int, int]]  # where the buffer of each memory node lay
     notes: tuple[str, ...]

@@ -16,6 +16,7 @@ import pandas as pd
 
 from numa_lab import notebook
 from numa_lab.errors import NumaLabError
+from numa_lab.measured import PROBES
 from numa_lab.plan import Plan, Planned, expected_cases, missing
 from numa_lab.receipt import contradictions
 from numa_lab.results import EXECUTIONS, machine_facts, read_rows, write_json
@@ -23,7 +24,6 @@ from numa_lab.timing import MIN_SAMPLES
 from numa_lab.topology import Topology
 from numa_lab.workloads import CASE_KEY, Case, case_key
 
-PROBES = "probes.json"
 MEASURED_NOTEBOOK = "02_attention_under_binding"
 MACHINE_NOTEBOOK = "01_machine"
 

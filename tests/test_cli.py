@@ -1,11 +1,13 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pandas as pd
 import pytest
 from click.testing import CliRunner
 
+from numa_lab import mlc
 from numa_lab.cli import main
 
 
@@ -28,6 +30,15 @@ def call(*words):
         (["verdict", "nowhere"], 1, "nowhere"),
         (["report", "nowhere"], 1, "nowhere"),
         (["detect", "--shape", "llama-3-9b"], 2, "llama-3-8b"),
+        (["predict"], 2, "exactly one of --mlc FILE, --run DIR and --machine NAME"),
+        (["predict", "--machine", "icelake", "--run", "data/sample"], 2, "exactly one"),
+        (["predict", "--machine", "skylake"], 2, "broadwell, cascadelake"),
+        (["predict", "--machine", "icelake", "--preset", "llama-3-9b"], 2, "llama-3-8b"),
+        (["predict", "--machine", "icelake", "--kv-len", "0"], 2, "kv_len=0"),
+        (["predict", "--machine", "icelake", "--dtype", "int8"], 2, "bfloat16"),
+        (["predict", "--mlc", "nowhere"], 2, "nowhere"),
+        (["predict", "--mlc", __file__], 2, "Memory Latency Checker"),
+        (["predict", "--run", "nowhere"], 1, "machine.json"),
         (["unknown"], 2, "No such command"),
     ],
 )
@@ -56,7 +67,7 @@ def test_json_is_json_alone(command):
 def test_looking_and_planning_never_load_torch_or_numba():
     code = (
         "import sys\nfrom click.testing import CliRunner\nfrom numa_lab.cli import main\n"
-        "for words in (['topology'], ['doctor'], ['sweep', '--dry-run']):\n"
+        "for words in (['topology'], ['doctor'], ['sweep', '--dry-run'], ['predict', '--machine', 'broadwell']):\n"
         "    result = CliRunner().invoke(main, words)\n"
         "    assert result.exit_code == 0, result.output\n"
         "assert not {'torch', 'numba'} & set(sys.modules)"
@@ -68,6 +79,33 @@ def test_dry_run_prints_commands_that_can_be_typed():
     lines = call("sweep", "--profile", "smoke", "--bindings", "c0m0", "--dry-run").stdout.splitlines()
     assert len(lines) == 2
     assert all(line.startswith("numactl --cpunodebind=0 --membind=0 python -m papermill") for line in lines)
+
+
+def test_predict_says_how_fast_each_placement_may_be():
+    file = str(Path(mlc.__file__).parent / "published" / "broadwell_mlc.txt")
+    shown = call("predict", "--machine", "broadwell", "--kv-len", "131072").stdout
+    assert "CC BY 4.0" in shown
+    assert "c0m0 14.72 3.97 memory of node 0, 36.5 GB/s" in " ".join(shown.split())
+    assert "sharded 0-3 is predicted fastest: 3.71 ms" in shown
+    told = json.loads(call("predict", "--mlc", file, "--kv-len", "131072", "--batch", "1", "--json").stdout)
+    assert told["source"] == file
+    assert told["read_bytes_per_s"][0][1] == 18909.5e6
+    assert told["latency_ns"][3] == [184.8, 194.6, 141.1, 76.4]
+    assert told["all_nodes_bytes_per_s"] == 144906.6e6
+    assert told["best"] == told["strategies"][0]
+    assert told["best"]["kind"] == "sharded"
+    single = next(one for one in told["strategies"] if one["label"] == "c0m0")
+    assert (single["kind"], single["nodes"]) == ("single", [0])
+    assert single["seconds"] == told["kv_bytes"] / 36481.7e6
+
+
+def test_predict_reads_the_probes_of_a_run():
+    sample = str(Path(__file__).parents[1] / "data" / "sample")
+    assert "One node: nothing to choose" in call("predict", "--run", sample).stdout
+    assert "emulated" in call("predict", "--run", f"{sample}/guest").stdout
+    table = call("predict", "--machine", "sapphirerapids").stdout
+    assert "54 remote placements between these" in table
+    assert len(table.splitlines()) < 30
 
 
 def test_detect_names_a_node_in_a_sentence_or_in_json(monkeypatch, tmp_path):

@@ -23,6 +23,7 @@ from markupsafe import Markup, escape
 from pandas.api.types import is_numeric_dtype
 
 from numa_lab import stats
+from numa_lab.measured import PROBES
 from numa_lab.plan import load_plan
 from numa_lab.report import figures, guide, receipts, tables, verdicts
 from numa_lab.report.attachments import (
@@ -75,7 +76,7 @@ def render(run_dir: Path) -> str:
     """The page of a run, with as much of it as ``MOST_BYTES`` allow."""
     rows, machine, plan = load_run(run_dir), load_machine(run_dir), asdict(load_plan(run_dir))
     compared, css = stats.compare(rows), (TEMPLATES / "report.css").read_text(encoding="utf-8")
-    probes = read_json(run_dir / "probes.json") if (run_dir / "probes.json").exists() else None
+    probes = read_json(run_dir / PROBES) if (run_dir / PROBES).exists() else None
     facts = _facts(run_dir, rows, machine, plan, compared) | {"css": Markup(css)}
     plots, machine_plots = figures.run_figures(rows), figures.machine_figures(probes) if probes else []
     files = [
@@ -85,7 +86,7 @@ def render(run_dir: Path) -> str:
         _json_file("machine.json", "the facts of the machine and the findings of `numa-lab doctor`", machine),
         _json_file("plan.json", "every planned execution with its command", plan),
     ]
-    files += [_json_file("probes.json", "bandwidth and latency between nodes", probes)] if probes else []
+    files += [_json_file(PROBES, "bandwidth and latency between nodes", probes)] if probes else []
     template = _environment().get_template("report.html.j2")
     page = ""
     for attachments, dpi, left_out in _variants(rows, files, list(notebooks(run_dir, css))):

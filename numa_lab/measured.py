@@ -1,0 +1,169 @@
+"""What was measured of a machine's memory, and which of its nodes share a socket."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields, replace
+from itertools import combinations, pairwise
+from statistics import fmean
+from typing import Any
+
+from numa_lab.errors import InvalidInput
+
+Matrix = tuple[tuple[float | None, ...], ...]
+Groups = tuple[tuple[int, ...], ...]
+
+PROBES = "probes.json"  # where a run directory keeps what notebook 01 measured
+LEAST_GAP = 1.15  # of latencies across sockets over those within: 1.27 to 1.54 on published machines, other gaps 1.05
+ONE_SOCKET = 1.4  # remote over local latency below which alike nodes are one socket: clusters have 1.2, two sockets 1.6
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Read bandwidths and latencies: matrices have a row per CPU node and a column per memory node.
+
+    A node without CPUs has a row of None, one without memory a column of None; None elsewhere was not measured.
+
+    Raises
+    ------
+    InvalidInput
+        A matrix does not fit the nodes, or a value is not a positive number.
+    """
+
+    nodes: tuple[int, ...]
+    read_bytes_per_s: Matrix  # one CPU node pulling alone
+    latency_ns: Matrix | None  # of a dependent load; None where nothing is known
+    all_nodes_bytes_per_s: float | None  # all nodes pulling their own memory at once, together
+
+    def __post_init__(self) -> None:
+        """Refuse what no machine can measure."""
+        if not self.nodes or len(set(self.nodes)) != len(self.nodes):
+            raise InvalidInput(f"nodes {list(self.nodes)}: expected at least one, and each once")
+        for name in ("read_bytes_per_s", "latency_ns"):
+            matrix = getattr(self, name)
+            if matrix is None and name == "latency_ns":
+                continue
+            if [len(row) for row in matrix] != [len(self.nodes)] * len(self.nodes):
+                raise InvalidInput(
+                    f"{name} with rows of {[len(row) for row in matrix]} values: expected a row and a column for each "
+                    f"of {len(self.nodes)} nodes"
+                )
+            for cell in (cell for row in matrix for cell in row):
+                _require_positive(name, cell)
+        _require_positive("all_nodes_bytes_per_s", self.all_nodes_bytes_per_s)
+
+    @classmethod
+    def from_json(cls, value: Any) -> Measured:
+        """Read what ``numa-lab probe --json`` prints; further keys are left alone.
+
+        Raises
+        ------
+        InvalidInput
+            It is something else; the message says what is wrong.
+        """
+        names = [field.name for field in fields(Measured)]
+        if not isinstance(value, Mapping) or not value.keys() >= set(names):
+            missing = sorted(set(names) - set(value)) if isinstance(value, Mapping) else names
+            raise InvalidInput(f"probes without {', '.join(missing)}: expected what `numa-lab probe --json` prints")
+        nodes, bandwidth, latency, together = (value[name] for name in names)
+        try:
+            rows = [None if matrix is None else tuple(map(tuple, matrix)) for matrix in (bandwidth, latency)]
+            return cls(tuple(map(operator.index, nodes)), rows[0] or (), rows[1], together)
+        except TypeError as error:
+            raise InvalidInput(f"probes ({error}): expected what `numa-lab probe --json` prints") from error
+
+    def bandwidth(self, cpu: int, mem: int) -> float | None:
+        """Bytes per second that the CPUs of one node read from the memory of another, or of the same."""
+        return self.read_bytes_per_s[self.nodes.index(cpu)][self.nodes.index(mem)]
+
+    def latency(self, cpu: int, mem: int) -> float | None:
+        """Nanoseconds of a load from the CPUs of one node to the memory of another, or of the same."""
+        return self.latency_ns[self.nodes.index(cpu)][self.nodes.index(mem)] if self.latency_ns else None
+
+    @property
+    def cpu_nodes(self) -> tuple[int, ...]:
+        """Nodes whose CPUs were seen reading."""
+        return tuple(cpu for cpu in self.nodes if any(self.bandwidth(cpu, mem) for mem in self.nodes))
+
+    @property
+    def mem_nodes(self) -> tuple[int, ...]:
+        """Nodes whose memory was read."""
+        return tuple(mem for mem in self.nodes if any(self.bandwidth(cpu, mem) for cpu in self.nodes))
+
+    @property
+    def gaps(self) -> tuple[tuple[int, int], ...]:
+        """CPU and memory node of each pair that was left out although both were measured with others."""
+        return tuple((c, m) for c in self.cpu_nodes for m in self.mem_nodes if self.bandwidth(c, m) is None)
+
+    def only(self, cpu_nodes: Iterable[int], mem_nodes: Iterable[int]) -> Measured:
+        """The same without the bandwidths of CPUs and memory that may not be used."""
+        cpus, mems = set(cpu_nodes), set(mem_nodes)
+        kept = tuple(
+            tuple(self.bandwidth(cpu, mem) if cpu in cpus and mem in mems else None for mem in self.nodes)
+            for cpu in self.nodes
+        )
+        return replace(self, read_bytes_per_s=kept)
+
+
+def _require_positive(name: str, value: object) -> None:
+    if value is None:
+        return
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise InvalidInput(f"{name} of {value!r}: expected a positive number, or null where nothing was measured")
+
+
+def socket_groups(measured: Measured, socket_of: Mapping[int, int] | None = None) -> Groups:
+    """The nodes of each socket.
+
+    Where the kernel does not tell, the latencies do. Two nodes are near where the mean of their two latencies lies below
+    the widest gap of all that splits the nodes into groups which are near among themselves and to no other. Without
+    such a gap all nodes are alike: one socket where they are nearly as near as their own memory, else one socket each.
+    Limits: the two halves of a single cluster-on-die socket lie so far apart that they are taken for two sockets.
+
+    Parameters
+    ----------
+    measured
+        The latencies; without any, each node is taken for a socket of its own.
+    socket_of
+        The socket of each node with CPUs, as far as it is known.
+
+    Returns
+    -------
+    Groups of node ids, in ascending order. A node without CPUs belongs to the socket that reaches it fastest.
+    """
+    cpu_nodes = measured.cpu_nodes
+    if socket_of is not None and set(cpu_nodes) <= set(socket_of):
+        ids = sorted({socket_of[node] for node in cpu_nodes})
+        groups = [{node for node in cpu_nodes if socket_of[node] == socket} for socket in ids]
+    else:
+        groups = _by_latency(measured, cpu_nodes)
+
+    def farness(cpu: int, mem: int) -> tuple[float, float]:
+        return measured.latency(cpu, mem) or math.inf, -(measured.bandwidth(cpu, mem) or 0)
+
+    for mem in measured.mem_nodes:
+        if mem not in cpu_nodes:
+            nearest = min(cpu_nodes, key=lambda cpu: farness(cpu, mem))
+            next(group for group in groups if nearest in group).add(mem)
+    return tuple(sorted(tuple(sorted(group)) for group in groups))
+
+
+def _by_latency(measured: Measured, nodes: tuple[int, ...]) -> list[set[int]]:
+    alone = [{node} for node in nodes]
+    pairs: dict[frozenset[int], float] = {}
+    for a, b in combinations(nodes, 2):
+        there, back = measured.latency(a, b), measured.latency(b, a)
+        if there is None or back is None:
+            return alone
+        pairs[frozenset((a, b))] = (there + back) / 2
+    gaps = sorted(((far / near, near) for near, far in pairwise(sorted(pairs.values()))), reverse=True)
+    for ratio, cut in gaps:
+        near = {a: {b for b in nodes if a == b or pairs[frozenset((a, b))] <= cut} for a in nodes}
+        if ratio >= LEAST_GAP and all(near[b] == near[a] for a in nodes for b in near[a]):
+            return [set(group) for group in {frozenset(group) for group in near.values()}]
+    local = [ns for ns in (measured.latency(node, node) for node in nodes) if ns is not None]
+    if pairs and local and fmean(pairs.values()) < ONE_SOCKET * fmean(local):
+        return [set(nodes)]
+    return alone
