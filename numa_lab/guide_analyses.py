@@ -133,7 +133,6 @@ def measure(
                     topology=topology,
                     backend="auto",
                     seconds=seconds / total,
-                    limit=math.nan,
                     identity={"label": cell.label, "execution_id": f"{done:05}", "block": block, "order": done},
                     own_process=False,
                 )

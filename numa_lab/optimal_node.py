@@ -184,7 +184,6 @@ def _visit(topology: Topology, shape: AttentionShape, seconds: float) -> Visits:
                     topology=topology,
                     backend="auto",
                     seconds=seconds,
-                    limit=math.nan,
                     identity={"label": label, "execution_id": f"{block:04}-{label}", "block": block, "order": block},
                     own_process=False,
                 )

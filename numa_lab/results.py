@@ -74,7 +74,11 @@ COLUMNS = (
     Column("seconds", pa.float64(), "seconds per call"),
     Column("kv_bytes", pa.int64(), "bytes of K and V, counted once"),
     Column("flops", pa.int64(), "floating-point operations of the two matrix products, masked ones included"),
-    Column("limit_bytes_per_s", pa.float64(), "read bandwidth of the same CPUs, memory and threads in this execution"),
+    Column(
+        "limit_bytes_per_s",
+        pa.float64(),
+        "read bandwidth of the same CPUs, memory and threads, measured right before and after the case",
+    ),
     Column("requested", pa.string(), "receipt: the binding that was asked for"),
     Column("effective", pa.string(), "receipt: what the kernel granted"),
     Column("observed", pa.string(), "receipt: threads with masks and CPUs, pages per tensor and node (JSON)"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import cache, cached_property
 from typing import Any
@@ -40,7 +41,6 @@ def sample_case(
     topology: Topology,
     backend: str,
     seconds: float,
-    limit: float,
     identity: Mapping[str, Any],
     own_process: bool = True,
 ) -> list[dict[str, object]]:
@@ -58,8 +58,6 @@ def sample_case(
         Of ``gqa_attention``, or ``auto``.
     seconds
         For warm-up and samples together.
-    limit
-        Bytes per second that the same team reads from the same memory.
     identity
         The columns of ``BY_HAND``, and the label.
     own_process
@@ -105,7 +103,7 @@ def sample_case(
         "threads": case.threads,
         "kv_bytes": shape.kv_bytes,
         "flops": shape.flops,
-        "limit_bytes_per_s": limit,
+        "limit_bytes_per_s": math.nan,  # for who measures it beside
         **receipt.to_columns(),
     }
     samples = [taken.cold_seconds, *taken.samples]

@@ -169,7 +169,15 @@ def _bars(ax: Axes, table: pd.DataFrame, dtypes: Sequence[str]) -> None:
     whiskers = [table["value"] - table["lowest"], table["highest"] - table["value"]]
     ax.barh(names, table["value"], xerr=whiskers, color=colors, height=0.7, ecolor=GREY, capsize=2)
     for position, (value, high) in enumerate(zip(table["value"], table["highest"], strict=True)):
-        ax.annotate(number(value), (high, position), (4, 0), textcoords="offset points", va="center", fontsize=9)
+        ax.annotate(
+            number(value),
+            (high, position),
+            (4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=9,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+        )
     ax.grid(visible=False, axis="y")
     ax.margins(x=0.15)
 

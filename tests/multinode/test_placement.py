@@ -71,7 +71,7 @@ def test_threads_and_pages_are_where_the_receipt_says(monkeypatch, topology, lab
         with witness.Threads() as threads:
             rows = sample_case(
                 Case(SHAPE, len(cpus)), pool, requested=binding, granted=granted, topology=topology, backend="auto",
-                seconds=0.5, limit=1e9, identity={"label": label},
+                seconds=0.5, identity={"label": label},
             )  # fmt: skip
     receipt = Receipt.from_columns(rows[0])
     # The few pages of the output come from malloc, which may have them from elsewhere: the receipt tells it, as it should.

@@ -32,7 +32,7 @@ def measured(binding, pool, topology, seconds=0.3):
     with team.pinned_team(cpus):
         rows = sample_case(
             Case(SHAPE, len(cpus)), pool, requested=binding, granted=effective(topology), topology=topology,
-            backend="auto", seconds=seconds, limit=1e9, identity={"label": str(binding)},
+            backend="auto", seconds=seconds, identity={"label": str(binding)},
         )  # fmt: skip
     return Receipt.from_columns(rows[0])
 
