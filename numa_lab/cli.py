@@ -264,6 +264,8 @@ def _run(plan: Any, run_dir: Path, machine: Any, measured: Path, *, probes: bool
                 for reason in sweeps.measure_machine(run_dir):
                     bar.write(reason, file=sys.stderr)
                 bar.update()
+            for reason in sweeps.predict(plan, run_dir, measured, machine):
+                bar.write(reason, file=sys.stderr)
             for planned, reasons in sweeps.run(plan, run_dir, machine, measured):
                 failed += bool(reasons)
                 if reasons:

@@ -5,17 +5,18 @@ It is predicted from measured bandwidths, as ``numa_lab.roofline`` says, so it c
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from numa_lab.attention.shapes import AttentionShape
+from numa_lab.binding import Binding, MemPolicy
 from numa_lab.errors import InvalidInput, RunDirectoryError
 from numa_lab.measured import PROBES, Groups, Measured, socket_groups
 from numa_lab.ratios import LARGEST_TIE
 from numa_lab.results import load_machine, read_json
-from numa_lab.roofline import Strategy, predict, predict_interleaved
+from numa_lab.roofline import Strategy, predict, predict_binding, predict_interleaved
 from numa_lab.sysfs import format_cpulist
 from numa_lab.topology import Topology
 
@@ -121,19 +122,7 @@ def plan_placement(shape: AttentionShape, topology: Topology | Mapping[str, Any]
         The nodes are not those of the topology, nothing was measured, K and V fit nowhere, or the shape is no decode step.
     """
     facts = topology.to_json() if isinstance(topology, Topology) else topology
-    socket_of: dict[int, int] | None = None
-    memory_bytes: dict[int, int] = {}
-    if facts:
-        ids = {node["id"] for node in facts["nodes"]}
-        if ids != set(measured.nodes):
-            raise InvalidInput(
-                f"measured were nodes {format_cpulist(measured.nodes)}, and the machine has {format_cpulist(ids)}: "
-                "measure this machine with `numa-lab probe`"
-            )
-        usable = {cpu["node"] for cpu in facts["cpus"] if cpu["id"] in facts["allowed_cpus"]}
-        measured = measured.only(usable, facts["allowed_nodes"])
-        socket_of = _sockets_told(facts["cpus"])
-        memory_bytes = {node["id"]: node["memory_bytes"] for node in facts["nodes"]}
+    measured, socket_of, memory_bytes = _usable(facts, measured)
     strategies = tuple(predict(shape, measured, socket_of=socket_of, memory_bytes=memory_bytes))
     if not any(strategy.fits for strategy in strategies):
         raise InvalidInput(
@@ -152,6 +141,44 @@ def plan_placement(shape: AttentionShape, topology: Topology | Mapping[str, Any]
         interleaved if several else None,
         tuple(notes),
     )
+
+
+def predict_bindings(
+    wanted: Iterable[tuple[Binding, AttentionShape]], topology: Topology | Mapping[str, Any], measured: Measured
+) -> list[Strategy | None]:
+    """Predict decode steps under bindings, in their order; None for a binding of which it can't be said where its pages lie.
+
+    That is so where pages go by weight or to the first of several nodes, and where CPUs of several nodes touch them. Parameters
+    and errors are those of ``plan_placement``; that K and V don't fit is no error here.
+    """
+    facts = topology.to_json() if isinstance(topology, Topology) else topology
+    measured, socket_of, memory_bytes = _usable(facts, measured)
+    found: list[Strategy | None] = []
+    for binding, shape in wanted:
+        mems = binding.mem_nodes or binding.cpu_nodes
+        if not mems or (len(mems) > 1 and binding.policy is not MemPolicy.INTERLEAVE):
+            found.append(None)
+            continue
+        cpus = binding.cpu_nodes or measured.cpu_nodes
+        found.append(predict_binding(shape, measured, cpus, mems, socket_of=socket_of, memory_bytes=memory_bytes))
+    return found
+
+
+def _usable(
+    facts: Mapping[str, Any] | None, measured: Measured
+) -> tuple[Measured, dict[int, int] | None, dict[int, int]]:
+    """What was measured of nodes that this process may use, the socket of each node, and the bytes that it holds."""
+    if not facts:
+        return measured, None, {}
+    ids = {node["id"] for node in facts["nodes"]}
+    if ids != set(measured.nodes):
+        raise InvalidInput(
+            f"measured were nodes {format_cpulist(measured.nodes)}, and the machine has {format_cpulist(ids)}: "
+            "measure this machine with `numa-lab probe`"
+        )
+    usable = {cpu["node"] for cpu in facts["cpus"] if cpu["id"] in facts["allowed_cpus"]}
+    memory_bytes = {node["id"]: node["memory_bytes"] for node in facts["nodes"]}
+    return measured.only(usable, facts["allowed_nodes"]), _sockets_told(facts["cpus"]), memory_bytes
 
 
 def _sockets_told(cpus: list[dict[str, Any]]) -> dict[int, int] | None:

@@ -34,6 +34,7 @@ __all__ = [
 SCHEMA_VERSION = 1
 EXECUTIONS = "executions"
 MACHINE = "machine.json"
+PREDICTION = "prediction.json"
 
 
 @dataclass(frozen=True)
@@ -231,6 +232,25 @@ def load_machine(run_dir: str | os.PathLike[str]) -> dict[str, Any]:
     if missing := {"fingerprint", "identity", "topology"} - set(facts):
         raise RunDirectoryError(f"{Path(run_dir) / MACHINE} is damaged, without {sorted(missing)}: measure again")
     return facts
+
+
+def load_prediction(run_dir: str | os.PathLike[str]) -> pd.DataFrame:
+    """What was predicted before a run was measured, a row for each decode case and binding; empty where nothing was.
+
+    Its columns are `label`, `attention`, `threads`, the sizes and `dtype` of the case, `seconds`, and `limit`: what bounds it.
+
+    Raises
+    ------
+    RunDirectoryError
+        It is damaged or of another schema version.
+    """
+    path = Path(run_dir) / PREDICTION
+    if not path.exists():
+        return pd.DataFrame()
+    stored = read_json(path)
+    if not isinstance(stored, dict) or stored.get("schema_version") != SCHEMA_VERSION or "rows" not in stored:
+        raise RunDirectoryError(f"{path} is damaged, or of another version than {SCHEMA_VERSION}: measure again")
+    return pd.DataFrame(stored["rows"])
 
 
 def load_run(run_dir: str | os.PathLike[str]) -> pd.DataFrame:

@@ -108,6 +108,25 @@ def predict_interleaved(
     return _roofline(shape, measured, socket_of, memory_bytes).interleaved()
 
 
+def predict_binding(
+    shape: AttentionShape,
+    measured: Measured,
+    cpu_nodes: Sequence[int],
+    mem_nodes: Sequence[int],
+    *,
+    socket_of: Mapping[int, int] | None = None,
+    memory_bytes: Mapping[int, int] | None = None,
+) -> Strategy | None:
+    """Predict a binding: the CPUs of some nodes share the work evenly, and each page lies on the next of some memory nodes.
+
+    None where a node's CPUs or memory were not measured. Other parameters and errors are those of ``predict``.
+    """
+    roofline = _roofline(shape, measured, socket_of, memory_bytes)
+    if not set(cpu_nodes) <= set(measured.cpu_nodes) or not set(mem_nodes) <= set(measured.mem_nodes):
+        return None
+    return roofline.spread(tuple(cpu_nodes), tuple(mem_nodes))
+
+
 def _roofline(
     shape: AttentionShape,
     measured: Measured,
@@ -241,10 +260,14 @@ class _Roofline:
         return self.strategy("instances", label, nodes, traffic, parts=parts, remark=remark)
 
     def interleaved(self) -> Strategy:
-        """All CPU nodes share the work evenly, and each page of K and V lies on the next memory node."""
-        cpus, mems = self.measured.cpu_nodes, self.measured.mem_nodes
-        traffic = dict.fromkeys(self._pairs(), self.shape.kv_bytes / len(cpus) / len(mems))
-        label = f"c{format_cpulist(cpus)}i{format_cpulist(mems)}"
+        """All CPU nodes, and each page of K and V on the next memory node."""
+        return self.spread(self.measured.cpu_nodes, self.measured.mem_nodes)
+
+    def spread(self, cpus: tuple[int, ...], mems: tuple[int, ...]) -> Strategy:
+        """Some CPU nodes share the work evenly, and each page of K and V lies on the next of some memory nodes."""
+        share = self.shape.kv_bytes / len(cpus) / len(mems)
+        traffic = {(cpu, mem): share for cpu in cpus for mem in mems}
+        label = f"c{format_cpulist(cpus)}{'i' if len(mems) > 1 else 'm'}{format_cpulist(mems)}"
         merge = min(self._merge_seconds(collector, cpus) for collector in cpus)
         return self.strategy("interleaved", label, tuple(sorted({*cpus, *mems})), traffic, merge_seconds=merge)
 

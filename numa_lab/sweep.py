@@ -10,16 +10,20 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
 
 from numa_lab import notebook
-from numa_lab.errors import NumaLabError
-from numa_lab.measured import PROBES
+from numa_lab.binding import Binding
+from numa_lab.errors import InvalidInput, NumaLabError
+from numa_lab.measured import PROBES, Measured
+from numa_lab.placement import predict_bindings
 from numa_lab.plan import Plan, Planned, expected_cases, missing
 from numa_lab.receipt import contradictions
-from numa_lab.results import EXECUTIONS, machine_facts, read_rows, write_json
+from numa_lab.results import EXECUTIONS, PREDICTION, SCHEMA_VERSION, machine_facts, read_json, read_rows, write_json
+from numa_lab.stats import AA_SUFFIX
 from numa_lab.timing import MIN_SAMPLES
 from numa_lab.topology import Topology
 from numa_lab.workloads import CASE_KEY, Case, case_key
@@ -124,6 +128,37 @@ def measure_machine(run_dir: Path) -> list[str]:
     log = output.with_suffix(".log")
     outcome = notebook.execute(source, output, {"result": str(run_dir.resolve() / PROBES)}, log=log)
     return [f"{source.name}: {notebook.failure(outcome, log)}"] if outcome.exit_status != 0 else []
+
+
+def predict(plan: Plan, run_dir: Path, measured: Path, topology: Topology) -> list[str]:
+    """Store what memory allows for each decode case under each binding, before any is measured; why not, as sentences.
+
+    It follows from ``probes.json``, and without that there is no prediction.
+    """
+    parameters = notebook.defaults(measured) | dict(plan.parameters)
+    bindings = [Binding.parse(label) for label in plan.bindings if not label.endswith(AA_SUFFIX)]
+    cases = [
+        (binding, case)
+        for binding in bindings
+        for cases in [expected_cases(parameters, binding, topology)]
+        for case in cases
+        if case.shape.phase == "decode" and case.threads == max(case.threads for case in cases)
+    ]
+    if not (run_dir / PROBES).exists() or (run_dir / PREDICTION).exists():
+        return []
+    try:
+        probes = Measured.from_json(read_json(run_dir / PROBES))
+        found = predict_bindings([(binding, case.shape) for binding, case in cases], topology, probes)
+    except InvalidInput as error:
+        return [f"Nothing was predicted: {error}"]
+    rows = [
+        {"label": str(binding), "attention": case.shape.kind, "threads": case.threads, **asdict(case.shape),
+         "seconds": strategy.seconds, "limit": strategy.limit}
+        for (binding, case), strategy in zip(cases, found, strict=True)
+        if strategy
+    ]  # fmt: skip
+    write_json(run_dir / PREDICTION, {"schema_version": SCHEMA_VERSION, "rows": rows})
+    return []
 
 
 @contextmanager

@@ -185,6 +185,28 @@ def test_ctrl_c_leaves_what_has_finished_usable_and_no_kernel_behind(tmp_path):
     assert not (run_dir / sweep.PROBES).exists()
 
 
+def test_what_is_predicted_is_stored_before_anything_is_measured(tmp_path):
+    planned, machine, measured = planned_sweep(), read_topology(), notebook.find(sweep.MEASURED_NOTEBOOK)
+    assert sweep.predict(planned, tmp_path, measured, machine) == []
+    assert results.load_prediction(tmp_path).empty, "nothing can be predicted without probes"
+    nodes = list(machine.node_ids)
+    pairs = [[20e9 if cpu == mem else 10e9 for mem in nodes] for cpu in nodes]
+    probes = {"nodes": nodes, "read_bytes_per_s": pairs, "latency_ns": None, "all_nodes_bytes_per_s": None}
+    results.write_json(tmp_path / sweep.PROBES, probes)
+    assert sweep.predict(planned, tmp_path, measured, machine) == []
+    predicted = results.load_prediction(tmp_path)
+    assert set(predicted["label"]) == {label for label in planned.bindings if "~" not in label}
+    assert {"gqa", "mha", "mqa"} == set(predicted["attention"])
+    size = 2 * predicted[["batch", "kv_heads", "kv_len", "head_dim"]].prod(axis=1)
+    size *= predicted["dtype"].map({"bfloat16": 2, "float16": 2, "float32": 4})
+    assert (predicted["seconds"] / (size / 20e9)).between(0.999, 1.001).all()
+    results.write_json(tmp_path / sweep.PROBES, probes | {"nodes": [999]})
+    assert sweep.predict(planned, tmp_path, measured, machine) == []
+    assert results.load_prediction(tmp_path).equals(predicted), "a resumed sweep predicted anew"
+    (tmp_path / results.PREDICTION).unlink()
+    assert "the machine has" in sweep.predict(planned, tmp_path, measured, machine)[0]
+
+
 def test_a_damaged_plan_is_said_to_be_damaged(tmp_path):
     plan.prepare(planned_sweep(), tmp_path, read_topology())
     stored = json.loads((tmp_path / "plan.json").read_text())

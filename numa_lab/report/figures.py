@@ -15,11 +15,13 @@ from numa_lab.report.figures_certainty import cold_against_steady, run_order, sp
 from numa_lab.report.figures_experiments import batch_scaling, decode_runs, ranking
 from numa_lab.report.figures_machine import bandwidth_heatmap, latency_heatmap
 from numa_lab.report.figures_placement import overhead_heatmap, pages
+from numa_lab.report.figures_prediction import against_prediction, prediction
 from numa_lab.report.figures_scaling import batch_curve, kv_curve, limit_share, thread_scaling
 from numa_lab.report.plots import Plot
 
 __all__ = [
     "Plot",
+    "against_prediction",
     "bandwidth_heatmap",
     "batch_curve",
     "batch_scaling",
@@ -32,6 +34,7 @@ __all__ = [
     "overhead_by_backend",
     "overhead_heatmap",
     "pages",
+    "prediction",
     "ranking",
     "run_figures",
     "run_order",
@@ -40,13 +43,14 @@ __all__ = [
 ]
 
 
-def run_figures(rows: pd.DataFrame) -> list[Plot]:
-    """All figures of a run, in the order of the report."""
+def run_figures(rows: pd.DataFrame, predicted: pd.DataFrame) -> list[Plot]:
+    """All figures of a run, in the order of the report; `predicted` is what ``results.load_prediction`` gives."""
     drawn = (
         overhead_heatmap, overhead_by_backend, spread, limit_share, thread_scaling, kv_curve, batch_curve, pages, run_order,
         cold_against_steady,
     )  # fmt: skip
-    return [draw(rows) for draw in drawn]
+    plots = [draw(rows) for draw in drawn]
+    return [*plots[:3], prediction(rows, predicted), *plots[3:]]
 
 
 def machine_figures(probes: Mapping[str, Any]) -> list[Plot]:

@@ -37,7 +37,7 @@ from numa_lab.report.attachments import (
     rows_csv,
 )
 from numa_lab.report.plots import DPI, Plot, number
-from numa_lab.results import load_machine, load_run, read_json, whole
+from numa_lab.results import load_machine, load_prediction, load_run, read_json, whole
 
 MOST_BYTES = 5_000_000
 MOST_ROWS = 60  # of a table on the page; the attached data hold the rest
@@ -78,7 +78,10 @@ def render(run_dir: Path) -> str:
     compared, css = stats.compare(rows), (TEMPLATES / "report.css").read_text(encoding="utf-8")
     probes = read_json(run_dir / PROBES) if (run_dir / PROBES).exists() else None
     facts = _facts(run_dir, rows, machine, plan, compared) | {"css": Markup(css)}
-    plots, machine_plots = figures.run_figures(rows), figures.machine_figures(probes) if probes else []
+    plots, machine_plots = (
+        figures.run_figures(rows, load_prediction(run_dir)),
+        figures.machine_figures(probes) if probes else [],
+    )
     files = [
         _json_file(
             "comparisons.json", "every comparison, as `numa-lab verdict --json` prints them", compared.to_json()

@@ -8,6 +8,7 @@ import pytest
 from matplotlib.text import Text
 from PIL import Image
 
+from numa_lab import stats
 from numa_lab.report import figures, plots
 
 ONE_NODE_ONE_EXECUTION = {"labels": ("c0m0",), "executions": 1}
@@ -32,11 +33,11 @@ def check(plot):
 
 def test_figures_of_a_matrix_say_what_is_seen(matrix_rows):
     settings = dict(mpl.rcParams)
-    drawn = {plot.name: check(plot) for plot in figures.run_figures(matrix_rows)}
+    drawn = {plot.name: check(plot) for plot in figures.run_figures(matrix_rows, pd.DataFrame())}
     assert list(drawn) == [
-        "overhead", "backends", "spread", "limit", "threads", "kv_len", "batch", "pages", "order", "cold",
+        "overhead", "backends", "spread", "prediction", "limit", "threads", "kv_len", "batch", "pages", "order", "cold",
     ]  # fmt: skip
-    assert [plot.name for plot in drawn.values() if plot.missing] == ["backends"]
+    assert [plot.name for plot in drawn.values() if plot.missing] == ["backends", "prediction"]
     assert "The slowest is c0m1" in drawn["overhead"].alt
     assert " 1.5" in drawn["overhead"].alt or " 1.4" in drawn["overhead"].alt
     assert {"c0-1i0-1", "c*m*"} < set(drawn["overhead"].table["binding"])
@@ -53,8 +54,10 @@ def test_figures_of_a_matrix_say_what_is_seen(matrix_rows):
 
 
 def test_one_node_and_one_execution_is_drawn_as_far_as_it_goes(synthetic_rows):
-    drawn = {plot.name: check(plot) for plot in figures.run_figures(synthetic_rows(**ONE_NODE_ONE_EXECUTION))}
-    assert [name for name, plot in drawn.items() if plot.missing] == ["backends", "order"]
+    drawn = {
+        plot.name: check(plot) for plot in figures.run_figures(synthetic_rows(**ONE_NODE_ONE_EXECUTION), pd.DataFrame())
+    }
+    assert [name for name, plot in drawn.items() if plot.missing] == ["backends", "prediction", "order"]
     assert "Only c0m0 was measured" in drawn["overhead"].alt
     shown = [text.get_text() for text in drawn["spread"].figure.findobj(Text)]
     assert "One node: nothing to compare" in shown
@@ -72,8 +75,8 @@ def test_one_node_and_one_execution_is_drawn_as_far_as_it_goes(synthetic_rows):
     ],
 )
 def test_what_was_not_measured_is_said_and_nothing_fails(matrix_rows, column, kept, missing):
-    drawn = figures.run_figures(matrix_rows[matrix_rows[column] == kept])
-    assert [plot.name for plot in drawn if plot.missing] == missing
+    drawn = figures.run_figures(matrix_rows[matrix_rows[column] == kept], pd.DataFrame())
+    assert [plot.name for plot in drawn if plot.missing and plot.name != "prediction"] == missing
     for plot in drawn:
         check(plot)
         assert not plot.missing or plot.note in plot.alt
@@ -125,6 +128,21 @@ def test_a_notebook_shows_a_figure_once_with_its_alt_text_and_its_table(matrix_r
     assert "spread (%)" in table["text/plain"]
     assert plot.svg() == plot.svg()
     assert b"source guide, GQA: 17.07 %" in plot.svg()
+
+
+def test_measurements_stand_beside_what_was_predicted(matrix_rows):
+    cases = figures.against_prediction(matrix_rows, pd.DataFrame())
+    assert cases.empty
+    decode = matrix_rows[matrix_rows["phase"] == "decode"].drop_duplicates(["label", *stats.CASE])
+    usual = decode.groupby("label")["seconds"].transform("median")
+    predicted = decode.assign(seconds=usual / 2, limit="memory of node 0").drop(columns=["backend", "phase"])
+    plot = check(figures.prediction(matrix_rows, predicted[~predicted["label"].str.contains("~|\\*")]))
+    assert set(plot.table["label"]) == {"c0m0", "c0m1", "c1m0", "c1m1", "c0-1i0-1"}
+    assert "of the predicted ones" in plot.note
+    assert (plot.table["seconds"] / plot.table["predicted"] == plot.table["ratio"]).all()
+    slow = plot.table[plot.table["label"] == "c0m1"]
+    assert "c0m1" in plot.alt
+    assert len(slow)
 
 
 def test_a_slow_backend_that_hides_remote_memory_stands_beside_the_fast_one(synthetic_rows):
