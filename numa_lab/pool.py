@@ -26,6 +26,7 @@ from numa_lab.team import NodeTeam
 from numa_lab.topology import Topology, read_topology
 
 T = TypeVar("T")
+ON_REMOTE = ("compute_there", "migrate", "ignore")
 
 
 class NUMAThreadPool:
@@ -37,11 +38,15 @@ class NUMAThreadPool:
         Leader threads per node: so many tasks run on a node at a time. The node's physical cores are divided among
         them, and each task computes with its leader's share. One leader with all cores suits attention on large inputs;
         several suit many small ones.
+    on_remote
+        Where ``parallel_gqa_compute`` computes an input. ``compute_there``: on the node where its K and V lie. ``migrate``: on
+        the least busy node, to which their pages are moved before. ``ignore``: on the least busy node, which reads
+        them over the link. ``receipt`` counts them.
 
     Raises
     ------
     InvalidInput
-        A node has fewer cores than leaders.
+        A node has fewer cores than leaders, or `on_remote` is none of these.
     NodeUnavailable
         This process may use no node's CPUs and memory together.
 
@@ -54,7 +59,10 @@ class NUMAThreadPool:
     ...     outputs = thread_pool.parallel_gqa_compute(queries, keys, values)
     """
 
-    def __init__(self, num_threads_per_node: int = 1) -> None:
+    def __init__(self, num_threads_per_node: int = 1, on_remote: str = "compute_there") -> None:
+        if on_remote not in ON_REMOTE:
+            raise InvalidInput(f"on_remote={on_remote!r}: expected one of {', '.join(ON_REMOTE)}")
+        self._on_remote = on_remote
         self._topology = read_topology()
         self.nodes = self._topology.effective_nodes
         if not self.nodes:
@@ -70,6 +78,7 @@ class NUMAThreadPool:
         }
         self._lock = threading.Lock()
         self._busy: Counter[NodeTeam] = Counter()
+        self._inputs: Counter[tuple[int, str]] = Counter()  # by node and by what was done with them
 
     def __enter__(self) -> NUMAThreadPool:
         return self
@@ -106,16 +115,36 @@ class NUMAThreadPool:
             raise InvalidInput(f"num_runs={num_runs}: expected at least 1")
 
         def compute(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            self._prepare(key, value)
             for _ in range(num_runs):
                 output = gqa_attention(query, key, value, enable_gqa=True)
             return output
 
+        there = self._on_remote == "compute_there"
         futures = [
-            self._submit(compute, (query, key, value), {}, self._node_of((key, value)))
+            self._submit(compute, (query, key, value), {}, self._node_of((key, value)) if there else None)
             for query, key, value in zip(queries, keys, values, strict=True)
         ]
         wait(futures)
         return [future.result() for future in futures]
+
+    def _prepare(self, key: Tensor, value: Tensor) -> None:
+        """On a leader: move an input here where that is wanted, and count what became of it."""
+        node = next(node for node, teams in self._teams.items() if any(team.is_current() for team in teams))
+        homes = {tensor: memory.home(tensor) for tensor in (key, value) if isinstance(tensor, Tensor) and tensor.is_cpu}
+        away = [tensor for tensor, home in homes.items() if home not in (node, None)]
+        if away and self._on_remote == "migrate":
+            for tensor in away:
+                memory.migrate(tensor, node)
+        what = (
+            "computed where they lay"
+            if not away
+            else "migrated"
+            if self._on_remote == "migrate"
+            else "read over a link"
+        )
+        with self._lock:
+            self._inputs[node, what] += 1
 
     def submit(self, fn: Callable[..., T], *args: Any, numa_node: int | None = None, **kwargs: Any) -> Future[T]:
         """Run a function on a node.
@@ -166,7 +195,8 @@ class NUMAThreadPool:
     def receipt(self) -> dict[int, Receipt]:
         """For each node what its leaders and their teams are granted, and where they are, when their turn comes.
 
-        Where tensors lie it does not say (``numa_lab.memory.locate`` does).
+        Its notes count what became of the inputs of ``parallel_gqa_compute`` (see `on_remote`). Where tensors lie it does
+        not say (``numa_lab.memory.locate`` does).
         """
         looks = {
             node: [team.submit(proof.look, self._topology) for team in teams] for node, teams in self._teams.items()
@@ -175,9 +205,11 @@ class NUMAThreadPool:
         for node, futures in looks.items():
             granted, threads, notes = zip(*(future.result() for future in futures), strict=True)
             refusals = (team.refusal for team in self._teams[node] if team.refusal)
+            with self._lock:
+                told = [f"inputs {what}: {count}" for (at, what), count in sorted(self._inputs.items()) if at == node]
             receipts[node] = Receipt(
                 Binding((node,), (node,), MemPolicy.PREFERRED), granted[0], tuple(itertools.chain.from_iterable(threads)),
-                {}, {}, tuple(dict.fromkeys((*itertools.chain.from_iterable(notes), *refusals))),
+                {}, {}, tuple(dict.fromkeys((*itertools.chain.from_iterable(notes), *refusals, *told))),
             )  # fmt: skip
         return receipts
 

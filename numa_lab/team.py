@@ -201,11 +201,17 @@ class NodeTeam:
         self._process = os.getpid()
         self._placement = Placement(cpus, (libnuma.MPOL_PREFERRED, [node]))
         self.refusal = ""  # why the memory policy was not set; empty where it was
+        self._leader_id = 0
         # The team ends with its leader, so nothing has to be given back.
         self._leader = ThreadPoolExecutor(1, name or f"numa-node-{node}", initializer=self._enter)
 
     def _enter(self) -> None:
+        self._leader_id = threading.get_ident()
         self.refusal = self._placement.enter().refusal
+
+    def is_current(self) -> bool:
+        """Whether the calling thread is this team's leader."""
+        return self._leader_id == threading.get_ident()
 
     def submit(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> Future[T]:
         """Run a function on the leader thread.

@@ -1,11 +1,14 @@
+import os
 import threading
 
+import psutil
 import pytest
 import torch
 
 from numa_lab import memory, openmp, pool
 from numa_lab.attention.reference import attention as reference
 from numa_lab.errors import InvalidInput, NodeUnavailable
+from numa_lab.optimized import NUMAOptimizedGQA
 from numa_lab.pool import NUMAThreadPool
 from numa_lab.topology import read_topology
 
@@ -70,6 +73,8 @@ def test_what_makes_no_sense_is_refused(threads):
         threads.parallel_gqa_compute([], [], [], num_runs=0)
     with pytest.raises(InvalidInput, match="num_threads_per_node=999: expected 1 to"):
         NUMAThreadPool(999)
+    with pytest.raises(InvalidInput, match="on_remote='move': expected one of compute_there, migrate, ignore"):
+        NUMAThreadPool(on_remote="move")
     with pytest.raises(NodeUnavailable, match="node 77"):
         threads.submit(print, numa_node=77)
     threads.shutdown()
@@ -85,6 +90,55 @@ def test_work_goes_where_its_tensors_lie(monkeypatch, threads, four_nodes):
         assert threads._node_of((tensor, "text")) == node
     monkeypatch.setattr(memory, "home", lambda _tensor: 3)  # memory alone: the first of those nearest to it
     assert threads._node_of((tensor,)) in four_nodes.effective_nodes
+
+
+@pytest.mark.parametrize(
+    ("on_remote", "told"),
+    [("compute_there", "computed where they lay"), ("migrate", "migrated"), ("ignore", "read over a link")],
+)
+def test_inputs_of_another_node_are_treated_as_asked_for_and_counted(monkeypatch, on_remote, told):
+    queries, keys, values = batch(5)
+    moved, elsewhere = [], NODE if on_remote == "compute_there" else NODE + 1
+    with NUMAThreadPool(on_remote=on_remote) as threads:
+        monkeypatch.setattr(memory, "home", lambda _tensor: elsewhere)
+        monkeypatch.setattr(memory, "migrate", lambda tensor, node: moved.append((tensor.data_ptr(), node)))
+        outputs = threads.parallel_gqa_compute(queries, keys, values)
+        expected = {(tensor.data_ptr(), NODE) for tensor in (*keys, *values)}
+        assert set(moved) == (expected if on_remote == "migrate" else set())
+        assert threads.receipt()[NODE].notes == (f"inputs {told}: 5",)
+    for output, *arguments in zip(outputs, queries, keys, values, strict=True):
+        assert (output - reference(*arguments, enable_gqa=True)[0]).abs().max() < 1e-5
+
+
+def test_a_batch_of_one_equals_the_helper(threads):
+    queries, keys, values = batch(1)
+    (output,) = threads.parallel_gqa_compute(queries, keys, values)
+    assert torch.equal(output, NUMAOptimizedGQA(NODE).compute(queries[0], keys[0], values[0]))
+
+
+def test_what_waits_can_be_cancelled_and_is_not_counted_as_busy(threads):
+    go = threading.Event()
+    blocker = threads.submit(go.wait, numa_node=NODE)
+    waiting = [threads.submit(print, numa_node=NODE) for _ in range(3)]
+    assert all(future.cancel() for future in waiting)
+    go.set()
+    assert blocker.result()
+    threads.execute_on_numa(int, numa_node=NODE)
+    assert sum(threads._busy.values()) == 0
+
+
+def test_10000_small_tasks_leave_nothing_behind(threads):
+    process, tensor = psutil.Process(), torch.zeros(64)
+
+    def run(count):
+        for future in [threads.submit(tensor.sum, numa_node=NODE) for _ in range(count)]:
+            future.result()
+
+    run(10000)
+    before, fewer = process.memory_info().rss, len(os.listdir("/proc/self/fd"))
+    run(10000)
+    assert process.memory_info().rss - before < 8 << 20
+    assert len(os.listdir("/proc/self/fd")) == fewer
 
 
 def test_scatter_binds_copies_to_the_nodes(threads):
