@@ -267,3 +267,21 @@ def test_one_sequence_lies_on_all_nodes_and_each_reads_its_own(topology):
     for node, pages in lie().items():
         assert pages.keys() <= {node, -1}
         assert pages[node] >= first[node][node], "growth moved pages"
+
+
+@pytest.mark.guest("two-sockets")
+def test_the_pool_moves_inputs_to_the_nodes_that_compute_them():
+    size = (1, 2, 256, 64)
+    keys, values = (
+        [memory.empty(size, torch.float32, 3, huge_pages=False).normal_() for _ in range(4)] for _ in range(2)
+    )
+    queries = [torch.randn(1, 4, 1, 64) for _ in keys]
+    with NUMAThreadPool(on_remote="migrate") as threads:
+        outputs = threads.parallel_gqa_compute(queries, keys, values)
+        notes = [note for receipt in threads.receipt().values() for note in receipt.notes]
+    assert sum(int(note.removeprefix("inputs migrated: ")) for note in notes) == 4
+    for query, key, value, output in zip(queries, keys, values, outputs, strict=True):
+        (home,) = witness.pages(key)
+        assert witness.pages(value).keys() == {home} < {0, 1, 2, 3}
+        assert home != 3, "it lies where no CPUs are"
+        torch.testing.assert_close(output.double(), reference(query, key, value, enable_gqa=True)[0], rtol=0, atol=1e-5)
