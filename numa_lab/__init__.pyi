@@ -11,6 +11,7 @@ from .optimized import NUMAOptimizedGQA as NUMAOptimizedGQA
 from .optimized import scaled_dot_product_attention_gqa as scaled_dot_product_attention_gqa
 from .placement import plan_placement as plan_placement
 from .pool import NUMAThreadPool as NUMAThreadPool
+from .process_pool import NUMAProcessPool as NUMAProcessPool
 from .receipt import Receipt as Receipt
 from .results import load_run as load_run
 from .results import load_runs as load_runs
@@ -22,6 +23,7 @@ __all__ = [
     "Binding",
     "MemPolicy",
     "NUMAOptimizedGQA",
+    "NUMAProcessPool",
     "NUMAThreadPool",
     "NodeShardedKVCache",
     "NumaLabError",

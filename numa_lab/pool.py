@@ -122,7 +122,9 @@ class NUMAThreadPool:
 
         there = self._on_remote == "compute_there"
         futures = [
-            self._submit(compute, (query, key, value), {}, self._node_of((key, value)) if there else None)
+            self._submit(
+                compute, (query, key, value), {}, node_of((key, value), self.nodes, self._topology) if there else None
+            )
             for query, key, value in zip(queries, keys, values, strict=True)
         ]
         wait(futures)
@@ -165,7 +167,9 @@ class NUMAThreadPool:
         """
         if numa_node is not None:
             self._topology.require_effective(numa_node)
-        return self._submit(fn, args, kwargs, self._node_of(args) if numa_node is None else numa_node)
+        return self._submit(
+            fn, args, kwargs, node_of(args, self.nodes, self._topology) if numa_node is None else numa_node
+        )
 
     def execute_on_numa(self, fn: Callable[..., T], *args: Any, numa_node: int, **kwargs: Any) -> T:
         """Run a function on a node and wait for its result; what it raises is raised here."""
@@ -231,20 +235,19 @@ class NUMAThreadPool:
         with self._lock:
             self._busy[team] -= 1
 
-    def _node_of(self, args: Sequence[Any]) -> int | None:
-        """The node whose CPUs are nearest to most of the tensors among `args`; None where nothing tells."""
-        weight: Counter[int] = Counter()
-        for tensor in args:
-            if isinstance(tensor, Tensor) and tensor.device.type == "cpu" and tensor.nbytes:
-                home = memory.home(tensor)
-                if home is not None:
-                    weight[home] += tensor.nbytes
-        if not weight:
-            return None
-        return min(self.nodes, key=lambda node: self._nearness(node, weight.most_common(1)[0][0]))
 
-    def _nearness(self, node: int, home: int) -> tuple[bool, int]:
-        return (node != home, self._topology.distance(node, home) or 0)
+def node_of(args: Sequence[Any], nodes: Sequence[int], topology: Topology) -> int | None:
+    """Of `nodes` the one whose CPUs are nearest to most of the tensors among `args`; None where nothing tells."""
+    weight: Counter[int] = Counter()
+    for tensor in args:
+        if isinstance(tensor, Tensor) and tensor.device.type == "cpu" and tensor.nbytes:
+            home = memory.home(tensor)
+            if home is not None:
+                weight[home] += tensor.nbytes
+    if not weight:
+        return None
+    home = weight.most_common(1)[0][0]
+    return min(nodes, key=lambda node: (node != home, topology.distance(node, home) or 0))
 
 
 def _shares(topology: Topology, node: int, leaders: int) -> list[tuple[int, ...]]:

@@ -82,14 +82,13 @@ def test_what_makes_no_sense_is_refused(threads):
         threads.submit(print)
 
 
-def test_work_goes_where_its_tensors_lie(monkeypatch, threads, four_nodes):
-    tensor = torch.zeros(8)
-    threads._topology, threads.nodes = four_nodes, four_nodes.effective_nodes
+def test_work_goes_where_its_tensors_lie(monkeypatch, four_nodes):
+    tensor, nodes = torch.zeros(8), four_nodes.effective_nodes
     for home, node in [(2, 2), (1, 1), (None, None)]:
         monkeypatch.setattr(memory, "home", lambda _tensor, home=home: home)
-        assert threads._node_of((tensor, "text")) == node
+        assert pool.node_of((tensor, "text"), nodes, four_nodes) == node
     monkeypatch.setattr(memory, "home", lambda _tensor: 3)  # memory alone: the first of those nearest to it
-    assert threads._node_of((tensor,)) in four_nodes.effective_nodes
+    assert pool.node_of((tensor,), nodes, four_nodes) in nodes
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Under each binding every computing thread and every page is where the receipt says; two sockets of two nodes."""
 
+import os
 import threading
 
 import pytest
@@ -14,6 +15,7 @@ from numa_lab.errors import InvalidInput, NodeUnavailable
 from numa_lab.kv_cache import NodeShardedKVCache
 from numa_lab.optimized import NUMAOptimizedGQA
 from numa_lab.pool import NUMAThreadPool
+from numa_lab.process_pool import NUMAProcessPool
 from numa_lab.receipt import Receipt
 from numa_lab.sampling import KVPool, sample_case
 from numa_lab.topology import read_topology
@@ -285,3 +287,14 @@ def test_the_pool_moves_inputs_to_the_nodes_that_compute_them():
         assert witness.pages(value).keys() == {home} < {0, 1, 2, 3}
         assert home != 3, "it lies where no CPUs are"
         torch.testing.assert_close(output.double(), reference(query, key, value, enable_gqa=True)[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.guest("two-sockets", seconds=240)
+def test_processes_are_on_their_nodes_and_tensors_in_memory_of_them(topology):
+    with NUMAProcessPool([0, 2]) as processes:
+        for node, receipt in processes.receipt().items():
+            assert receipt.contradictions(topology.cpus_of([node]), [node]) == []
+            shared = processes.empty((1 << 16,), torch.float32, node)
+            assert witness.pages(shared).keys() == {node}
+            assert processes.submit(os.sched_getaffinity, 0, numa_node=node).result() == set(topology.cpus_of([node]))
+            assert processes.submit(torch.Tensor.sum, shared.fill_(1)).result() == 1 << 16
