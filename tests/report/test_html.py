@@ -53,7 +53,7 @@ def check_in_browser(chromium, path):
 @pytest.fixture
 def no_figures(monkeypatch):
     """Write pages without figures, which take most of the time."""
-    monkeypatch.setattr(figures, "run_figures", lambda rows: [])
+    monkeypatch.setattr(figures, "run_figures", lambda rows, predicted: [])
 
 
 @pytest.fixture
@@ -150,7 +150,7 @@ def test_attached_data_are_those_of_the_run(synthetic_run, synthetic_rows, no_fi
 
 def test_a_page_that_grows_too_large_holds_less_and_says_so(notebook_run, monkeypatch):
     run_dir, plot = notebook_run
-    monkeypatch.setattr(figures, "run_figures", lambda rows: [plot])
+    monkeypatch.setattr(figures, "run_figures", lambda rows, predicted: [plot])
     usual = write_report(run_dir).read_text()
     monkeypatch.setattr(html, "MOST_BYTES", len(usual) - 1000)
     less = write_report(run_dir).read_text()
