@@ -16,6 +16,7 @@ The modules, from the machine up to the reader; each imports only from those abo
 - ``workloads``, ``sampling``: which cases are measured, and one case with its receipt
 - ``rankings``, ``optimal_node``: which node is best, and how sure that is
 - ``roofline``, ``placement``: what memory allows for each placement, and which to choose
+- ``kv_layout``: which token of a sharded cache lies on which node
 - ``plan``, ``optimized``, ``pool``, ``process_pool``, ``kv_cache``: which executions a sweep runs; attention on one node, work
   over all of them by threads or by processes, and one sequence over all of them
 - ``run``, ``sweep``, ``report``: one execution, all executions of a plan, what is told of them

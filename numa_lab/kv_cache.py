@@ -13,19 +13,18 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import wait
-from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from numa_lab import memory, proof, team
 from numa_lab.attention.partial import Part, merge, partial_attention
 from numa_lab.binding import Binding, MemPolicy
 from numa_lab.errors import InvalidInput
+from numa_lab.kv_layout import Layout, Segment
 from numa_lab.receipt import Receipt
 from numa_lab.team import NodeTeam
 from numa_lab.topology import read_topology
@@ -247,13 +246,13 @@ class NodeShardedKVCache:
             raise InvalidInput(f"{name}={given}: expected {self.batch} numbers, {room}")
         return numbers
 
-    def _new_segment(self, capacity: int) -> _Segment:
-        layout = _Layout.of(self._shares, self._block, capacity)
+    def _new_segment(self, capacity: int) -> Segment:
+        layout = Layout.of(self._shares, self._block, capacity)
         size = {node: (self.batch, self.kv_heads, layout.count(node, capacity), self.head_dim) for node in self.nodes}
         keys, values = ({node: memory.empty(size[node], self.dtype, node) for node in self.nodes} for _ in range(2))
-        return _Segment(layout, keys, values, [0] * self.batch)
+        return Segment(layout, keys, values, [0] * self.batch)
 
-    def _writable(self) -> _Segment:
+    def _writable(self) -> Segment:
         """The segment that takes new tokens: the last one, unless others read it beyond its end."""
         if not self._segments[-1].own:
             self._segments.append(self._new_segment(self.capacity - min(self.lengths)))
@@ -291,68 +290,6 @@ class NodeShardedKVCache:
         futures = [self._teams[node].submit(function) for node, function in work.items()]
         wait(futures)
         return [future.result() for future in futures]
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """Which token lies where: block by block, each of one node, numbered there from 0."""
-
-    block: int
-    owners: tuple[int, ...]
-    before: Mapping[int, NDArray[np.int64]]  # blocks of a node in front of each block
-
-    @classmethod
-    def of(cls, shares: Mapping[int, float], block: int, capacity: int) -> _Layout:
-        """Give each block to the node that is furthest behind its share."""
-        total, given, owners = sum(shares.values()), dict.fromkeys(shares, 0), []
-        for number in range(-(-capacity // block)):
-            owner = max(shares, key=lambda node: shares[node] / total * (number + 1) - given[node])
-            given[owner] += 1
-            owners.append(owner)
-        before = {node: np.cumsum([0, *(owner == node for owner in owners)]) for node in shares}
-        return cls(block, tuple(owners), before)
-
-    def count(self, node: int, tokens: int) -> int:
-        """How many of the first tokens of a sequence lie on a node."""
-        whole, rest = divmod(tokens, self.block)
-        return int(self.before[node][whole]) * self.block + (rest if rest and self.owners[whole] == node else 0)
-
-    def pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
-        """For a range of tokens the node, the first place there, and the first and the last + 1 of each piece."""
-        while start < stop:
-            number = start // self.block
-            node, end = self.owners[number], min(stop, (number + 1) * self.block)
-            yield node, int(self.before[node][number]) * self.block + start % self.block, start, end
-            start = end
-
-    def positions(self, node: int, first: int, last: int) -> NDArray[np.int64]:
-        """The tokens at some places of a node."""
-        blocks = np.flatnonzero(np.equal(self.owners, node))
-        places = np.arange(first, last)
-        return np.asarray(blocks[places // self.block] * self.block + places % self.block)
-
-
-@dataclass
-class _Segment:
-    """Tokens in a row of all sequences, with their memory, which caches that were forked share."""
-
-    layout: _Layout
-    keys: Mapping[int, Tensor]
-    values: Mapping[int, Tensor]
-    lengths: list[int]
-    own: bool = True  # whether tokens may be added behind them
-    lent_lengths: tuple[int, ...] = ()
-
-    def lent(self) -> _Segment:
-        """The same tokens for another cache, which may add none here."""
-        self.lent_lengths = tuple(map(max, zip(self.lengths, self.lent_lengths or self.lengths, strict=True)))
-        return _Segment(self.layout, self.keys, self.values, list(self.lengths), own=False)
-
-    def truncate(self, lengths: list[int]) -> None:
-        """Forget tokens; where others still read them, they may not be written over."""
-        self.lengths = lengths
-        if any(own < lent for own, lent in zip(lengths, self.lent_lengths, strict=False)):
-            self.own = False
 
 
 def _runs(items: Sequence[tuple[int, ...]]) -> Iterator[tuple[slice, tuple[int, ...]]]:

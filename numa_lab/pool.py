@@ -138,13 +138,7 @@ class NUMAThreadPool:
         if away and self._on_remote == "migrate":
             for tensor in away:
                 memory.migrate(tensor, node)
-        what = (
-            "computed where they lay"
-            if not away
-            else "migrated"
-            if self._on_remote == "migrate"
-            else "read over a link"
-        )
+        what = {"migrate": "migrated"}.get(self._on_remote, "read over a link") if away else "computed where they lay"
         with self._lock:
             self._inputs[node, what] += 1
 

@@ -135,6 +135,8 @@ def predict(plan: Plan, run_dir: Path, measured: Path, topology: Topology) -> li
 
     It follows from ``probes.json``, and without that there is no prediction.
     """
+    if not (run_dir / PROBES).exists() or (run_dir / PREDICTION).exists():
+        return []
     parameters = notebook.defaults(measured) | dict(plan.parameters)
     bindings = [Binding.parse(label) for label in plan.bindings if not label.endswith(AA_SUFFIX)]
     cases = [
@@ -144,8 +146,6 @@ def predict(plan: Plan, run_dir: Path, measured: Path, topology: Topology) -> li
         for case in cases
         if case.shape.phase == "decode" and case.threads == max(case.threads for case in cases)
     ]
-    if not (run_dir / PROBES).exists() or (run_dir / PREDICTION).exists():
-        return []
     try:
         probes = Measured.from_json(read_json(run_dir / PROBES))
         found = predict_bindings([(binding, case.shape) for binding, case in cases], topology, probes)

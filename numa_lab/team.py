@@ -261,16 +261,16 @@ def teams(nodes: Sequence[int] | None = None, *, reserve: int = 0) -> dict[int, 
             raise InvalidInput(
                 f"reserve={reserve}: expected 0 to {len(cores) - 1}, as node {node} has {len(cores)} cores"
             )
-        key = os.getpid(), node, reserve
+        key = os.getpid(), node, cores[reserve:]  # a thread that may use fewer CPUs gets another team
         with _lock:
             if key not in _shared:
-                _shared[key] = NodeTeam(node, cores[reserve:])
+                _shared[key] = NodeTeam(node, key[-1])
             found[node] = _shared[key]
     if not found:
         raise NodeUnavailable("no node has both CPUs and memory that this process may use")
     return found
 
 
-_shared: dict[tuple[int, int, int], NodeTeam] = {}
+_shared: dict[tuple[int, int, tuple[int, ...]], NodeTeam] = {}
 _lock = threading.Lock()
 os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)

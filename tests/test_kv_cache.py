@@ -9,6 +9,7 @@ from numa_lab.attention import partial
 from numa_lab.attention.reference import attention as reference
 from numa_lab.errors import InvalidInput
 from numa_lab.kv_cache import NodeShardedKVCache
+from numa_lab.kv_layout import Layout
 from numa_lab.topology import read_topology
 
 
@@ -121,7 +122,7 @@ def test_without_the_kernel_torch_computes_the_same_parts(monkeypatch):
 
 
 def test_blocks_go_round_by_weight_and_fill_each_node_from_its_start():
-    layout = kv_cache._Layout.of({0: 3.0, 1: 1.0}, block=4, capacity=32)
+    layout = Layout.of({0: 3.0, 1: 1.0}, block=4, capacity=32)
     assert sorted(layout.owners) == [0] * 6 + [1] * 2
     assert len(set(layout.owners[:4])) == 2, "the smaller share came last"
     for tokens in range(33):

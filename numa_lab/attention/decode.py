@@ -185,9 +185,12 @@ def plain(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool, out: Tens
 
 def remember(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
     """Let ``plain`` serve inputs like these, which were checked."""
+    signature = _signature(query, key, value, enable_gqa)
+    if signature in _plans:  # it was the output that had to be checked
+        return
     if len(_plans) >= MAX_PLANS:
         _plans.clear()
-    _plans[_signature(query, key, value, enable_gqa)] = _plan(query, key, value, None, None, torch.empty_like(query))
+    _plans[signature] = _plan(query, key, value, None, None, torch.empty_like(query))
 
 
 def _layout(out: Tensor) -> tuple[object, ...]:
@@ -321,9 +324,8 @@ class _Memory(threading.local):
     def here(self, workspace_bytes: int) -> _Memory:
         """Make ready for a call."""
         if self._room < workspace_bytes:
-            self._buffer = torch.empty(
-                workspace_bytes + 4096, dtype=torch.uint8
-            )  # so much may lie before a page begins
+            # Up to a page may lie in front of where one begins.
+            self._buffer = torch.empty(workspace_bytes + 4096, dtype=torch.uint8)
             self.workspace = -(-self._buffer.data_ptr() // 4096) * 4096
             self._room = workspace_bytes
         self._count.value = 0

@@ -89,6 +89,18 @@ def test_1000_shapes_from_several_threads_read_and_write_nothing_else():
     torch.set_num_threads(before)
 
 
+def test_an_output_of_another_layout_is_written_where_it_lies_when_the_shape_is_known_already():
+    query, key, value = torch.randn(1, 4, 1, 64), torch.randn(1, 2, 40, 64), torch.randn(1, 2, 40, 64)
+    expected = decode.decode_attention(query, key, value)
+    room = torch.full((4, 1, 1, 128), math.nan)
+    for out in (torch.empty_like(query), room[..., :64].transpose(0, 1), torch.empty_like(query)):
+        assert decode.decode_attention(query, key, value, out=out) is out
+        assert torch.equal(out, expected)
+    assert room[..., 64:].isnan().all()
+    with pytest.raises(InvalidInput, match=r"expected torch\.float32"):
+        decode.decode_attention(query, key, value, out=torch.empty(1, 4, 1, 32))
+
+
 @pytest.mark.parametrize("dtype", EPSILON)
 @pytest.mark.parametrize(("size", "kv_len"), [(1.0, 2000), (30.0, 500), (1.0, 131072)])
 def test_no_further_from_float64_than_torch(dtype, size, kv_len):
