@@ -15,7 +15,7 @@ from numa_lab.report.figures_certainty import cold_against_steady, run_order, sp
 from numa_lab.report.figures_experiments import batch_scaling, decode_runs, ranking
 from numa_lab.report.figures_machine import bandwidth_heatmap, latency_heatmap
 from numa_lab.report.figures_placement import overhead_heatmap, pages
-from numa_lab.report.figures_prediction import against_prediction, prediction
+from numa_lab.report.figures_prediction import against_prediction, prediction, prediction_sentence
 from numa_lab.report.figures_scaling import batch_curve, kv_curve, limit_share, thread_scaling
 from numa_lab.report.plots import Plot
 
@@ -35,6 +35,7 @@ __all__ = [
     "overhead_heatmap",
     "pages",
     "prediction",
+    "prediction_sentence",
     "ranking",
     "run_figures",
     "run_order",

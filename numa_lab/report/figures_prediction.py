@@ -57,13 +57,18 @@ def prediction(rows: pd.DataFrame, predicted: pd.DataFrame) -> Plot:
         f"{row.label} {1e3 * row.seconds:.3g} ms, predicted {1e3 * row.predicted:.3g}" for row in shown.itertuples()
     ]
     alt = f"Points by binding for {case}: {listed(told)}."
-    note = f"{case}, {shown['backend'].iloc[0]}; medians over executions, whiskers from the fastest to the slowest. {sentence(table)}"
+    ax.set_title(f"{case} ({shown['backend'].iloc[0]})")
+    note = f"Medians over executions, whiskers from the fastest to the slowest. {prediction_sentence(rows, predicted)}"
     return Plot(NAME, TITLE, figure, alt, table, note)
 
 
-def sentence(table: pd.DataFrame) -> str:
-    """How far what was measured lies from what was predicted, over all cases of ``against_prediction``."""
+def prediction_sentence(rows: pd.DataFrame, predicted: pd.DataFrame) -> str:
+    """How far what was measured lies from what was predicted, over all cases that ``against_prediction`` finds."""
+    table = against_prediction(rows, predicted)
     if table.empty:
         return "Nothing was predicted."
     low, middle, high = table["ratio"].quantile([0.0, 0.5, 1.0])
-    return f"Over {len(table)} decode cases, measured times are {low:.2f} to {high:.2f} of the predicted ones (median {middle:.2f})."
+    return (
+        f"Over {len(table)} decode cases, measured times are {low:.2f} to {high:.2f} of the predicted ones (median {middle:.2f}): "
+        "a case far above 1 is bound by something else than memory."
+    )
