@@ -14,7 +14,7 @@ from numa_lab.binding import Binding
 from numa_lab.errors import InvalidInput, NodeUnavailable
 from numa_lab.kv_cache import NodeShardedKVCache
 from numa_lab.optimized import NUMAOptimizedGQA
-from numa_lab.pool import NUMAThreadPool
+from numa_lab.pool import NUMAThreadPool, node_of
 from numa_lab.process_pool import NUMAProcessPool
 from numa_lab.receipt import Receipt
 from numa_lab.sampling import KVPool, sample_case
@@ -234,7 +234,8 @@ def test_a_node_without_cpus_is_no_place_to_compute(topology):
             assert receipt.notes == ()
         keys = pool.scatter([torch.ones(1 << 16) for _ in range(6)])
         assert [memory.home(key) for key in keys] == [0, 1, 2, 0, 1, 2]
-        assert pool._node_of((memory.empty((MIB,), torch.uint8, 3).fill_(1),)) == 2, "the nearest with CPUs"
+        far = memory.empty((MIB,), torch.uint8, 3).fill_(1)
+        assert node_of((far,), pool.nodes, topology) == 2, "the nearest with CPUs"
     with pytest.raises(InvalidInput, match="1 to 2"):
         NUMAThreadPool(3)
 
