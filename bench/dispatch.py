@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
 
 import common
@@ -10,7 +9,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from numa_lab import gqa_attention, openmp
-from numa_lab.attention import decode
+from numa_lab.attention import decode, plans
 
 
 def measure(turns: int) -> dict[str, float]:
@@ -18,13 +17,13 @@ def measure(turns: int) -> dict[str, float]:
     query = torch.randn(1, 8, 1, 128)
     key, value = torch.randn(2, 1, 2, 1, 128)
     out = torch.empty_like(query)
-    plan = decode._plan(query, key, value, None, None, out)
-    plan.run(query, key, value, None, out, None)
-    arguments = ctypes.create_string_buffer(bytes(decode._memory.arguments))  # a copy: other calls have other outputs
+    plan = plans.make_plan(query, key, value, None, None, out, torch.get_num_threads())
+    memory = plans.Memory()
+    job = plan.job(memory, 1, *(tensor.data_ptr() for tensor in (query, key, value, out)))
 
     def kernel() -> None:
-        decode._memory.here(0)  # one KV row is too little to share: a single thread arrives
-        openmp.run_on_team(plan.function, ctypes.addressof(arguments), plan.threads)
+        memory.ready(0)
+        openmp.run_on_team(*job)
 
     calls: dict[str, Callable[[], object]] = {
         "gqa_attention": lambda: gqa_attention(query, key, value, enable_gqa=True),

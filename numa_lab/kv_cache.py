@@ -11,25 +11,22 @@ thousand tokens are faster on one node.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import wait
 from functools import partial
-from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from numa_lab import memory, proof, team
-from numa_lab.attention.partial import Part, merge, partial_attention
+from numa_lab import memory, node_team, proof
 from numa_lab.binding import Binding, MemPolicy
 from numa_lab.errors import InvalidInput
 from numa_lab.kv_layout import Layout, Segment
+from numa_lab.node_team import NodeTeam
 from numa_lab.receipt import Receipt
-from numa_lab.team import NodeTeam
+from numa_lab.sharded import Piece, attend
 from numa_lab.topology import read_topology
-
-T = TypeVar("T")
 
 
 class NodeShardedKVCache:
@@ -46,7 +43,7 @@ class NodeShardedKVCache:
     nodes
         Where; all effective nodes where None is given.
     teams
-        A ``NodeTeam`` for each node; the shared ones (``numa_lab.team.teams``) where None is given.
+        A ``NodeTeam`` for each node; the shared ones (``numa_lab.node_team.teams``) where None is given.
     block
         Tokens in a row that belong to one node.
     weights
@@ -85,7 +82,7 @@ class NodeShardedKVCache:
                 raise InvalidInput(f"{name}={size}: expected at least 1")
         if not dtype.is_floating_point:
             raise InvalidInput(f"dtype={dtype}: expected a floating-point dtype")
-        self._teams = dict(teams if teams is not None else team.teams(nodes))
+        self._teams = dict(teams if teams is not None else node_team.teams(nodes))
         self.nodes = tuple(self._teams if nodes is None else nodes)
         missing = [node for node in self.nodes if node not in self._teams]
         if missing or not self.nodes or len(set(self.nodes)) < len(self.nodes):
@@ -147,10 +144,13 @@ class NodeShardedKVCache:
                 for ours, new in ((segment.keys, key), (segment.values, value)):
                     target = ours[node][rows, :, local : local + stop - start]
                     copies[node].append(partial(target.copy_, new[rows, :, start - old : stop - old]))
-        self._on_nodes(
-            {node: partial(_call_all, parts) for node, parts in copies.items() if parts},
-            here=max(counts) <= self._block,
-        )
+        if max(counts) <= self._block:  # too little to hand over
+            _call_all(itertools.chain.from_iterable(copies.values()))
+        else:
+            futures = [self._teams[node].submit(_call_all, of_node) for node, of_node in copies.items() if of_node]
+            wait(futures)
+            for future in futures:
+                future.result()
         segment.lengths = [old + count for old, count in zip(segment.lengths, counts, strict=True)]
 
     def attend(self, query: Tensor, *, scale: float | None = None) -> Tensor:
@@ -187,11 +187,8 @@ class NodeShardedKVCache:
             raise InvalidInput(
                 f"q_len {query.size(2)} with sequences of {self.lengths} tokens: append the keys and values of the queries first"
             )
-        query = query.detach()
-        parts = self._on_nodes(
-            {node: partial(self._attend_on, node, query, scale) for node in self.nodes if self._holds(node)}
-        )
-        return merge(parts)[0].to(self.dtype)
+        pieces = self._pieces(query.size(2))
+        return attend(query.detach(), pieces, scale) if pieces else torch.zeros_like(query)
 
     def truncate(self, tokens: int | Sequence[int]) -> None:
         """Forget all but the first tokens of each sequence; a sequence that holds no more is left alone.
@@ -258,38 +255,25 @@ class NodeShardedKVCache:
             self._segments.append(self._new_segment(self.capacity - min(self.lengths)))
         return self._segments[-1]
 
-    def _holds(self, node: int) -> bool:
-        return any(segment.layout.count(node, max(segment.lengths)) for segment in self._segments)
-
-    def _attend_on(self, node: int, query: Tensor, scale: float | None) -> Part:
-        """Attention over the tokens of one node; it runs on the node's team."""
-        q_len, outputs = query.size(2), []
+    def _pieces(self, q_len: int) -> list[Piece]:
+        """What each node holds of each sequence, apart where only some of q_len queries see it."""
+        found = []
         for rows, lengths in _runs(list(zip(*(segment.lengths for segment in self._segments), strict=True))):
-            parts, behind = [], sum(lengths)  # tokens of this segment and of those after it
+            slots, behind = itertools.count(), sum(lengths)  # behind: tokens of a segment and of those after it
             for segment, length in zip(self._segments, lengths, strict=True):
                 by_all = min(length, max(0, behind - q_len + 1))  # so many of them does each query see
-                key, value = segment.keys[node][rows], segment.values[node][rows]
-                first, last = segment.layout.count(node, by_all), segment.layout.count(node, length)
-                if first:
-                    parts.append(partial_attention(query[rows], key[:, :, :first], value[:, :, :first], None, scale))
-                if last > first:
-                    own = torch.from_numpy(segment.layout.positions(node, first, last))
-                    mask = own <= behind - q_len + torch.arange(q_len).unsqueeze(1)
-                    tail = key[:, :, first:last], value[:, :, first:last]
-                    parts.append(partial_attention(query[rows], *tail, mask, scale))
+                for node in self.nodes:
+                    first, last = segment.layout.count(node, by_all), segment.layout.count(node, length)
+                    place = self._teams[node], rows
+                    memory = segment.keys[node], segment.values[node]
+                    if first:
+                        found.append(Piece(*place, next(slots), *memory, 0, first))
+                    if last > first:
+                        own = torch.from_numpy(segment.layout.positions(node, first, last))
+                        mask = own <= behind - q_len + torch.arange(q_len).unsqueeze(1)
+                        found.append(Piece(*place, next(slots), *memory, first, last, mask))
                 behind -= length
-            outputs.append(merge(parts) if parts else _nothing(query[rows]))
-        if len(outputs) == 1:
-            return outputs[0]
-        return torch.cat([output.float() for output, _ in outputs]), torch.cat([lse for _, lse in outputs])
-
-    def _on_nodes(self, work: Mapping[int, Callable[[], T]], here: bool = False) -> list[T]:
-        """Results of what is run on the teams of nodes, at once; or by this thread, one after the other."""
-        if here:
-            return [function() for function in work.values()]
-        futures = [self._teams[node].submit(function) for node, function in work.items()]
-        wait(futures)
-        return [future.result() for future in futures]
+        return found
 
 
 def _runs(items: Sequence[tuple[int, ...]]) -> Iterator[tuple[slice, tuple[int, ...]]]:
@@ -301,10 +285,6 @@ def _runs(items: Sequence[tuple[int, ...]]) -> Iterator[tuple[slice, tuple[int, 
         start = stop
 
 
-def _call_all(functions: Sequence[Callable[[], object]]) -> None:
+def _call_all(functions: Iterable[Callable[[], object]]) -> None:
     for function in functions:
         function()
-
-
-def _nothing(query: Tensor) -> Part:
-    return torch.zeros(query.shape), torch.full(query.shape[:-1], -torch.inf)

@@ -20,9 +20,9 @@ from numa_lab import memory, proof
 from numa_lab.attention.gqa import gqa_attention
 from numa_lab.binding import Binding, MemPolicy
 from numa_lab.errors import InvalidInput, NodeUnavailable
+from numa_lab.node_team import NodeTeam
 from numa_lab.receipt import Receipt
 from numa_lab.sysfs import format_cpulist
-from numa_lab.team import NodeTeam
 from numa_lab.topology import Topology, read_topology
 
 T = TypeVar("T")

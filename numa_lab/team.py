@@ -11,22 +11,17 @@ library can't be found the calling thread alone is moved, and a warning says so.
 from __future__ import annotations
 
 import os
-import threading
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
 
 import numpy as np
 
 from numa_lab import libnuma, openmp, thread_state
-from numa_lab.errors import InvalidInput, NodeUnavailable, NumaLabError
+from numa_lab.errors import InvalidInput, NumaLabError
 from numa_lab.thread_state import Exchange, Rows
-from numa_lab.topology import read_topology
 
-T = TypeVar("T")
 Policy = tuple[int, Collection[int]]  # a mode of numa_lab.libnuma, and its nodes
 
 
@@ -170,107 +165,3 @@ def pinned_team(cpus: Sequence[int], policy: Policy | None = None) -> Iterator[l
         yield openmp.team(len(cpus)) if openmp.runtime() else []
     finally:
         placement.leave(before)
-
-
-class NodeTeam:
-    """A leader thread with a team of its own, pinned to a node once for good: what is submitted runs on it, in order.
-
-    The memory policy of its threads is *preferred*: see ``numa_lab.optimized``.
-
-    Parameters
-    ----------
-    node
-        Whose memory its threads prefer.
-    cpus
-        One thread is pinned to each; the node's physical cores where None is given.
-    name
-        Of the leader thread.
-
-    Raises
-    ------
-    NodeUnavailable
-        The node does not exist, or its CPUs or memory may not be used.
-    """
-
-    def __init__(self, node: int, cpus: Sequence[int] | None = None, name: str | None = None) -> None:
-        if cpus is None:
-            topology = read_topology()
-            topology.require_effective(node)
-            cpus = topology.cpus_for([node])
-        self.node, self.cpus = node, tuple(cpus)
-        self._process = os.getpid()
-        self._placement = Placement(cpus, (libnuma.MPOL_PREFERRED, [node]))
-        self.refusal = ""  # why the memory policy was not set; empty where it was
-        self._leader_id = 0
-        # The team ends with its leader, so nothing has to be given back.
-        self._leader = ThreadPoolExecutor(1, name or f"numa-node-{node}", initializer=self._enter)
-
-    def _enter(self) -> None:
-        self._leader_id = threading.get_ident()
-        self.refusal = self._placement.enter().refusal
-
-    def is_current(self) -> bool:
-        """Whether the calling thread is this team's leader."""
-        return self._leader_id == threading.get_ident()
-
-    def submit(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> Future[T]:
-        """Run a function on the leader thread.
-
-        Raises
-        ------
-        NumaLabError
-            The process was forked since: threads stay with the parent.
-        """
-        if os.getpid() != self._process:
-            raise NumaLabError(
-                f"this team's threads live in process {self._process}, and a fork does not copy them: make the pool "
-                "in the process that uses it"
-            )
-        return self._leader.submit(function, *args, **kwargs)
-
-    def shutdown(self, *, wait: bool = True) -> None:
-        """Finish what was submitted, and end the threads."""
-        self._leader.shutdown(wait=wait)
-
-
-def teams(nodes: Sequence[int] | None = None, *, reserve: int = 0) -> dict[int, NodeTeam]:
-    """A team for each node, made once in a process and used by all who ask; they end with it.
-
-    After a fork the child gets teams of its own.
-
-    Parameters
-    ----------
-    nodes
-        All effective nodes where None is given.
-    reserve
-        Physical cores of each node that are left to others.
-
-    Raises
-    ------
-    NodeUnavailable
-        A node does not exist, or may not be used.
-    InvalidInput
-        A node has no core left.
-    """
-    topology = read_topology()
-    found = {}
-    for node in topology.effective_nodes if nodes is None else nodes:
-        topology.require_effective(node)
-        cores = topology.cpus_for([node])
-        if not 0 <= reserve < len(cores):
-            raise InvalidInput(
-                f"reserve={reserve}: expected 0 to {len(cores) - 1}, as node {node} has {len(cores)} cores"
-            )
-        key = os.getpid(), node, cores[reserve:]  # a thread that may use fewer CPUs gets another team
-        with _lock:
-            if key not in _shared:
-                _shared[key] = NodeTeam(node, key[-1])
-            found[node] = _shared[key]
-    if not found:
-        raise NodeUnavailable("no node has both CPUs and memory that this process may use")
-    return found
-
-
-_shared: dict[tuple[int, int, tuple[int, ...]], NodeTeam] = {}
-_lock = threading.Lock()
-os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)

@@ -4,12 +4,13 @@ import random
 import pytest
 import torch
 
-from numa_lab import kv_cache, memory, team
+from numa_lab import kv_cache, memory
 from numa_lab.attention import partial
 from numa_lab.attention.reference import attention as reference
 from numa_lab.errors import InvalidInput
 from numa_lab.kv_cache import NodeShardedKVCache
 from numa_lab.kv_layout import Layout
+from numa_lab.node_team import NodeTeam
 from numa_lab.topology import read_topology
 
 
@@ -17,7 +18,7 @@ from numa_lab.topology import read_topology
 def several(monkeypatch):
     """Three nodes that are all the one that is here: each with a team and memory of its own."""
     real = read_topology().effective_nodes[0]
-    teams = {name: team.NodeTeam(real) for name in (10, 11, 12)}
+    teams = {name: NodeTeam(real) for name in (10, 11, 12)}
     monkeypatch.setattr(kv_cache.memory, "empty", lambda shape, dtype, node: torch.zeros(shape, dtype=dtype))
     yield teams
     for one in teams.values():
@@ -109,16 +110,19 @@ def test_whatever_is_done_to_it_it_attends_as_the_formula_says(several, number):
         play(chance, *chance.choice(family), 4, dtype, family)
 
 
-def test_without_the_kernel_torch_computes_the_same_parts(monkeypatch):
-    monkeypatch.setattr(partial.decode, "refusal", lambda *_: "none of its own")
+def test_torch_computes_the_parts_that_the_kernel_does_not_serve(monkeypatch, several):
     monkeypatch.setattr(partial, "CHUNK", 7)
-    query, key, value = torch.randn(2, 6, 3, 8), torch.randn(2, 2, 20, 8), torch.randn(2, 2, 20, 8)
+    query, key, value = torch.randn(2, 6, 3, 12), torch.randn(2, 2, 20, 12), torch.randn(2, 2, 20, 12)  # 12 is odd
     mask = torch.rand(3, 20) > 0.5
     mask[1] = False
     expected, expected_lse = reference(query, key, value, mask, enable_gqa=True)
     output, lse = partial.partial_attention(query, key, value, mask)
     torch.testing.assert_close(output.double(), expected, rtol=0, atol=1e-5)
     torch.testing.assert_close(lse.double(), expected_lse, rtol=0, atol=1e-5)
+    cache = NodeShardedKVCache(2, 2, 12, 20, torch.float32, list(several), several, block=2)
+    cache.append(key, value)
+    expected, _ = reference(query, key, value, torch.ones(3, 20, dtype=torch.bool).tril(17), enable_gqa=True)
+    torch.testing.assert_close(cache.attend(query).double(), expected, rtol=0, atol=1e-5)
 
 
 def test_blocks_go_round_by_weight_and_fill_each_node_from_its_start():

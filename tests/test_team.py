@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from numa_lab import libnuma, openmp, team
-from numa_lab.errors import InvalidInput, NumaLabError
 from numa_lab.topology import read_topology
 
 
@@ -110,36 +109,6 @@ def test_a_thread_count_is_set_for_one_thread_alone():
         other.start()
         other.join()
     assert seen == [torch.get_num_threads()]
-
-
-def test_a_node_team_computes_on_its_cpus_and_belongs_to_its_process(node):
-    own = team.NodeTeam(node)
-    cpus = read_topology().cpus_for([node])
-    try:
-        assert [thread.cpus for thread in own.submit(openmp.team).result()] == [{cpu} for cpu in cpus]
-        with pytest.raises(ZeroDivisionError):
-            own.submit(lambda: 1 / 0).result()
-        own._process += 1  # as a forked child sees it
-        with pytest.raises(NumaLabError, match="in the process that uses it"):
-            own.submit(openmp.team)
-    finally:
-        own.shutdown()
-
-
-def test_teams_are_made_once_in_each_process_and_leave_cores_to_others(node):
-    first = team.teams()
-    assert first == team.teams([node]) if len(first) == 1 else first.keys() == set(read_topology().effective_nodes)
-    assert team.teams([node])[node] is first[node]
-    cores = len(first[node].cpus)
-    with pytest.raises(InvalidInput, match=f"reserve={cores}: expected 0 to {cores - 1}"):
-        team.teams([node], reserve=cores)
-    if cores > 1:
-        assert team.teams([node], reserve=1)[node].cpus == first[node].cpus[1:]
-    child = os.fork()
-    if not child:
-        fresh = team.teams([node])[node]
-        os._exit(fresh is first[node] or fresh.submit(openmp.threads).result() != cores)
-    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_a_forked_child_computes():

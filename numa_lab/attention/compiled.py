@@ -21,18 +21,19 @@ import numba
 import platformdirs
 
 from numa_lab import simd
-from numa_lab.attention import decode_kernel, tiles
+from numa_lab.attention import decode_kernel, merge_kernel, tiles
 from numa_lab.attention.decode_kernel import Spec
+from numa_lab.attention.merge_kernel import MergeSpec
 
-_ENTRY = "decode_team"
+_ENTRY = "numa_lab_kernel"
 _DIGEST_BYTES = hashlib.sha256().digest_size
 _engines: list[Any] = []  # they own the machine code
 
 
 @cache
-def address(spec: Spec) -> int:
-    """Address of the body of a team's threads for one version of the kernel: loaded from disk, or compiled and stored."""
-    path = folder() / f"decode-{_fingerprint(spec)}.o"
+def address(spec: Spec | MergeSpec) -> int:
+    """Address of the compiled ``void (void *)`` of one version of a kernel: loaded from disk, or compiled and stored."""
+    path = folder() / f"kernel-{_fingerprint(spec)}.o"
     code = _read(path)
     if code is None:
         code = machine_code(spec)
@@ -45,30 +46,30 @@ def folder() -> Path:
     return Path(platformdirs.user_cache_dir("numa_lab")) / "kernels"
 
 
-def machine_code(spec: Spec) -> bytes:
+def machine_code(spec: Spec | MergeSpec) -> bytes:
     """Compile one version of the kernel for this CPU, as an object file that needs nothing but the C library's mathematics."""
     target = _target_machine()
     return bytes(target.emit_object(_module(spec, target)))
 
 
-def assembly(spec: Spec, target: Any = None) -> str:
+def assembly(spec: Spec | MergeSpec, target: Any = None) -> str:
     """The same as text, for reading; for another CPU where llvmlite's ``TargetMachine`` of it is given."""
     target = target or _target_machine()
     return str(target.emit_assembly(_module(spec, target)))
 
 
-def _module(spec: Spec, target: Any) -> Any:
+def _module(spec: Spec | MergeSpec, target: Any) -> Any:
     """Numba's code for a version, optimised as a whole.
 
     Numba links each function as one that others may replace, and so keeps its ways of raising Python errors. Made private
     to the module they prove impossible, and the passes remove them.
     """
-    team = decode_kernel.build(spec)
-    module = llvm.parse_assembly(team.inspect_llvm())
+    entry = spec.build()
+    module = llvm.parse_assembly(entry.inspect_llvm())
     for function in module.functions:
-        if not function.is_declaration and function.name != team.native_name:
+        if not function.is_declaration and function.name != entry.native_name:
             function.linkage = "internal"
-    module.get_function(team.native_name).name = _ENTRY
+    module.get_function(entry.native_name).name = _ENTRY
     module.triple, module.data_layout = target.triple, str(target.target_data)
     passes = llvm.create_pass_builder(target, llvm.create_pipeline_tuning_options(speed_level=3))
     passes.getModulePassManager().run(module, passes)
@@ -93,7 +94,7 @@ def _load(code: bytes) -> int:
 def _origin() -> bytes:
     """Digest of all that decides about every kernel's code."""
     digest = hashlib.sha256()
-    for module in (simd, tiles, decode_kernel):
+    for module in (simd, tiles, decode_kernel, merge_kernel):
         digest.update(Path(str(module.__file__)).read_bytes())
     facts = (
         numba.__version__, llvmlite.__version__, numba.config.OPT, llvm.get_host_cpu_name(),
@@ -103,7 +104,7 @@ def _origin() -> bytes:
     return digest.digest()
 
 
-def _fingerprint(spec: Spec) -> str:
+def _fingerprint(spec: Spec | MergeSpec) -> str:
     return hashlib.sha256(_origin() + repr(spec).encode()).hexdigest()[:32]
 
 

@@ -7,40 +7,23 @@ and no dropout. ``refusal`` says which of them an input misses.
 
 from __future__ import annotations
 
-import ctypes
 import math
-import struct
-import threading
-from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from numa_lab import openmp, simd
-from numa_lab.attention import compiled, decode_kernel
 from numa_lab.attention.checks import check
-from numa_lab.attention.decode_kernel import FIELDS, LOG2_E, POINTERS, Spec
+from numa_lab.attention.plans import KINDS, Plan, layout, make_plan
 from numa_lab.errors import InvalidInput
-from numa_lab.simd import Kind, Rows
 
 MAX_HEAD_DIM = 256
 MAX_Q_LEN = 16
-ALONE_BYTES = 32 * 1024  # of K and V: below, waking the team takes longer than what it would save
 LEAST_SCALE = 1e-30  # smaller ones vanish beside -inf in float32
 
-_KINDS = {torch.float32: Kind.FLOAT32, torch.float16: Kind.FLOAT16, torch.bfloat16: Kind.BFLOAT16}
-_MASK_KINDS = {
-    torch.bool: decode_kernel.MASK_BOOL,
-    torch.float32: decode_kernel.MASK_FLOAT,
-    torch.float16: decode_kernel.MASK_HALF,
-    torch.bfloat16: decode_kernel.MASK_BFLOAT,
-}
-_POINTERS = struct.Struct(f"{len(POINTERS)}q")
-_SIZES = struct.Struct(f"{len(FIELDS) - len(POINTERS)}qd")
 MAX_PLANS = 1024
-_plans: dict[tuple[object, ...], _Plan] = {}
+_plans: dict[tuple[object, ...], Plan] = {}
 
 
 def refusal(
@@ -55,7 +38,7 @@ def refusal(
     head_dim = query.size(-1)
     if unavailable():
         return unavailable()
-    if query.dtype not in _KINDS or query.device.type != "cpu":
+    if query.dtype not in KINDS or query.device.type != "cpu":
         return f"{query.dtype} on {query.device}"
     if not type(query) is type(key) is type(value) is Tensor:
         return "a subclass of Tensor"
@@ -177,7 +160,7 @@ def plain(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool, out: Tens
         return None
     if out is None:
         out = torch.empty_like(query)
-    elif _layout(out) != plan.out:
+    elif layout(out) != plan.out:
         return None
     plan.run(query, key, value, None, out, None)
     return out
@@ -190,20 +173,17 @@ def remember(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> Non
         return
     if len(_plans) >= MAX_PLANS:
         _plans.clear()
-    _plans[signature] = _plan(query, key, value, None, None, torch.empty_like(query))
-
-
-def _layout(out: Tensor) -> tuple[object, ...]:
-    return out.shape, out.stride(), out.dtype, out.is_cpu
+    _plans[signature] = make_plan(query, key, value, None, None, torch.empty_like(query), torch.get_num_threads())
 
 
 def _signature(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[object, ...]:
-    """All that decides whether and how inputs are served, beside their numbers and addresses."""
+    """All that decides whether and how inputs are served, beside their numbers and addresses: not how many keys there are."""
+    keys = key.shape
     learns = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
     return (
         type(query), type(key), type(value), query.dtype, key.dtype, value.dtype,
         query.is_cpu, key.is_cpu, value.is_cpu, learns, enable_gqa, torch.get_num_threads(),
-        query.shape, key.shape, value.shape, query.stride(), key.stride(), value.stride(),
+        query.shape, keys[:-2], keys[-1], keys == value.shape, query.stride(), key.stride(), value.stride(),
     )  # fmt: skip
 
 
@@ -219,117 +199,6 @@ def run(
     """Compute inputs that were checked into `out` and, where wanted, `lse`."""
     if attn_mask is not None:
         attn_mask = attn_mask.expand(*query.shape[:-1], key.size(-2))
-    _plan(query, key, value, attn_mask, scale, out).run(query, key, value, attn_mask, out, lse)
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What calls of one shape have in common."""
-
-    function: int  # 0 where there is nothing to compute
-    threads: int
-    workspace_bytes: int
-    sizes: bytes  # the fields behind the pointers
-    out: tuple[object, ...]  # the layout of the output
-
-    def run(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor | None
-    ) -> None:
-        if not self.function:
-            out.zero_()
-            if lse is not None:
-                lse.fill_(-math.inf)
-            return
-        memory = _memory.here(self.workspace_bytes)
-        _POINTERS.pack_into(
-            memory.arguments, 0, memory.counter, memory.workspace,
-            query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr(),
-            0 if lse is None else lse.data_ptr(), 0 if mask is None else mask.data_ptr(),
-        )  # fmt: skip
-        memory.arguments[_POINTERS.size :] = self.sizes
-        openmp.run_on_team(self.function, memory.address, self.threads)
-
-
-def _plan(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None, out: Tensor) -> _Plan:
-    *leading, q_heads, q_len, head_dim = query.shape
-    kv_heads, kv_len = key.shape[-3], key.shape[-2]
-    batch = leading[0] if leading else 1
-    if not kv_len or not out.numel():
-        return _Plan(0, 0, 0, b"", _layout(out))
-    query_rows = q_heads // kv_heads * q_len
-    version = _version(query.dtype, head_dim, query_rows)
-    threads = torch.get_num_threads()
-    if key.element_size() * (key.numel() + value.numel()) < ALONE_BYTES:
-        threads = 1
-    sizes = _SIZES.pack(
-        *_team_functions(), version.workspace_bytes,
-        batch, kv_heads, q_heads // kv_heads, q_len, kv_len,
-        *(stride for tensor in (query, key, value, out) for stride in _strides(tensor)),
-        *((0, 0, 0, 0, decode_kernel.MASK_NONE) if mask is None else _mask_fields(mask)),
-        LOG2_E * (head_dim**-0.5 if scale is None else scale),
-    )  # fmt: skip
-    return _Plan(version.function, threads, threads * version.workspace_bytes, sizes, _layout(out))
-
-
-def _strides(tensor: Tensor) -> tuple[int, ...]:
-    """Bytes from one sequence, head and row to the next."""
-    strides = [tensor.element_size() * stride for stride in tensor.stride()[:-1]]
-    return tuple(strides) if len(strides) == 3 else (0, *strides)
-
-
-def _mask_fields(mask: Tensor) -> tuple[int, ...]:
-    return (*_strides(mask), mask.element_size() * mask.stride(-1), _MASK_KINDS[mask.dtype])
-
-
-@dataclass(frozen=True)
-class _Version:
-    """A compiled version of the kernel, and what each thread needs for it."""
-
-    function: int
-    workspace_bytes: int
-
-
-@cache
-def _version(dtype: torch.dtype, head_dim: int, query_rows: int) -> _Version:
-    vectors = simd.host()
-    assert vectors is not None  # refusal() has looked
-    kind = Kind.BFLOAT16_PAIRS if dtype is torch.bfloat16 and vectors.pairs else _KINDS[dtype]
-    spec = Spec.of(Rows(vectors, kind, head_dim), query_rows)
-    return _Version(compiled.address(spec), spec.workspace_bytes(query_rows))
-
-
-@cache
-def _team_functions() -> tuple[int, int]:
-    """Addresses of the functions that tell a thread its number and the size of its team."""
-    library = openmp.require().library
-    number, size = (
-        ctypes.cast(function, ctypes.c_void_p).value
-        for function in (library.omp_get_thread_num, library.omp_get_num_threads)
+    make_plan(query, key, value, attn_mask, scale, out, torch.get_num_threads()).run(
+        query, key, value, attn_mask, out, lse
     )
-    return int(number or 0), int(size or 0)
-
-
-class _Memory(threading.local):
-    """What a calling thread keeps for its team: the workspace, the arguments, and the counter of those that arrived."""
-
-    def __init__(self) -> None:
-        self._room = self.workspace = 0
-        # The counter has a line of its own; the kernel leaves it at the number of threads.
-        self._block = bytearray(_POINTERS.size + _SIZES.size + 2 * simd.LINE_BYTES)
-        self.arguments = memoryview(self._block)[: _POINTERS.size + _SIZES.size]
-        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._block))
-        self.counter = -(-(self.address + len(self.arguments)) // simd.LINE_BYTES) * simd.LINE_BYTES
-        self._count: Any = ctypes.c_int64.from_address(self.counter)
-
-    def here(self, workspace_bytes: int) -> _Memory:
-        """Make ready for a call."""
-        if self._room < workspace_bytes:
-            # Up to a page may lie in front of where one begins.
-            self._buffer = torch.empty(workspace_bytes + 4096, dtype=torch.uint8)
-            self.workspace = -(-self._buffer.data_ptr() // 4096) * 4096
-            self._room = workspace_bytes
-        self._count.value = 0
-        return self
-
-
-_memory = _Memory()

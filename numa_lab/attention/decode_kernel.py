@@ -26,13 +26,13 @@ MASK_NONE, MASK_BOOL, MASK_FLOAT, MASK_HALF, MASK_BFLOAT = range(5)
 LOWEST = np.float32(tiles.LOWEST)
 LOG2_E, LN_2 = math.log2(math.e), math.log(2)
 
-# What the team gets: first what differs with each call of one shape, then addresses of functions, strides in bytes, and
+# What the team gets: first what differs between calls of one shape, then addresses of functions, strides in bytes, and
 # counts. `factor` is the scale of the scores times log2(e).
-POINTERS = ("arrived", "workspace", "query", "key", "value", "out", "lse", "mask")
+CALL = ("arrived", "workspace", "query", "key", "value", "out", "lse", "mask", "kv_len")
 FIELDS = (
-    *POINTERS,
+    *CALL,
     "thread_number", "team_size", "workspace_bytes",
-    "batch", "kv_heads", "group", "q_len", "kv_len",
+    "batch", "kv_heads", "group", "q_len",
     "query_batch", "query_head", "query_row",
     "key_batch", "key_head", "key_row",
     "value_batch", "value_head", "value_row",
@@ -70,12 +70,17 @@ class Spec:
         needed = 2 * self.part_bytes(query_rows) + query_rows * per_row
         return -(-needed // 4096) * 4096
 
+    def build(self) -> Any:
+        """Compile it (``build``)."""
+        return build(self)
 
-def _compiled(function: Any) -> Any:
+
+def compiled(function: Any) -> Any:
+    """A function that compiled ones call."""
     return njit(error_model="numpy")(function)
 
 
-@_compiled
+@compiled
 def _nothing(*_arguments):  # type: ignore[no-untyped-def]
     """Stand in for a tile that there is not."""
 
@@ -86,7 +91,7 @@ def _score_tile(rows: Rows, height: int, chances: int) -> Any:
         return _nothing
     tile, width = tiles.scores(rows, height, PITCH, chances), tiles.tile_width(rows, height)
 
-    @_compiled
+    @compiled
     def run(query, key, stride, count, ahead, nearer, out):  # type: ignore[no-untyped-def]
         for j in range(0, count, width):
             tile(query, key + j * stride, stride, count - 1 - j, ahead, nearer, out + 4 * j)
@@ -100,14 +105,14 @@ def _sum_tile(rows: Rows, height: int, chances: int) -> Any:
         return _nothing
     tile = tiles.weighted_sum(rows, height, PITCH, chances)
 
-    @_compiled
+    @compiled
     def run(weights, value, stride, count, ahead, nearer, out):  # type: ignore[no-untyped-def]
         tile(weights, value, stride, count, ahead, nearer, out)
 
     return run
 
 
-@_compiled
+@compiled
 def _mask_row(scores, count, factor, mask, step, kind):  # type: ignore[no-untyped-def]
     """Scale scores to powers of two and mask them: -inf where a boolean says no, else plus a number."""
     for j in range(count):
@@ -129,11 +134,18 @@ def _mask_row(scores, count, factor, mask, step, kind):  # type: ignore[no-untyp
         tiles.store_float(at, score)
 
 
-@intrinsic
-def _arguments_at(_context, address):  # type: ignore[no-untyped-def]
-    """The arguments as a record; Numba's own ``carray`` brings its run-time library along, which stored code can't have."""
-    record = from_dtype(ARGUMENTS)
-    return record(types.int64), lambda context, b, _s, a: b.inttoptr(a[0], context.get_value_type(record))
+def arguments_as(dtype: np.dtype[Any]) -> Any:
+    """Make ``arguments_at(address)``: the record there.
+
+    Numba's own ``carray`` brings its run-time library along, which stored code can't have.
+    """
+
+    @intrinsic
+    def arguments_at(_context, address):  # type: ignore[no-untyped-def]
+        record = from_dtype(dtype)
+        return record(types.int64), lambda context, b, _s, a: b.inttoptr(a[0], context.get_value_type(record))
+
+    return arguments_at
 
 
 def build(spec: Spec) -> Any:
@@ -152,9 +164,9 @@ def build(spec: Spec) -> Any:
     softmax_step, pack, clear, scale, blend, write = (
         make(rows) for make in (tiles.softmax_step, tiles.pack, tiles.clear, tiles.scale, tiles.blend, tiles.write)
     )
-    one, nothing = np.float32(1), np.float32(0)
+    arguments_at, one, nothing = arguments_as(ARGUMENTS), np.float32(1), np.float32(0)
 
-    @_compiled
+    @compiled
     def score(query, query_rows, key, stride, count, out):  # type: ignore[no-untyped-def]
         """out[i, j] = query[i] . key[j]; only the first tile prefetches, the others find K in the caches."""
         score_first(query, key, stride, count, CHANCES * step_rows * stride, step_rows * stride, out)
@@ -163,7 +175,7 @@ def build(spec: Spec) -> Any:
         i = query_rows - rest
         score_rest(query + i * query_bytes, key, stride, count, 0, 0, out + i * PITCH)
 
-    @_compiled
+    @compiled
     def add_values(weights, query_rows, value, stride, count, out):  # type: ignore[no-untyped-def]
         """out[i] += sum of weights[i, j] * value[j]."""
         sum_first(weights, value, stride, count, CHANCES * step_rows * stride, step_rows * stride, out)
@@ -172,7 +184,7 @@ def build(spec: Spec) -> Any:
         i = query_rows - rest
         sum_rest(weights + i * PITCH, value, stride, count, 0, 0, out + i * sum_bytes)
 
-    @_compiled
+    @compiled
     def attend(a, batch, head, begin, count, packed, scores, recent, part):  # type: ignore[no-untyped-def]
         """A partial result over `count` KV rows from `begin` on: greatest score, total of weights and sums of each row."""
         query_rows = a.group * a.q_len
@@ -207,7 +219,7 @@ def build(spec: Spec) -> Any:
                     blend(sums + i * sum_bytes, one, recent + i * sum_bytes, one)
                     clear(recent + i * sum_bytes)
 
-    @_compiled
+    @compiled
     def finish(a, batch, head, part, others, stride, count):  # type: ignore[no-untyped-def]
         """Write a head's output from one part and `count` - 1 others."""
         query_rows = a.group * a.q_len
@@ -232,7 +244,7 @@ def build(spec: Spec) -> Any:
                 place = (batch * a.kv_heads * a.group + query_head) * a.q_len + row
                 tiles.store_float(a.lse + 4 * place, np.float32(value))
 
-    @_compiled
+    @compiled
     def merge(a, total, threads, part_bytes):  # type: ignore[no-untyped-def]
         """Finish the heads that several threads share; a thread's second part is of the head that its share ends in."""
         merged = -1
@@ -253,7 +265,7 @@ def build(spec: Spec) -> Any:
 
     @cfunc(types.void(types.int64), error_model="numpy")
     def team(arguments):  # type: ignore[no-untyped-def]
-        a = _arguments_at(arguments)
+        a = arguments_at(arguments)
         me, threads = tiles.call_int(a.thread_number), tiles.call_int(a.team_size)
         query_rows = a.group * a.q_len
         part_bytes = query_rows * (8 + sum_bytes)

@@ -1,0 +1,108 @@
+"""Hand compiled work to the leader of a team and hear when it is done, without the interpreter on its side.
+
+Threads of a process share the interpreter lock, so leaders that take work from a Python queue and put results back wait for each
+other, the longer the more there are. A leader that serves here sleeps in compiled code, until an eventfd wakes it; it runs
+functions on its team and counts them done on another eventfd. What it can't do is Python: for that it leaves.
+
+Limits: Linux. The code is compiled in each process, which takes half a second once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import struct
+import weakref
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+from numba import cfunc, types
+from numba.extending import intrinsic
+
+from numa_lab import openmp, simd
+
+Job = tuple[int, int, int]  # what openmp.run_on_team takes: function, data, threads
+
+LINGER_MS = 20  # a leader that hears nothing for so long leaves; a process that ends waits so long for it
+_WAKE, _DONE, _POSTED, _SERVED, _LEAVE, _JOBS, _COUNT, _LINGER, _HEARD, _ONE, _POLLED, _ADDRESS = range(12)
+_WORD = 8
+_POLLIN = 1
+
+
+class Desk:
+    """Where a leader serves. All but ``serve`` is called by others, one at a time."""
+
+    def __init__(self) -> None:
+        wake = os.eventfd(0)
+        weakref.finalize(self, os.close, wake)
+        self._words = (ctypes.c_int64 * 12)()
+        address = ctypes.addressof(self._words)
+        (polled,) = struct.unpack("q", struct.pack("ihh", wake, _POLLIN, 0))
+        self._words[_WAKE], self._words[_LINGER], self._words[_ONE] = wake, LINGER_MS, 1
+        self._words[_POLLED], self._words[_ADDRESS] = polled, address
+        self._wake, self._function = wake, _serve()
+
+    def serve(self) -> None:
+        """Do what is posted, until ``leave`` asks for an end or nothing has come for a while; called by the leader."""
+        self._function(self._words[_ADDRESS])
+
+    def post(self, jobs: Sequence[Job], done: int) -> None:
+        """Let the leader run jobs, one after the other, and then count one on the eventfd `done`."""
+        self._posted = (ctypes.c_int64 * (3 * len(jobs)))(*(word for job in jobs for word in job))
+        words = self._words
+        words[_JOBS], words[_COUNT], words[_DONE] = ctypes.addressof(self._posted), len(jobs), done
+        words[_POSTED] += 1
+        os.eventfd_write(self._wake, 1)
+
+    def leave(self) -> None:
+        """Ask the leader to leave; it does what was posted first."""
+        self._words[_LEAVE] = 1
+        os.eventfd_write(self._wake, 1)
+
+    def left(self) -> bool:
+        """Whether a leader that came back may leave for good: nothing was posted meanwhile."""
+        self._words[_LEAVE] = 0
+        return self._words[_POSTED] == self._words[_SERVED]
+
+
+@cache
+def _serve() -> Any:
+    """The compiled ``void serve(int64_t words[])``.
+
+    The kernel's own locking of an eventfd orders memory: what was written before a write to it is seen after the read.
+    """
+    libc, address, integer, long = ctypes.CDLL(None), ctypes.c_size_t, ctypes.c_int, ctypes.c_int64
+    poll = ctypes.CFUNCTYPE(integer, address, address, integer)(("poll", libc))
+    read, write = (ctypes.CFUNCTYPE(long, integer, address, address)((name, libc)) for name in ("read", "write"))
+    parallel = ctypes.CFUNCTYPE(None, address, address, ctypes.c_uint, ctypes.c_uint)(
+        ("GOMP_parallel", openmp.require().library)
+    )
+
+    @cfunc(types.void(types.CPointer(types.int64)), error_model="numpy")
+    def serve(words: Any) -> None:
+        own = words[_ADDRESS]
+        while True:
+            if poll(own + _WORD * _POLLED, 1, words[_LINGER]) <= 0:  # nothing came, or a signal
+                return
+            read(words[_WAKE], own + _WORD * _HEARD, _WORD)
+            if words[_POSTED] != words[_SERVED]:
+                for job in range(words[_COUNT]):
+                    at = words[_JOBS] + 3 * _WORD * job
+                    parallel(_word(at), _word(at + _WORD), _word(at + 2 * _WORD), 0)
+                words[_SERVED] += 1
+                write(words[_DONE], own + _WORD * _ONE, _WORD)
+            if words[_LEAVE]:
+                return
+
+    _keep_alive.append(serve)
+    return ctypes.CFUNCTYPE(None, address)(serve.address)
+
+
+@intrinsic
+def _word(_context: Any, _address: Any) -> Any:
+    """The int64 at an address."""
+    return types.int64(types.int64), lambda _c, b, _s, a: b.load(simd.at(b, a[0]), typ=simd.I64)
+
+
+_keep_alive: list[Any] = []  # compiled functions whose addresses are in use

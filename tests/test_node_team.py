@@ -1,0 +1,167 @@
+import ctypes
+import itertools
+import os
+import random
+import subprocess
+import sys
+import threading
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+import pytest
+from numba import cfunc, types
+
+from numa_lab import openmp
+from numa_lab.errors import InvalidInput, NumaLabError
+from numa_lab.node_team import NodeTeam, run_compiled, teams
+from numa_lab.topology import read_topology
+
+NODE = read_topology().effective_nodes[0]
+CPUS = read_topology().cpus_for([NODE])
+
+
+@cfunc(types.void(types.CPointer(types.int64)))
+def count(number):
+    number[0] += 1
+
+
+@pytest.fixture
+def node():
+    return NODE
+
+
+@pytest.fixture
+def two():
+    """Two teams of one thread each, on two cores where there are."""
+    found = [NodeTeam(NODE, [cpu]) for cpu in (CPUS[0], CPUS[-1])]
+    yield found
+    for team in found:
+        team.shutdown()
+
+
+class Counters:
+    def __init__(self, number):
+        self.words = (ctypes.c_int64 * number)()
+
+    def job(self, number):
+        return count.address, ctypes.addressof(self.words) + 8 * number, 1
+
+
+def test_a_node_team_computes_on_its_cpus_and_belongs_to_its_process(node):
+    own = NodeTeam(node)
+    cpus = read_topology().cpus_for([node])
+    try:
+        assert [thread.cpus for thread in own.submit(openmp.team).result()] == [{cpu} for cpu in cpus]
+        with pytest.raises(ZeroDivisionError):
+            own.submit(lambda: 1 / 0).result()
+        own._process += 1  # as a forked child sees it
+        with pytest.raises(NumaLabError, match="in the process that uses it"):
+            own.submit(openmp.team)
+    finally:
+        own.shutdown()
+
+
+def test_teams_are_made_once_in_each_process_and_leave_cores_to_others(node):
+    first = teams()
+    assert first == teams([node]) if len(first) == 1 else first.keys() == set(read_topology().effective_nodes)
+    assert teams([node])[node] is first[node]
+    cores = len(first[node].cpus)
+    with pytest.raises(InvalidInput, match=f"reserve={cores}: expected 0 to {cores - 1}"):
+        teams([node], reserve=cores)
+    if cores > 1:
+        assert teams([node], reserve=1)[node].cpus == first[node].cpus[1:]
+    child = os.fork()
+    if not child:
+        fresh = teams([node])[node]
+        os._exit(fresh is first[node] or fresh.submit(openmp.threads).result() != cores)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_a_thread_that_may_use_fewer_cpus_gets_teams_of_those():
+    found = []
+
+    def ask():
+        os.sched_setaffinity(0, CPUS[:1])
+        found.append(teams([NODE])[NODE].cpus)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    thread.join()
+    assert found == [CPUS[:1]]
+    assert teams([NODE])[NODE].cpus == CPUS
+
+
+def test_compiled_and_other_work_of_several_threads_is_done_once_each(two):
+    counters, posted, called = Counters(2), [0, 0], itertools.count()
+
+    def play(seed):
+        chance = random.Random(seed)
+        for _ in range(300):
+            if chance.random() < 0.3:
+                chance.choice(two).submit(next, called).result()
+                continue
+            work = {number: chance.choice([1, 3]) for number in chance.choice([[0], [1], [0, 1], [1, 0]])}
+            run_compiled({two[number]: [counters.job(number)] * times for number, times in work.items()})
+            with lock:
+                calls.append(1)
+                for number, times in work.items():
+                    posted[number] += times
+
+    lock, calls = threading.Lock(), []
+    players = [threading.Thread(target=play, args=[seed]) for seed in range(3)]
+    for player in players:
+        player.start()
+    for player in players:
+        player.join()
+    assert list(counters.words) == posted
+    assert next(called) + len(calls) == 3 * 300
+
+
+def test_compiled_work_is_refused_where_it_would_hang(two):
+    counters = Counters(1)
+    with pytest.raises(NumaLabError, match="would wait for itself"):
+        two[0].submit(run_compiled, {team: [counters.job(0)] for team in two}).result()
+    two[1].shutdown()
+    with pytest.raises(RuntimeError, match="shutdown"):
+        run_compiled({team: [counters.job(0)] for team in two})
+    run_compiled({two[0]: [counters.job(0)]})
+    assert counters.words[0] in (1, 2)
+
+
+def test_a_child_has_teams_of_its_own(two):
+    counters = Counters(1)
+    run_compiled({two[0]: [counters.job(0)]})
+    child = os.fork()
+    if not child:
+        status = 1
+        try:
+            with pytest.raises(NumaLabError, match="in the process that uses it"):
+                run_compiled({two[0]: [counters.job(0)]})
+            for _ in range(100):
+                run_compiled({teams([NODE])[NODE]: [counters.job(0)]})
+            status = 0 if counters.words[0] == 101 else 2
+        finally:
+            os._exit(status)
+    for _ in range(100):
+        run_compiled({two[0]: [counters.job(0)]})
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert counters.words[0] == 101
+    program = f"""
+from numa_lab import node_team, openmp
+assert len(node_team.teams([{NODE}])[{NODE}].submit(openmp.team).result()) == {len(CPUS)}
+"""
+    with ProcessPoolExecutor(1, get_context("spawn")) as spawned:
+        spawned.submit(exec, program).result()
+
+
+def test_a_process_ends_beside_teams_that_wait_for_work():
+    program = f"""
+import ctypes, math
+from numba import cfunc, types
+from numa_lab.node_team import run_compiled, teams
+nothing = cfunc(types.void(types.int64))(lambda _: None)
+run_compiled({{teams([{NODE}])[{NODE}]: [(nothing.address, 0, 1)]}})
+print("done")
+"""
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    assert (found.returncode, found.stdout, found.stderr) == (0, "done\n", "")
