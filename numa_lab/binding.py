@@ -21,13 +21,14 @@ from numa_lab.topology import Topology
 
 
 class MemPolicy(Enum):
-    """Where new pages go: see set_mempolicy(2)."""
+    """Where new pages go: see set_mempolicy(2). First touch is none of the kernel's policies: a program does it."""
 
     DEFAULT = "default"  # the node of the CPU that touches the page first
     BIND = "bind"  # only these nodes; where they are full the kernel kills the process
     PREFERRED = "preferred"  # this node while it has room, then others
     INTERLEAVE = "interleave"  # round-robin over these nodes
     WEIGHTED_INTERLEAVE = "weighted-interleave"  # round-robin, as many pages in turn as each node's weight says
+    FIRST_TOUCH = "first-touch"  # default, and one thread on this node touches K and V before all others
 
 
 _LETTERS = {
@@ -36,9 +37,10 @@ _LETTERS = {
     MemPolicy.PREFERRED: "p",
     MemPolicy.INTERLEAVE: "i",
     MemPolicy.WEIGHTED_INTERLEAVE: "w",
+    MemPolicy.FIRST_TOUCH: "f",
 }
 _POLICIES = {letter: policy for policy, letter in _LETTERS.items()}  # m: bind, which comes after default
-_LABEL = re.compile(r"c(?P<cpus>\*|[\d,-]+)(?P<letter>[mpiw])(?P<mems>\*|[\d,-]+)", re.ASCII)
+_LABEL = re.compile(r"c(?P<cpus>\*|[\d,-]+)(?P<letter>[mpiwf])(?P<mems>\*|[\d,-]+)", re.ASCII)
 
 _MODES = {
     MemPolicy.DEFAULT: libnuma.MPOL_DEFAULT,
@@ -54,7 +56,8 @@ class Binding:
     """CPU nodes (empty: any), memory nodes (empty: any) and policy.
 
     The label names all three: ``c3m0`` CPUs of node 3 and memory bound to node 0, ``c0-1i0-3`` interleaved,
-    ``c0w0,2`` interleaved by weight, ``c2p1`` preferred, ``c*m*`` nothing bound, ``c0m*`` CPUs alone.
+    ``c0w0,2`` interleaved by weight, ``c2p1`` preferred, ``c0-3f0`` touched first by one thread on node 0, ``c*m*``
+    nothing bound, ``c0m*`` CPUs alone.
     """
 
     cpu_nodes: tuple[int, ...] = ()
@@ -67,10 +70,15 @@ class Binding:
         if bool(self.mem_nodes) == (self.policy is MemPolicy.DEFAULT):
             raise InvalidInput(
                 f"policy={self.policy.value!r} with mem_nodes={self.mem_nodes}: "
-                "name memory nodes for bind, preferred, interleave or weighted-interleave, and none for default"
+                "name memory nodes for bind, preferred, interleave, weighted-interleave or first-touch, and none for default"
             )
-        if self.policy is MemPolicy.PREFERRED and len(self.mem_nodes) != 1:
-            raise InvalidInput(f"policy='preferred' with mem_nodes={self.mem_nodes}: name exactly one node")
+        if self.policy in (MemPolicy.PREFERRED, MemPolicy.FIRST_TOUCH) and len(self.mem_nodes) != 1:
+            raise InvalidInput(f"policy={self.policy.value!r} with mem_nodes={self.mem_nodes}: name exactly one node")
+        if self.policy is MemPolicy.FIRST_TOUCH and self.cpu_nodes and not set(self.mem_nodes) <= set(self.cpu_nodes):
+            raise InvalidInput(
+                f"policy='first-touch' with cpu_nodes={self.cpu_nodes} and mem_nodes={self.mem_nodes}: "
+                "name one of the CPU nodes, since the thread that touches runs there"
+            )
 
     @classmethod
     def parse(cls, label: str) -> Binding:
@@ -84,7 +92,7 @@ class Binding:
         match = _LABEL.fullmatch(label)
         expected = (
             "expected CPU nodes, then memory nodes, as in c3m0, c0-1i0-3 (interleave), c0w0,2 (by weight), "
-            "c2p1 (preferred) or c*m*"
+            "c2p1 (preferred), c0-3f0 (first touch) or c*m*"
         )
         if not match:
             raise InvalidInput(f"binding {label!r}: {expected}")
@@ -107,13 +115,18 @@ class Binding:
 
     @property
     def confines_memory(self) -> bool:
-        """Whether new pages lie on the memory nodes alone, while these have room."""
-        return self.policy not in (MemPolicy.DEFAULT, MemPolicy.PREFERRED)
+        """Whether all new pages lie on the memory nodes alone, whoever touches them, while these have room."""
+        return self.policy not in (MemPolicy.DEFAULT, MemPolicy.PREFERRED, MemPolicy.FIRST_TOUCH)
+
+    @property
+    def asked_of_kernel(self) -> Binding:
+        """What the kernel sets and grants: of first touch the CPUs alone, since a program does the rest."""
+        return Binding(self.cpu_nodes) if self.policy is MemPolicy.FIRST_TOUCH else self
 
     def numactl(self) -> list[str]:
         """The words to put before a command, empty where nothing is bound."""
         words = [f"--cpunodebind={format_cpulist(self.cpu_nodes)}"] if self.cpu_nodes else []
-        if self.policy is not MemPolicy.DEFAULT:
+        if self.asked_of_kernel.policy is not MemPolicy.DEFAULT:
             flag = "membind" if self.policy is MemPolicy.BIND else self.policy.value
             words.append(f"--{flag}={format_cpulist(self.mem_nodes)}")
         return ["numactl", *words] if words else []
@@ -137,6 +150,7 @@ class Binding:
         for nodes, usable, what in (
             (self.cpu_nodes, with_cpus, "CPUs"),
             (self.mem_nodes, with_memory, "memory"),
+            (self.mem_nodes if self.policy is MemPolicy.FIRST_TOUCH else (), with_cpus, "CPUs"),
         ):
             for node in nodes:
                 topology.node(node)
@@ -151,6 +165,7 @@ class Binding:
         """Bind the calling thread, and give back affinity and policy on exit and on error.
 
         Yields the effective binding. Threads started inside inherit it and keep it; other threads are not touched.
+        For first touch the CPUs alone are bound: what is to lie on its node must be touched there.
 
         Raises
         ------
@@ -161,7 +176,7 @@ class Binding:
         """
         self.require(topology)
         affinity = os.sched_getaffinity(0)
-        policy = libnuma.get_mempolicy() if self.policy is not MemPolicy.DEFAULT else None
+        policy = libnuma.get_mempolicy() if self.asked_of_kernel.policy is not MemPolicy.DEFAULT else None
         try:
             if self.cpu_nodes:
                 os.sched_setaffinity(0, topology.cpus_of(self.cpu_nodes))

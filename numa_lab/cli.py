@@ -161,7 +161,11 @@ def predict(
 
 @main.command()
 @click.option("--profile", default="quick", show_default=True, help="How much: smoke, quick, standard or full.")
-@click.option("--bindings", help="local, matrix, all, or labels such as c0m0,c0m1; the profile's own where not given.")
+@click.option(
+    "--bindings",
+    help="local, matrix, all (besides the matrix: interleaved, by weight, touched first by one thread, unbound), "
+    "or labels such as c0m0,c0m1,c0-1f0; the profile's own where not given.",
+)
 @click.option(
     "--executions", type=click.IntRange(min=1), help="Processes per binding; the profile's own where not given."
 )

@@ -174,21 +174,11 @@ def execute(
     InvalidInput
         A parameter is unknown or ill-typed.
     MissingDependency
-        numactl or setpriv is not installed, or numactl is too old for the binding.
+        As ``require_tools`` says.
     """
     check_parameters(notebook, parameters)
+    require_tools(binding)
     words = command(notebook.resolve(), output.resolve(), parameters, binding, python=sys.executable)
-    for tool, package in (("setpriv", "util-linux"), ("numactl", "numactl")):
-        if (tool == "setpriv" or tool in words) and not shutil.which(tool):
-            raise MissingDependency(
-                f"{tool} is not installed: apt-get install {package} | dnf install {package} | "
-                f"conda install -c conda-forge {package}"
-            )
-    if binding and binding.policy is MemPolicy.WEIGHTED_INTERLEAVE and not _numactl_knows_weights():
-        raise MissingDependency(
-            f"binding {binding}: numactl 2.0.19 or later is needed for --weighted-interleave, and this one does not know it: "
-            "conda install -c conda-forge 'numactl>=2.0.19', or interleave without weights (i instead of w)"
-        )
     output.unlink(missing_ok=True)
     output.parent.mkdir(parents=True, exist_ok=True)
     begin = time.monotonic()
@@ -210,6 +200,28 @@ def execute(
             process.kill()
             process.wait()
     return Outcome(status, time.monotonic() - begin)
+
+
+def require_tools(binding: Binding | None = None) -> None:
+    """Refuse a binding under which no notebook can be executed here, for want of a program.
+
+    Raises
+    ------
+    MissingDependency
+        numactl or setpriv is not installed, or numactl is too old for the binding.
+    """
+    needed = {"setpriv": "util-linux"} | ({"numactl": "numactl"} if binding and binding.numactl() else {})
+    for tool, package in needed.items():
+        if not shutil.which(tool):
+            raise MissingDependency(
+                f"{tool} is not installed: apt-get install {package} | dnf install {package} | "
+                f"conda install -c conda-forge {package}"
+            )
+    if binding and binding.policy is MemPolicy.WEIGHTED_INTERLEAVE and not _numactl_knows_weights():
+        raise MissingDependency(
+            f"binding {binding}: numactl 2.0.19 or later is needed for --weighted-interleave, and this one does not know it: "
+            "conda install -c conda-forge 'numactl>=2.0.19', or interleave without weights (i instead of w)"
+        )
 
 
 def _numactl_knows_weights() -> bool:

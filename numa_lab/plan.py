@@ -18,7 +18,7 @@ from typing import Any
 
 from numa_lab import doctor, notebook
 from numa_lab.binding import Binding, MemPolicy
-from numa_lab.errors import InvalidInput, MachineMismatch, NodeUnavailable, RunDirectoryError
+from numa_lab.errors import InvalidInput, MachineMismatch, MissingDependency, NodeUnavailable, RunDirectoryError
 from numa_lab.results import (
     EXECUTIONS,
     MACHINE,
@@ -42,7 +42,8 @@ def choose_bindings(spec: str, topology: Topology) -> list[Binding]:
     """Bindings by name, or of a list of labels.
 
     ``local``: each node with its own memory; ``matrix``: every CPU node with every memory node; ``all``: besides these
-    interleaved over all memory, and nothing bound.
+    the CPUs of all nodes with memory interleaved over all nodes, also by weight where Linux and numactl can, and touched
+    first by one thread on the first node; and nothing bound.
 
     Raises
     ------
@@ -53,9 +54,14 @@ def choose_bindings(spec: str, topology: Topology) -> list[Binding]:
     mem_nodes = [node for node in topology.allowed_nodes if topology.node(node).memory_bytes]
     local = [Binding((node,), (node,), MemPolicy.BIND) for node in cpu_nodes if node in mem_nodes]
     matrix = [Binding((cpu,), (mem,), MemPolicy.BIND) for cpu in cpu_nodes for mem in mem_nodes]
-    spread = [Binding(tuple(cpu_nodes), tuple(mem_nodes), MemPolicy.INTERLEAVE)] if len(mem_nodes) > 1 else []
-    named = {"local": local, "matrix": matrix, "all": [*matrix, *spread, Binding()]}
-    bindings = named[spec] if spec in named else [Binding.parse(label) for label in _labels(spec)]
+    if spec == "local":
+        bindings = local
+    elif spec == "matrix":
+        bindings = matrix
+    elif spec == "all":
+        bindings = [*matrix, *(_of_all(cpu_nodes, mem_nodes, topology) if len(mem_nodes) > 1 else ()), Binding()]
+    else:
+        bindings = [Binding.parse(label) for label in _labels(spec)]
     if not bindings:
         raise NodeUnavailable(
             f"bindings {spec!r}: no node has both CPUs and memory that this process may use (CPUs on nodes "
@@ -64,6 +70,21 @@ def choose_bindings(spec: str, topology: Topology) -> list[Binding]:
     for binding in bindings:
         binding.require(topology)
     return list(dict.fromkeys(bindings))
+
+
+def _of_all(cpu_nodes: list[int], mem_nodes: list[int], topology: Topology) -> list[Binding]:
+    """What most programs do with all nodes, on purpose or by accident."""
+    cpus, mems = tuple(cpu_nodes), tuple(mem_nodes)
+    found = [Binding(cpus, mems, MemPolicy.INTERLEAVE)]
+    weighted = Binding(cpus, mems, MemPolicy.WEIGHTED_INTERLEAVE)
+    try:
+        weighted.require(topology)
+        notebook.require_tools(weighted)
+        found.append(weighted)
+    except MissingDependency:  # who names the label is told what is missing
+        pass
+    touchers = [node for node in cpu_nodes if node in mem_nodes][:1]
+    return [*found, *(Binding(cpus, (node,), MemPolicy.FIRST_TOUCH) for node in touchers)]
 
 
 def _labels(spec: str) -> list[str]:
@@ -150,7 +171,9 @@ def make_plan(
             identity = json.dumps([content, given, label, machine, block], sort_keys=True)
             key = hashlib.sha256(identity.encode()).hexdigest()[:12]
             binding = Binding.parse(label.removesuffix(AA_SUFFIX))
-            words = notebook.command(Path("notebooks") / measured.name, Path(f"{label}.ipynb"), given, binding)
+            # numactl can't say who touches first, so who types the command tells the notebook.
+            told = {"execution": {"binding": str(binding)}} if binding.asked_of_kernel != binding else {}
+            words = notebook.command(Path("notebooks") / measured.name, Path(f"{label}.ipynb"), given | told, binding)
             planned.append(Planned(key, block, len(planned), label, shlex.join(words)))
     return Plan(
         SCHEMA_VERSION, run_id, datetime.now(UTC).isoformat(timespec="seconds"), profile, tuple(labels), measured.name,

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from numa_lab.binding import Binding
+from numa_lab.binding import Binding, MemPolicy
 from numa_lab.sysfs import format_cpulist, parse_cpulist
 
 Pages = Mapping[str, Mapping[int, int]]  # tensor name -> node -> pages; node -1 counts pages that were never touched
@@ -154,11 +154,10 @@ class Receipt:
                 f"CPUs of nodes {format_cpulist(cpu_nodes)} were requested, "
                 f"and the kernel granted nodes {format_cpulist(self.effective.cpu_nodes)}."
             )
-        granted = (self.effective.policy, self.effective.mem_nodes)
-        if (self.requested.policy, self.requested.mem_nodes) != granted:
+        asked = self.requested.asked_of_kernel
+        if (asked.policy, asked.mem_nodes) != (self.effective.policy, self.effective.mem_nodes):
             found.append(
-                f"Memory policy {_policy(self.requested)} was requested, "
-                f"and the kernel granted {_policy(self.effective)}."
+                f"Memory policy {_policy(asked)} was requested, and the kernel granted {_policy(self.effective)}."
             )
         if not self.threads:
             found.append("No thread was seen computing.")
@@ -182,7 +181,9 @@ class Receipt:
         for name, pages in self.pages_after.items():
             if pages.get(-1):
                 found.append(f"{pages[-1]} of {sum(pages.values())} pages of {name} were never touched.")
-            if self.requested.confines_memory:
+            # One thread touches K and V first; query and output are touched by those that compute, on any node.
+            touched_first = self.requested.policy is MemPolicy.FIRST_TOUCH and name in ("key", "value")
+            if self.requested.confines_memory or touched_first:
                 elsewhere = {n: count for n, count in pages.items() if n >= 0 and n not in self.requested.mem_nodes}
                 if elsewhere:
                     found.append(

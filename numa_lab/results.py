@@ -55,7 +55,9 @@ COLUMNS = (
     Column("cpu_nodes", pa.string(), "requested CPU nodes as a list like 0,2-3; empty: any"),
     Column("mem_nodes", pa.string(), "requested memory nodes; empty: any"),
     Column(
-        "policy", pa.string(), "requested memory policy: default, bind, preferred, interleave or weighted-interleave"
+        "policy",
+        pa.string(),
+        "requested memory policy: default, bind, preferred, interleave, weighted-interleave or first-touch (by one thread)",
     ),
     Column("observed_cpus", pa.string(), "CPUs on which computing threads were seen"),
     Column("local_page_share", pa.float64(), "share of the pages of query, key, value and output on the CPUs' nodes"),

@@ -18,7 +18,7 @@ import torch
 from numa_lab import memory, openmp, team
 from numa_lab.attention import decode, gqa
 from numa_lab.attention.reference import attention as reference
-from numa_lab.binding import Binding, effective
+from numa_lab.binding import Binding, MemPolicy, effective
 from numa_lab.errors import InvalidInput, NodeUnavailable, UntrustedResult
 from numa_lab.reading import read_bandwidth
 from numa_lab.receipt import contradictions
@@ -113,16 +113,31 @@ class Execution:
         }
         return pd.DataFrame({"value": facts})
 
+    def pool(self) -> KVPool:
+        """Memory for K and V; under first touch filled by one thread on a CPU of the binding's memory node.
+
+        Raises
+        ------
+        NodeUnavailable
+            The memory nodes have too little free memory, or this process has no CPU to touch it first from.
+        """
+        nbytes = self._pool_bytes()
+        if self.requested.policy is not MemPolicy.FIRST_TOUCH:
+            return KVPool(nbytes)
+        self.requested.require(self.topology)
+        with team.pinned_team(self.topology.cpus_for(self.requested.mem_nodes, 1)):
+            return KVPool(nbytes)
+
     def measure(self) -> pd.DataFrame:
         """Time every case of the workload; tidy rows (``numa_lab.results.COLUMNS``), one per sample.
 
         Raises
         ------
         NodeUnavailable
-            The memory nodes have too little free memory.
+            As ``pool`` says.
         """
         cores, calls = self.cores, self._calls()  # asked before the team is pinned, which changes the answer
-        pool = KVPool(self._pool_bytes())
+        pool = self.pool()
         rows: list[dict[str, object]] = []
         for threads in sorted({case.threads for case, _ in calls}):
             with team.pinned_team(spread(cores, threads)):
@@ -174,13 +189,18 @@ class Execution:
         """Room for K and V: the largest case, and more than the caches hold where memory allows it."""
         largest = self.workload.largest_kv_bytes
         wanted = pool_bytes(self.topology, self.cores, largest)
-        nodes = self.effective.mem_nodes or self.topology.allowed_nodes
-        free = sum(self.topology.node(node).available_bytes for node in nodes)
+        if self.requested.policy is MemPolicy.FIRST_TOUCH:
+            nodes = self.requested.mem_nodes
+            free, what = sum(self.topology.node(node).free_bytes for node in nodes), "free"
+            why = "without a policy the kernel takes that of other nodes before it drops file cache"
+        else:
+            nodes = self.effective.mem_nodes or self.topology.allowed_nodes
+            free, what = sum(self.topology.node(node).available_bytes for node in nodes), "available"
+            why = "a bound process that runs out of it is killed"
         if largest > free:
             raise NodeUnavailable(
-                f"nodes {format_cpulist(nodes)} have {free / 2**20:,.0f} MiB available and K and V need "
-                f"{largest / 2**20:,.0f} MiB: take a smaller kv_len or batch, or free memory "
-                "(a bound process that runs out of it is killed)"
+                f"nodes {format_cpulist(nodes)} have {free / 2**20:,.0f} MiB {what} and K and V need "
+                f"{largest / 2**20:,.0f} MiB: take a smaller kv_len or batch, or free memory ({why})"
             )
         return max(largest, min(wanted, int(MEMORY_SHARE * free)))
 

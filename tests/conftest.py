@@ -104,7 +104,7 @@ def _case(rng, shape, threads, label, binding, speed, block, order, noise, sampl
     pages = {str(node): 1024 // len(mem_nodes) for node in mem_nodes}
     placed = dict.fromkeys(("key", "value", "query"), pages)
     receipt = {
-        "requested": str(binding), "effective": str(binding),
+        "requested": str(binding), "effective": str(binding.asked_of_kernel),
         "observed": json.dumps({
             "threads": [{"tid": 100 + cpu, "allowed": str(cpu), "seen": str(cpu)} for cpu in cpus],
             "pages_before": placed, "pages_after": placed, "notes": [], "huge_pages": {"key": 1.0, "value": 0.5},

@@ -24,6 +24,7 @@ nodes = st.lists(st.integers(0, 40), min_size=1, max_size=6).map(lambda ids: tup
             st.sampled_from([MemPolicy.BIND, MemPolicy.INTERLEAVE, MemPolicy.WEIGHTED_INTERLEAVE]),
         ),
         st.builds(lambda cpus, node: Binding(cpus, (node,), MemPolicy.PREFERRED), nodes, st.integers(0, 40)),
+        st.builds(lambda cpus: Binding(cpus, cpus[-1:], MemPolicy.FIRST_TOUCH), nodes),
     )
 )
 def test_labels_round_trip(binding):
@@ -37,18 +38,22 @@ def test_labels_round_trip(binding):
         ("c0-1i0-3", ["numactl", "--cpunodebind=0-1", "--interleave=0-3"]),
         ("c0w0,2", ["numactl", "--cpunodebind=0", "--weighted-interleave=0,2"]),
         ("c2p1", ["numactl", "--cpunodebind=2", "--preferred=1"]),
+        ("c0-3f1", ["numactl", "--cpunodebind=0-3"]),
         ("c0m*", ["numactl", "--cpunodebind=0"]),
         ("c*m1", ["numactl", "--membind=1"]),
         ("c*m*", []),
+        ("c*f1", []),
     ],
 )
 def test_numactl_words(label, argv):
     assert Binding.parse(label).numactl() == argv
 
 
-@pytest.mark.parametrize("label", ["", "c0", "m0", "c0x1", "c0i*", "c1-0m0", "c0m0 ", "c0p0,1", "c-m0"])
+@pytest.mark.parametrize(
+    "label", ["", "c0", "m0", "c0x1", "c0i*", "c1-0m0", "c0m0 ", "c0p0,1", "c-m0", "c0-1f0,1", "c0f*", "c0f1"]
+)
 def test_what_is_no_label_is_refused_with_its_text(label):
-    with pytest.raises(InvalidInput, match=r"expected|exactly one|no meaning") as refused:
+    with pytest.raises(InvalidInput, match=r"expected|exactly one|one of the CPU nodes|no meaning") as refused:
         Binding.parse(label)
     assert repr(label) in str(refused.value) or "mem_nodes" in str(refused.value)
 
@@ -70,6 +75,19 @@ def test_bind_sets_the_policy_and_gives_everything_back_after_an_error():
         raise ZeroDivisionError
     assert os.sched_getaffinity(0) == affinity
     assert libnuma.get_mempolicy() == policy
+
+
+def test_first_touch_sets_no_policy_and_needs_cpus_on_its_node(four_nodes):
+    topology = read_topology()
+    node = topology.effective_nodes[0]
+    before = libnuma.get_mempolicy()
+    with Binding.parse(f"c{node}f{node}").bind(topology) as granted:
+        assert granted == Binding((node,))
+        assert libnuma.get_mempolicy() == before
+    assert not Binding.parse("c0-2f1").confines_memory
+    Binding.parse("c0-2f1").require(four_nodes)
+    with pytest.raises(NodeUnavailable, match=r"c\*f3: node 3 has no CPUs"):
+        Binding.parse("c*f3").require(four_nodes)
 
 
 def test_a_node_that_does_not_exist_is_refused_and_nothing_changes():

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from numa_lab import mlc, placement
 from numa_lab.attention.shapes import preset
+from numa_lab.binding import Binding
 from numa_lab.errors import InvalidInput, RunDirectoryError
 from numa_lab.measured import Measured
 from numa_lab.results import write_json
@@ -144,6 +145,15 @@ def test_a_tie_is_said_and_the_simplest_is_taken():
     batch = placement.plan_placement(LONG.replace(batch=8), None, mlc.published("broadwell"))
     assert batch.choice.kind == "instances"
     assert "sharded 0-3" in batch.sentence()
+
+
+def test_first_touch_is_predicted_as_all_cpus_reading_one_node(four_nodes):
+    measured = machine([[50, 40, 30, 20]] * 3 + [[None] * 4], 150)
+    bindings = [Binding.parse(label) for label in ("c0-2f1", "c0-2m1", "c0-2m*")]
+    touched, bound, unknown = placement.predict_bindings([(b, LONG) for b in bindings], four_nodes, measured)
+    assert touched == bound
+    assert "memory of node 1" in touched.limit
+    assert unknown is None
 
 
 def test_one_node_has_nothing_to_choose():

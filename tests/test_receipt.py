@@ -42,9 +42,22 @@ def test_each_contradiction_is_a_sentence(changed, sentence):
     assert sentence in found[0]
 
 
+def test_under_first_touch_only_k_and_v_lie_where_they_were_touched():
+    def told(effective="c0-1m*", **after):
+        found = receipt("c0-1f1", effective, before={}, after=GOOD | after)
+        return found.contradictions(cpus={0, 1, 2, 3}, cpu_nodes={0, 1})
+
+    assert told(query={0: 2}, output={0: 2, 1: 1}) == []
+    assert told(value={0: 3, 1: 97}) == ["3 of 100 pages of value lie on nodes 0 instead of 1."]
+    bound = "Memory policy default was requested, and the kernel granted bind:1."
+    assert told("c0-1m1") == [bound], "a policy would have put them there, whoever touched"
+
+
 def test_it_survives_its_columns():
     original = receipt("c0-1i0-1", threads=[ThreadSeen(7, (0, 1, 2), (1,)), ThreadSeen(9, (), (2,))])
     assert Receipt.from_columns(original.to_columns()) == original
+    touched = receipt("c0-1f1", "c0-1m*")
+    assert Receipt.from_columns(touched.to_columns()) == touched
 
 
 def test_the_watch_finds_the_thread_that_computes_and_not_the_one_that_sleeps():

@@ -1,9 +1,11 @@
 import dataclasses
+import os
 
 import pytest
 
-from numa_lab import results, run
-from numa_lab.errors import InvalidInput, UntrustedResult
+from numa_lab import openmp, results, run
+from numa_lab.binding import Binding
+from numa_lab.errors import InvalidInput, NodeUnavailable, UntrustedResult
 from numa_lab.receipt import Receipt
 from numa_lab.workloads import CASE_KEY, case_key
 
@@ -26,6 +28,30 @@ def test_every_case_has_a_cold_sample_a_limit_and_a_receipt(measured):
     receipt = Receipt.from_columns(rows.iloc[-1])
     assert set(receipt.pages_after) == {"key", "value", "query", "output"}
     assert {len(Receipt.from_columns(row).threads) for _, row in rows.iterrows()} <= {1, len(started.cores)}
+
+
+def test_under_first_touch_one_pinned_thread_fills_k_and_v(monkeypatch, four_nodes):
+    started = run.start(profile="smoke", preset="llama-3-8b", kv_len=64)
+    node, before = started.topology.effective_nodes[0], (openmp.threads(), os.sched_getaffinity(0))
+    filled_by = []
+
+    class Watched(run.KVPool):
+        def __init__(self, nbytes):
+            filled_by.append((openmp.threads(), os.sched_getaffinity(0)))
+            super().__init__(nbytes)
+
+    monkeypatch.setattr(run, "KVPool", Watched)
+    started = dataclasses.replace(started, requested=Binding.parse(f"c*f{node}"))
+    assert started.pool().block.nbytes >= started.workload.largest_kv_bytes
+    assert filled_by == [(1, set(started.topology.cpus_for([node], 1)))]
+    assert (openmp.threads(), os.sched_getaffinity(0)) == before
+    # Other nodes have room, and pages would silently go there.
+    full = tuple(dataclasses.replace(one, free_bytes=0) if one.id == 1 else one for one in four_nodes.nodes)
+    started = dataclasses.replace(
+        started, topology=dataclasses.replace(four_nodes, nodes=full), requested=Binding.parse("c0-2f1")
+    )
+    with pytest.raises(NodeUnavailable, match=r"nodes 1 have 0 MiB free .* takes that of other nodes"):
+        started.pool()
 
 
 def test_finish_writes_what_the_sweep_asked_for(measured, tmp_path):

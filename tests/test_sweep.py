@@ -1,5 +1,8 @@
+import dataclasses
 import json
+import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -11,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from numa_lab import notebook, plan, results, sweep
+from numa_lab import libnuma, notebook, plan, results, run, sweep
 from numa_lab.errors import InvalidInput, MachineMismatch, NodeUnavailable, NumaLabError, RunDirectoryError
 from numa_lab.topology import read_topology
 
@@ -47,7 +50,6 @@ def test_orders_differ_between_seeds_and_keys_between_what_is_measured():
 def test_bindings_by_name_and_by_label(four_nodes):
     assert [str(b) for b in plan.choose_bindings("local", four_nodes)] == ["c0m0", "c1m1", "c2m2"]
     assert len(plan.choose_bindings("matrix", four_nodes)) == 3 * 4
-    assert [str(b) for b in plan.choose_bindings("all", four_nodes)][-2:] == ["c0-2i0-3", "c*m*"]
     assert [str(b) for b in plan.choose_bindings("c0,2m0,c1p3,c0m0", four_nodes)] == ["c0,2m0", "c1p3", "c0m0"]
     with pytest.raises(NodeUnavailable, match="node 3 has no CPUs"):
         plan.choose_bindings("c3m0", four_nodes)
@@ -56,6 +58,34 @@ def test_bindings_by_name_and_by_label(four_nodes):
     for wrong in ("", "everything", "m0", "c0m0;c1m1"):
         with pytest.raises(InvalidInput):
             plan.choose_bindings(wrong, four_nodes)
+
+
+@pytest.mark.parametrize("usage", ["--interleave=nodes", "--weighted-interleave=nodes"])
+@pytest.mark.parametrize("linux_has_it", [False, True])
+def test_all_compares_with_what_programs_do_and_with_weights_where_they_can_be_had(
+    monkeypatch, tmp_path, four_nodes, usage, linux_has_it
+):
+    (tmp_path / "numactl").write_text(f"#!/bin/sh\necho 'usage: numactl {usage}'\n")
+    (tmp_path / "numactl").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    (tmp_path / "node0").write_text("1\n")
+    monkeypatch.setattr(libnuma, "WEIGHTS", tmp_path if linux_has_it else tmp_path / "absent")
+    weighted = ["c0-2w0-3"] if linux_has_it and "weighted" in usage else []
+    labels = [str(binding) for binding in plan.choose_bindings("all", four_nodes)]
+    assert labels[3 * 4 :] == ["c0-2i0-3", *weighted, "c0-2f0", "c*m*"]
+    one = dataclasses.replace(four_nodes, nodes=four_nodes.nodes[:1], allowed_nodes=(0,))
+    assert [str(binding) for binding in plan.choose_bindings("all", one)] == ["c0m0", "c*m*"]
+
+
+def test_a_command_to_type_says_who_touches_first():
+    node = read_topology().effective_nodes[0]
+    planned = planned_sweep(bindings=f"c{node}f{node},c{node}m{node}", executions=1)
+    told = {p.label: "execution" in p.command for p in planned.executions}
+    assert told == {f"c{node}f{node}": True, f"c{node}m{node}": False, f"c{node}m{node}~aa": False}
+    command = next(p.command for p in planned.executions if p.label == f"c{node}f{node}")
+    parameters = json.loads(shlex.split(command)[-1])
+    assert parameters["execution"] == {"binding": f"c{node}f{node}"}
+    assert run.start(preset="llama-3-8b", **parameters).label == f"c{node}f{node}"
 
 
 def test_profile_as_a_parameter_and_unknown_parameters_are_refused():

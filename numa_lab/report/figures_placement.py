@@ -36,7 +36,7 @@ LARGEST_CELL_INCHES = 0.42
 def overhead_heatmap(rows: pd.DataFrame, dtype: str | None = None) -> Plot:
     """Time under every CPU node and memory node, relative to the fastest local binding of the same kind and phase.
 
-    Bindings that are no pair of single nodes (interleaved, preferred, unbound) stand below as points.
+    Bindings that are no pair of single nodes (interleaved, preferred, touched first, unbound) stand below as points.
 
     Parameters
     ----------
@@ -201,8 +201,8 @@ def _overhead_words(shown: pd.DataFrame, dtype: str) -> str:
 def pages(rows: pd.DataFrame) -> Plot:
     """Where the pages of each tensor lay after the measurement, as shares per node.
 
-    Bindings with the same memory binding are one bar, since it alone decides where pages go; where memory is not bound, or
-    only preferred, the CPU nodes decide as well and the whole label is the bar.
+    Bindings with the same memory binding are one bar, since it alone decides where pages go; where memory is not bound,
+    only preferred, or K and V are touched first by one thread, the CPU nodes decide as well and the whole label is the bar.
     """
     name, title = "pages", "Pages per node and tensor"
     table = _pages_table(rows)
@@ -233,8 +233,8 @@ def pages(rows: pd.DataFrame) -> Plot:
         handlelength=1.2, columnspacing=1.2,
     )  # fmt: skip
     note = (
-        "Bars are memory bindings (m: bound, i: interleaved, w: by weight, p: preferred, m*: where the CPUs first touched). "
-        "Pages counted after each case."
+        "Bars are memory bindings (m: bound, i: interleaved, w: by weight, p: preferred, f: touched first by one thread, "
+        "m*: where the CPUs first touched). Pages counted after each case."
     )
     return Plot(name, title, figure, _pages_words(table), table, note)
 

@@ -74,8 +74,8 @@ class _Facts:
         remote = [
             c
             for c in compared.comparisons
-            if stats.is_local(c.a) != stats.is_local(c.b)
-            and Binding.parse(c.a).cpu_nodes == Binding.parse(c.b).cpu_nodes
+            for a, b in [(Binding.parse(c.a), Binding.parse(c.b))]
+            if a.is_local != b.is_local and a.cpu_nodes == b.cpu_nodes and a.mem_nodes != b.mem_nodes
         ]
         self.remote_measured = bool(remote)
         costs = [c.ratio if stats.is_local(c.b) else 1 / c.ratio for c in remote if c.verdict in ("slower", "faster")]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from multinode import witness
-from numa_lab import libnuma, memory, openmp, sampling, team
+from numa_lab import libnuma, memory, openmp, run, sampling, team
 from numa_lab.attention.reference import attention as reference
 from numa_lab.attention.shapes import preset
 from numa_lab.binding import Binding
@@ -103,6 +103,25 @@ def test_each_policy_sends_new_pages_where_it_says(topology, label, expected):
     with Binding.parse(label).bind(topology):
         tensor = small()
     assert memory.locate(tensor) == expected == witness.pages(tensor)
+
+
+@pytest.mark.guest("two-sockets")
+@pytest.mark.parametrize("node", [1, 2])
+def test_k_and_v_lie_where_one_thread_touched_them_first(topology, node):
+    label = f"c0-2f{node}"
+    cpus = topology.cpus_of([0, 1, 2])
+    identity = {"label": label, "binding": label}
+    with Binding.parse(label).bind(topology) as granted:
+        assert str(granted) == "c0-2m*"
+        pool = run.start(profile="smoke", preset="llama-3-8b", kv_len=512, execution=identity).pool()
+        assert witness.pages(pool.block) == {node: pool.block.nbytes // witness.PAGE}
+        with team.pinned_team(cpus):
+            rows = sample_case(
+                Case(SHAPE, len(cpus)), pool, requested=Binding.parse(label), granted=granted, topology=topology,
+                backend="auto", seconds=0.3, identity=identity,
+            )  # fmt: skip
+    assert Receipt.from_columns(rows[0]).contradictions(cpus, (0, 1, 2)) == []
+    assert witness.pages(pool.block).keys() == {node}
 
 
 @pytest.mark.guest("two-sockets")

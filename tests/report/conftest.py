@@ -28,8 +28,8 @@ def chromium():
 
 @pytest.fixture
 def matrix_rows(synthetic_rows):
-    """Rows of two nodes under every pair of them, interleaved and unbound, with c0m1 half as slow again."""
-    labels = ("c0m0", "c0m1", "c1m0", "c1m1", "c0-1i0-1", "c*m*")
+    """Rows of two nodes under every pair of them, interleaved, touched first and unbound, with c0m1 half as slow again."""
+    labels = ("c0m0", "c0m1", "c1m0", "c1m1", "c0-1i0-1", "c0-1f0", "c*m*")
     return synthetic_rows(labels, executions=3, effects={"c0m1": 1.5}, samples=3)
 
 

@@ -40,7 +40,7 @@ def test_figures_of_a_matrix_say_what_is_seen(matrix_rows):
     assert [plot.name for plot in drawn.values() if plot.missing] == ["backends", "prediction"]
     assert "The slowest is c0m1" in drawn["overhead"].alt
     assert " 1.5" in drawn["overhead"].alt or " 1.4" in drawn["overhead"].alt
-    assert {"c0-1i0-1", "c*m*"} < set(drawn["overhead"].table["binding"])
+    assert {"c0-1i0-1", "c0-1f0", "c*m*"} < set(drawn["overhead"].table["binding"])
     assert "17.07 %" in drawn["spread"].alt
     assert "4.37 %" in drawn["spread"].alt
     assert "with 2 threads it is 2," in drawn["threads"].alt
@@ -137,7 +137,7 @@ def test_measurements_stand_beside_what_was_predicted(matrix_rows):
     usual = decode.groupby("label")["seconds"].transform("median")
     predicted = decode.assign(seconds=usual / 2, limit="memory of node 0").drop(columns=["backend", "phase"])
     plot = check(figures.prediction(matrix_rows, predicted[~predicted["label"].str.contains("~|\\*")]))
-    assert set(plot.table["label"]) == {"c0m0", "c0m1", "c1m0", "c1m1", "c0-1i0-1"}
+    assert set(plot.table["label"]) == {"c0m0", "c0m1", "c1m0", "c1m1", "c0-1i0-1", "c0-1f0"}
     assert "of the predicted ones" in plot.note
     assert (plot.table["seconds"] / plot.table["predicted"] == plot.table["ratio"]).all()
     slow = plot.table[plot.table["label"] == "c0m1"]

@@ -132,6 +132,11 @@ def test_what_was_not_told_apart_is_not_called_a_tie(synthetic_rows, synthetic_m
     assert "nodes tie" in guide.markdown(quiet, synthetic_machine(2), stats.compare(quiet))
 
 
+def test_memory_of_the_same_node_is_not_called_remote_because_no_policy_binds_it(synthetic_rows, synthetic_machine):
+    rows = synthetic_rows(("c0m0", "c0f0"), effects={"c0f0": 1.3})
+    assert "No other node's memory was measured." in guide.markdown(rows, synthetic_machine(2), stats.compare(rows))
+
+
 def test_nothing_to_compare_says_why(synthetic_rows, synthetic_machine):
     assert told(synthetic_rows(), synthetic_machine(4)).startswith("One binding (c0m0) on 4 nodes")
     rows = synthetic_rows(("c0m0", "c*m*"))
