@@ -6,7 +6,7 @@ The modules, from the machine up to the reader; each imports only from those abo
 - ``sysfs``, ``hardware``, ``simd``, ``topology``, ``libnuma``, ``mappings``, ``free_memory``: the machine, the kernel's
   NUMA calls, what it tells of mappings, and what a node can still hold
 - ``timing``, ``ratios``, ``stats``: the clock, and honest comparison
-- ``measured``, ``mlc``: bandwidths and latencies between nodes, and Intel MLC's output
+- ``measured``, ``mlc``, ``limits``: bandwidths and latencies between nodes, Intel MLC's output, and what they allow at once
 - ``overview``: the machine in words
 - ``openmp``, ``thread_state``, ``handover``: torch's own threads, their masks and policies, and compiled work for a team
 - ``binding``, ``memory``, ``gpus``, ``results``: place threads and pages, see where they are, keep rows
