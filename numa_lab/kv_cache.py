@@ -107,6 +107,14 @@ class NodeShardedKVCache:
         """Tokens of each sequence."""
         return tuple(map(sum, zip(*(segment.lengths for segment in self._segments), strict=True)))
 
+    @property
+    def tokens_per_node(self) -> dict[int, int]:
+        """Tokens of all sequences together that lie on each node."""
+        return {
+            node: sum(segment.layout.count(node, length) for segment in self._segments for length in segment.lengths)
+            for node in self.nodes
+        }
+
     def append(self, key: Tensor, value: Tensor, lengths: Sequence[int] | None = None) -> None:
         """Add tokens: one, or those of a prompt.
 

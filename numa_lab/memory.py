@@ -27,7 +27,7 @@ from numa_lab.mappings import PAGE_BYTES
 from numa_lab.topology import Topology, read_topology
 
 HUGE_PAGE_BYTES = 2 << 20  # what transparent huge pages have on x86-64 and on arm64 with 4 KiB pages
-HOME_SAMPLE = 64  # pages that `home` looks at, about
+HOME_SAMPLE = 16  # pages that `home` looks at, about: 64 took 13 us more
 UNTOUCHED = -1  # the key under which `locate` counts pages that do not exist yet
 MOVE_ATTEMPTS = 10  # at a page that is busy, a few milliseconds apart
 _ENOENT, _EFAULT = -2, -14  # a page that does not exist, in move_pages' status
@@ -205,8 +205,9 @@ def home(tensor: torch.Tensor) -> int | None:
     if locator() == "numa_maps":
         found = locate(tensor)
     else:
-        pages = _pages(tensor)
-        found = Counter(libnuma.page_status(pages[:: max(1, len(pages) // HOME_SAMPLE)]).tolist())
+        first, last = _page_span(tensor)
+        step = max(1, (last - first) // HOME_SAMPLE)
+        found = Counter(libnuma.page_status(np.arange(first, last, step, np.uint64) * np.uint64(PAGE_BYTES)).tolist())
     touched = {node: count for node, count in found.items() if node >= 0}
     return max(touched, key=touched.__getitem__) if touched else None
 
@@ -278,8 +279,13 @@ def lost() -> tuple[str, ...]:
 
 def _pages(tensor: torch.Tensor) -> NDArray[np.uint64]:
     """Addresses of the pages that hold the tensor."""
+    return np.arange(*_page_span(tensor), dtype=np.uint64) * np.uint64(PAGE_BYTES)
+
+
+def _page_span(tensor: torch.Tensor) -> tuple[int, int]:
+    """Number of the first page that holds some of the tensor, and of the page after the last."""
     first, last = _span(tensor)
-    return np.arange(first // PAGE_BYTES, -(-last // PAGE_BYTES), dtype=np.uint64) * np.uint64(PAGE_BYTES)
+    return first // PAGE_BYTES, -(-last // PAGE_BYTES)
 
 
 def _span(tensor: torch.Tensor) -> tuple[int, int]:

@@ -178,10 +178,10 @@ def _usable(
         )
     usable = {cpu["node"] for cpu in facts["cpus"] if cpu["id"] in facts["allowed_cpus"]}
     memory_bytes = {node["id"]: node["memory_bytes"] for node in facts["nodes"]}
-    return measured.only(usable, facts["allowed_nodes"]), _sockets_told(facts["cpus"]), memory_bytes
+    return measured.only(usable, facts["allowed_nodes"]), sockets_told(facts["cpus"]), memory_bytes
 
 
-def _sockets_told(cpus: list[dict[str, Any]]) -> dict[int, int] | None:
+def sockets_told(cpus: list[dict[str, Any]]) -> dict[int, int] | None:
     """The socket of each node; None where the kernel does not tell one, or a node spans several."""
     found = {(cpu["node"], cpu["socket"]) for cpu in cpus}
     nodes = dict(found)

@@ -11,6 +11,7 @@ import json
 import random
 import shlex
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -77,12 +78,10 @@ def _of_all(cpu_nodes: list[int], mem_nodes: list[int], topology: Topology) -> l
     cpus, mems = tuple(cpu_nodes), tuple(mem_nodes)
     found = [Binding(cpus, mems, MemPolicy.INTERLEAVE)]
     weighted = Binding(cpus, mems, MemPolicy.WEIGHTED_INTERLEAVE)
-    try:
+    with suppress(MissingDependency):  # who names the label is told what is missing
         weighted.require(topology)
         notebook.require_tools(weighted)
         found.append(weighted)
-    except MissingDependency:  # who names the label is told what is missing
-        pass
     touchers = [node for node in cpu_nodes if node in mem_nodes][:1]
     return [*found, *(Binding(cpus, (node,), MemPolicy.FIRST_TOUCH) for node in touchers)]
 

@@ -125,6 +125,28 @@ def predict_binding(
     return roofline.spread(tuple(cpu_nodes), tuple(mem_nodes))
 
 
+def predict_split(
+    shape: AttentionShape,
+    measured: Measured,
+    kind: str,
+    shares: Mapping[int, int],
+    *,
+    socket_of: Mapping[int, int] | None = None,
+) -> Strategy:
+    """Predict a decode step as it is split over nodes, each with its share in its own memory.
+
+    Parameters
+    ----------
+    kind
+        ``sharded``: shares are tokens of every sequence, or of anything in proportion. ``instances``: whole sequences.
+    shares
+        Of each node; not all 0.
+
+    Other parameters and errors are those of ``predict``.
+    """
+    return _roofline(shape, measured, socket_of, None).split(kind, shares)
+
+
 def _roofline(
     shape: AttentionShape,
     measured: Measured,
@@ -178,12 +200,18 @@ class _Roofline:
         upto = list(accumulate((self.limits.rate(node, node) for node in nodes), initial=0.0))
         bounds = [round(self.shape.kv_len * part / upto[-1]) for part in upto]
         tokens = [end - begin for begin, end in pairwise(bounds)]
-        owners = [node for node, count in zip(nodes, tokens, strict=True) if count]
-        token_bytes = self.shape.kv_bytes / self.shape.kv_len
-        traffic = {(node, node): count * token_bytes for node, count in zip(nodes, tokens, strict=True) if count}
-        label = f"sharded {format_cpulist(nodes)}"
-        merge = min(self._merge_seconds(collector, owners) for collector in owners)
-        return self.strategy("sharded", label, nodes, traffic, parts=tuple(tokens), merge_seconds=merge)
+        return self.split("sharded", dict(zip(nodes, tokens, strict=True)))
+
+    def split(self, kind: str, shares: Mapping[int, int]) -> Strategy:
+        """Each node reads its share from its own memory: of the tokens of every sequence (sharded), or of whole sequences."""
+        unit = self.shape.kv_bytes / sum(shares.values())
+        traffic = {(node, node): count * unit for node, count in shares.items() if count}
+        owners, nodes = [node for node, _ in traffic], tuple(shares)
+        merge = min(self._merge_seconds(one, owners) for one in owners) if kind == "sharded" else 0.0
+        idle = len(nodes) - len(owners) if kind == "instances" else 0
+        remark = f"; {idle} of {len(nodes)} nodes idle" if idle else ""
+        label, parts = f"{kind} {format_cpulist(nodes)}", tuple(shares.values())
+        return self.strategy(kind, label, nodes, traffic, parts=parts, merge_seconds=merge, remark=remark)
 
     def _merge_seconds(self, collector: int, owners: Sequence[int]) -> float:
         partial = self.shape.batch * self.shape.q_heads * self.shape.q_len * (self.shape.head_dim + 1) * PARTIAL_BYTES
@@ -199,12 +227,7 @@ class _Roofline:
         counts = {node: int(self.shape.batch * rate / sum(rates.values())) for node, rate in rates.items()}
         for _ in range(self.shape.batch - sum(counts.values())):
             counts[min(nodes, key=lambda node: (counts[node] + 1) / rates[node])] += 1
-        sequence_bytes = self.shape.kv_bytes / self.shape.batch
-        traffic = {(node, node): count * sequence_bytes for node, count in counts.items() if count}
-        idle = len(nodes) - len(traffic)
-        remark = f"; {idle} of {len(nodes)} nodes idle" if idle else ""
-        label, parts = f"instances {format_cpulist(nodes)}", tuple(counts.values())
-        return self.strategy("instances", label, nodes, traffic, parts=parts, remark=remark)
+        return self.split("instances", counts)
 
     def interleaved(self) -> Strategy:
         """All CPU nodes, and each page of K and V on the next memory node."""

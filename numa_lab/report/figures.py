@@ -12,7 +12,7 @@ import pandas as pd
 
 from numa_lab.report.figures_backends import overhead_by_backend
 from numa_lab.report.figures_certainty import cold_against_steady, run_order, spread
-from numa_lab.report.figures_experiments import batch_scaling, decode_runs, ranking
+from numa_lab.report.figures_experiments import decode_runs, node_scaling, ranking
 from numa_lab.report.figures_machine import bandwidth_heatmap, latency_heatmap
 from numa_lab.report.figures_placement import overhead_heatmap, pages
 from numa_lab.report.figures_prediction import against_prediction, prediction, prediction_sentence
@@ -24,13 +24,13 @@ __all__ = [
     "against_prediction",
     "bandwidth_heatmap",
     "batch_curve",
-    "batch_scaling",
     "cold_against_steady",
     "decode_runs",
     "kv_curve",
     "latency_heatmap",
     "limit_share",
     "machine_figures",
+    "node_scaling",
     "overhead_by_backend",
     "overhead_heatmap",
     "pages",

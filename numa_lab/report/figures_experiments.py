@@ -70,23 +70,53 @@ def decode_runs(runs: pd.DataFrame) -> Plot:
 
 
 @drawn
-def batch_scaling(rows: pd.DataFrame) -> Plot:
-    """Throughput of a batch by one process and by the pool over 1 to all nodes; takes ``numa_lab.batch_scaling.measure``."""
-    table = rows.groupby(["nodes", "arm"], as_index=False)["sequences_per_s"].agg(["median", "min", "max"])
-    figure, (ax,) = canvas(height=0.32 * len(table) + 1.4)
-    places = list(range(len(table), 0, -1))
-    whiskers = [table["median"] - table["min"], table["max"] - table["median"]]
-    ax.barh(places, table["median"], color=COLORS[8], height=0.6)
-    ax.errorbar(table["median"], places, xerr=whiskers, fmt="none", color=GREY, capsize=3)
-    ax.set_yticks(places, table["arm"])
-    ax.grid(visible=False, axis="y")
-    ax.set_xlabel("sequences per second")
-    alt = (
-        "Bars: "
-        + listed([f"{row['arm']} {row['median']:.1f}" for _, row in table.iterrows()])
-        + " sequences per second."
+def node_scaling(rows: pd.DataFrame) -> Plot:
+    """How fast K and V are read by more and more nodes, and what bandwidths let expect; takes ``numa_lab.node_scaling.measure``."""
+    speeds = rows.assign(speed=rows["bytes_per_s"] / 1e9)
+    speeds["expected"] = speeds["speed"] * speeds["seconds"] / speeds["predicted"]
+    keys = ["work", "nodes", "load"]
+    table = speeds.groupby(keys, as_index=False, sort=False).agg(
+        median=("speed", "median"), least=("speed", "min"), most=("speed", "max"), predicted=("expected", "median")
     )
-    table = table.rename(columns={column: f"{column} (sequences/s)" for column in ("median", "min", "max")})
-    return Plot(
-        "batch-scaling", "A batch over the nodes", figure, alt, table, "Bars are medians, whiskers the extremes."
+    works = list(dict.fromkeys(table["work"]))
+    figure, axes = canvas(1, len(works), height=3.0, sharey=True)
+    for ax, work in zip(axes, works, strict=True):
+        of = table[table["work"] == work]
+        plain, placed = of[of["nodes"] == 0], of[of["nodes"] > 0]
+        ax.axhline(float(plain["median"].iloc[0]), color=GREY, linestyle=":", label="one process, measured")
+        for number, (load, part) in enumerate(placed.groupby("load", sort=False)):
+            part = part.sort_values("nodes")
+            whiskers = [part["median"] - part["least"], part["most"] - part["median"]]
+            ax.errorbar(
+                part["nodes"], part["median"], yerr=whiskers, fmt=MARKERS[number], color=COLORS[number], capsize=3,
+                label=f"{load}, measured",
+            )  # fmt: skip
+            if part["predicted"].notna().any():
+                ax.plot(
+                    part["nodes"],
+                    part["predicted"],
+                    "--",
+                    color=COLORS[number],
+                    marker="_",
+                    markersize=14,
+                    label=f"{load}, predicted",
+                )
+        ax.set_title(work)
+        ax.set_xlabel("nodes at work")
+        ax.set_xlim(0.5, placed["nodes"].max() + 0.5)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.set_ylim(bottom=0)
+    axes[0].set_ylabel("K and V read (GB/s)")
+    handles = dict(zip(*reversed(axes[0].get_legend_handles_labels()), strict=True))
+    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=2)
+    told = [
+        f"{row.work} on {row.nodes or 'no particular'} nodes, {row.load}, {row.median:.1f}"
+        + ("" if math.isnan(row.predicted) else f" (predicted {row.predicted:.1f})")
+        for row in table.itertuples()
+    ]
+    alt = f"Points by number of nodes, GB/s: {listed(told)}."
+    table = table.rename(columns={column: f"{column} (GB/s)" for column in ("median", "least", "most", "predicted")})
+    note = (
+        "Medians over visits, whiskers the extremes; dashes are what the measured bandwidths of the nodes let expect."
     )
+    return Plot("node-scaling", "Work over the nodes", figure, alt, table, note)

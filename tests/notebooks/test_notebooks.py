@@ -43,7 +43,7 @@ def test_links_lead_somewhere(path):
         ("01_machine", {"seconds": 1.0}),
         ("02_attention_under_binding", {"kv_len": 64}),
         ("03_optimal_node", {"seconds": 1.0}),
-        ("04_thread_pool", {"kv_len": 64, "seconds": 0.5}),
+        ("04_thread_pool", {"kv_len": 64, "seconds": 0.5, "probe_seconds": 0.5}),
         ("05_decode_loop", {"kv_len": 64, "layers": 1, "tokens": 4, "seconds": 0.5}),
         ("06_cross_node_overhead", {}),
         ("07_optimization_guide", {}),

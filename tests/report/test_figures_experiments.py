@@ -34,9 +34,17 @@ def test_runs_and_batches_give_their_medians():
         {"helper": ["with", "without"] * 2, "block": [0, 0, 1, 1], "tokens_per_s": [20.0, 10.0, 22.0, 12.0]}
     )
     assert "21.0 tokens per second with the helper and 11.0 without" in figures.decode_runs(runs).alt
-    rows = pd.DataFrame(
-        {"arm": ["one process", "pool, 1 node"] * 2, "nodes": [0, 1] * 2, "sequences_per_s": [3.0, 6, 5, 8]}
-    )
-    plot = figures.batch_scaling(rows)
-    assert plot.alt == "Bars: one process 4.0 and pool, 1 node 7.0 sequences per second."
+
+
+def test_points_and_predictions_by_number_of_nodes():
+    rows = pd.DataFrame([
+        {"work": work, "nodes": nodes, "load": load, "block": block, "seconds": 2.0 / max(nodes, 1), "bytes_per_s": 5e9 * max(nodes, 1),
+         "predicted": math.nan if not nodes else 1.0 / nodes, "wrong": ""}
+        for work in ("a batch", "one sequence") for block in range(2)
+        for nodes, load in [(0, "others at rest"), (1, "others at rest"), (1, "others under load"), (2, "others at rest")]
+    ])  # fmt: skip
+    plot = figures.node_scaling(rows)
+    assert "a batch on 2 nodes, others at rest, 10.0 (predicted 20.0)" in plot.alt
+    assert "one sequence on no particular nodes, others at rest, 5.0" in plot.alt
     assert len(plot.png()) > 1000
+    figures.node_scaling(rows[rows["nodes"] < 2].assign(predicted=math.nan)).png()
