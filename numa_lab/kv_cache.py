@@ -41,7 +41,7 @@ class NodeShardedKVCache:
     dtype
         Of K, V and the queries.
     nodes
-        Where; all effective nodes where None is given.
+        Where; all effective nodes where None is given. What lies on a node of memory alone is read by the nearest team.
     teams
         A ``NodeTeam`` for each node; the shared ones (``numa_lab.node_team.teams``) where None is given.
     block
@@ -235,7 +235,8 @@ class NodeShardedKVCache:
                         seen = memory.locate(tensor)
                         seen.pop(memory.UNTOUCHED, None)  # room for tokens to come
                         pages[f"{name}{number or ''}"] = seen
-            requested = Binding((node,), (node,), MemPolicy.PREFERRED)
+            by = self._teams[node].node  # another one where the node has memory alone
+            requested = Binding((by,), (by,), MemPolicy.PREFERRED)
             refusal = self._teams[node].refusal
             found[node] = Receipt(requested, granted, threads, {}, pages, (*notes, refusal) if refusal else notes)
         return found

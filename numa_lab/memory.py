@@ -207,7 +207,9 @@ def home(tensor: torch.Tensor) -> int | None:
     else:
         first, last = _page_span(tensor)
         step = max(1, (last - first) // HOME_SAMPLE)
-        found = Counter(libnuma.page_status(np.arange(first, last, step, np.uint64) * np.uint64(PAGE_BYTES)).tolist())
+        found = Counter(
+            libnuma.page_status(np.arange(first, last, step, dtype=np.uint64) * np.uint64(PAGE_BYTES)).tolist()
+        )
     touched = {node: count for node, count in found.items() if node >= 0}
     return max(touched, key=touched.__getitem__) if touched else None
 

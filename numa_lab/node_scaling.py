@@ -196,11 +196,16 @@ class _Work:
 
     def _against(self, receipts: dict[int, Receipt], nodes: Sequence[int]) -> list[str]:
         """What receipts of nodes say against threads and pages there."""
-        return [
-            sentence
-            for node in nodes
-            for sentence in receipts[node].contradictions(self._topology.cpus_of([node]), [node])
-        ]
+        found = []
+        for node in nodes:
+            found += receipts[node].contradictions(self._topology.cpus_of([node]), [node])
+            for name, pages in receipts[node].pages_after.items():
+                found += [
+                    f"{count} pages of {name} lie on node {home} instead of {node}."
+                    for home, count in pages.items()
+                    if home != node
+                ]
+        return found
 
     def predict(self, arm: Arm, shares: dict[int, int], measured: Measured | None, all_nodes: int) -> float:
         """Seconds that bandwidths let expect for an arm; NaN where nothing is known, or nothing is placed."""

@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from multinode import witness
-from numa_lab import libnuma, memory, openmp, run, sampling, team
+from numa_lab import libnuma, memory, node_scaling, openmp, run, sampling, team
 from numa_lab.attention.reference import attention as reference
 from numa_lab.attention.shapes import preset
 from numa_lab.binding import Binding
 from numa_lab.errors import InvalidInput, NodeUnavailable
 from numa_lab.kv_cache import NodeShardedKVCache
+from numa_lab.measured import Measured
 from numa_lab.optimized import NUMAOptimizedGQA
 from numa_lab.pool import NUMAThreadPool, node_of
 from numa_lab.process_pool import NUMAProcessPool
@@ -289,6 +290,61 @@ def test_one_sequence_lies_on_all_nodes_and_each_reads_its_own(topology):
     for node, pages in lie().items():
         assert pages.keys() <= {node, -1}
         assert pages[node] >= first[node][node], "growth moved pages"
+
+
+@pytest.mark.guest("two-sockets")
+@pytest.mark.parametrize("kv_heads", [1, 3, 8])
+def test_any_number_of_kv_heads_is_split_also_over_memory_without_cpus(topology, kv_heads):
+    cache = NodeShardedKVCache(2, kv_heads, 32, 500, torch.bfloat16, nodes=[0, 1, 2, 3], block=32)
+    key, value = torch.randn(2, 2, kv_heads, 440, 32).bfloat16()
+    cache.append(key, value)
+    for node in cache.nodes:
+        for segment in cache._segments:
+            assert witness.pages(segment.keys[node]).keys() <= {node, -1}
+    query = torch.randn(2, 2 * kv_heads, 1, 32).bfloat16()
+    output = cache.attend(query)
+    expected, _ = reference(query, key, value, enable_gqa=True)
+    torch.testing.assert_close(output.double(), expected, rtol=0, atol=1e-2)
+    readers = {0: 0, 1: 1, 2: 2, 3: 2}  # node 3 has memory alone, and node 2 is next to it
+    for node, receipt in cache.receipt().items():
+        assert receipt.contradictions(topology.cpus_of([readers[node]]), [readers[node]]) == []
+        assert receipt.pages_after["key"].keys() == {node}
+
+
+@pytest.mark.guest("two-sockets")
+def test_two_caches_at_once_use_the_same_teams():
+    wrong = []
+
+    def decode(seed):
+        generator = torch.Generator().manual_seed(seed)
+        cache = NodeShardedKVCache(1, 2, 32, 300, torch.float32, block=16)
+        key, value = torch.randn(2, 1, 2, 300, 32, generator=generator)
+        cache.append(key[:, :, :200], value[:, :, :200])
+        for length in range(201, 260):
+            cache.append(key[:, :, length - 1 : length], value[:, :, length - 1 : length])
+            query = torch.randn(1, 4, 1, 32, generator=generator)
+            expected, _ = reference(query, key[:, :, :length], value[:, :, :length], enable_gqa=True)
+            if (cache.attend(query) - expected).abs().max() > 1e-5:
+                wrong.append((seed, length))
+
+    threads = [threading.Thread(target=decode, args=[seed]) for seed in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+@pytest.mark.guest("two-sockets", seconds=300)
+def test_work_grows_over_nodes_each_where_it_lies(monkeypatch):
+    monkeypatch.setattr(node_scaling, "MIN_BLOCKS", 1)
+    monkeypatch.setattr(node_scaling, "VISIT_SECONDS", 0.0)
+    rates = tuple(tuple(1e9 if cpu == mem else 5e8 for mem in range(4)) if cpu < 3 else (None,) * 4 for cpu in range(4))
+    measured = Measured((0, 1, 2, 3), rates, None, 3e9)
+    rows = node_scaling.measure(SHAPE, inputs_per_node=1, seconds=0.01, measured=measured)
+    assert len(rows) == len(node_scaling.arms_of(3)) == 12
+    assert "10 visits: every thread ran" in node_scaling.require_placed(rows)
+    assert (rows["predicted"].isna() == (rows["nodes"] == 0)).all()
 
 
 @pytest.mark.guest("two-sockets")

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from multinode import witness
-from numa_lab import libnuma, memory, team
+from numa_lab import libnuma, memory, node_team, team
 from numa_lab.attention.shapes import preset
 from numa_lab.binding import Binding, effective
 from numa_lab.errors import NodeUnavailable, NotPermitted
+from numa_lab.kv_cache import NodeShardedKVCache
 from numa_lab.optimized import NUMAOptimizedGQA
 from numa_lab.pool import NUMAThreadPool
 from numa_lab.receipt import Receipt
@@ -37,8 +38,7 @@ def measured(binding, pool, topology, seconds=0.3):
     return Receipt.from_columns(rows[0])
 
 
-@pytest.fixture
-def cpuset():
+def hide():
     """Put this process into a control group that hides nodes 0 and 3."""
     group = Path("/sys/fs/cgroup/lab")
     (group.parent / "cgroup.subtree_control").write_text("+cpuset")
@@ -46,6 +46,11 @@ def cpuset():
     (group / "cpuset.cpus").write_text("2-5")
     (group / "cpuset.mems").write_text("1-2")
     (group / "cgroup.procs").write_text(str(os.getpid()))
+
+
+@pytest.fixture
+def cpuset():
+    hide()
 
 
 @pytest.mark.usefixtures("cpuset")
@@ -71,6 +76,27 @@ def test_a_cpuset_drops_nodes_and_the_receipt_says_so_in_one_line():
     assert "CPUs of nodes 0-1 were requested, and the kernel granted nodes 1." in told
     assert "Memory policy bind:0-1 was requested, and the kernel granted bind:1." in told
     assert "pages of key lie on nodes 2 instead of 0-1" in told
+
+
+def test_a_node_that_disappears_from_the_cpuset_is_told_and_its_tokens_stay_readable():
+    cache = NodeShardedKVCache(1, 2, 64, 1024, torch.float32, block=64)
+    assert cache.nodes == (0, 1, 2)
+    key, value = torch.randn(2, 1, 2, 1000, 64)
+    cache.append(key, value)
+    query = torch.randn(1, 4, 1, 64)
+    before = cache.attend(query)
+    hide()  # nodes 0 and 3
+    assert read_topology().effective_nodes == (1, 2)
+    torch.testing.assert_close(cache.attend(query), before, rtol=0, atol=1e-6)
+    topology = read_topology()
+    told = {
+        node: receipt.contradictions(topology.cpus_of([node]) or [0, 1], [node])
+        for node, receipt in cache.receipt().items()
+    }
+    assert "CPUs of nodes 0 were requested" in " ".join(told[0])
+    assert told[1] == told[2] == []
+    assert node_team.teams().keys() == {1, 2}
+    assert NodeShardedKVCache(1, 2, 64, 1024, torch.float32).nodes == (1, 2)
 
 
 def test_refused_mbind_is_replaced_by_first_touch():
