@@ -11,13 +11,14 @@ from unittest import mock
 
 import common
 import torch
+from numba import cfunc, types
 
 from numa_lab import kv_cache, memory
 from numa_lab.attention.gqa import gqa_attention
-from numa_lab.attention.partial import merge
+from numa_lab.attention.plans import Merge
 from numa_lab.attention.shapes import AttentionShape, preset
 from numa_lab.kv_cache import NodeShardedKVCache
-from numa_lab.node_team import NodeTeam
+from numa_lab.node_team import NodeTeam, run_compiled
 from numa_lab.pool import NUMAThreadPool
 from numa_lab.topology import read_topology
 
@@ -27,6 +28,11 @@ BATCH_KV_LEN = 4096
 LAYERS = 4  # one after another, as a model has them, so that the caches hold none
 
 ONE, CALLED, SHARDED, MERGE, HAND = "one team of 2", "called, 2 threads", "2 teams of 1", "merge", "handing over"
+
+
+@cfunc(types.void(types.int64))
+def nothing(_data):  # type: ignore[no-untyped-def]
+    """What the teams run where handing over alone is timed."""
 
 
 @contextmanager
@@ -58,16 +64,15 @@ def measure_steps(shape: AttentionShape, turns: int) -> dict[str, float]:
         caches[-1].append(*layers[-1])
     parts = torch.randn(len(halves), *query.shape).to(dtype), torch.randn(len(halves), *query.shape[:-1])
 
-    def hand_over() -> None:
-        for future in [team.submit(int) for team in halves.values()]:
-            future.result()
+    out, merge = torch.empty_like(query), Merge(dtype, shape.head_dim)
+    jobs = {team: [(nothing.address, 0, 1)] for team in halves.values()}
 
     calls: dict[str, Callable[[int], object]] = {
         ONE: lambda layer: whole.submit(gqa_attention, query, *layers[layer], enable_gqa=True).result(),
         CALLED: lambda layer: gqa_attention(query, *layers[layer], enable_gqa=True),
         SHARDED: lambda layer: caches[layer].attend(query),
-        MERGE: lambda _layer: merge(*parts).to(dtype),
-        HAND: lambda _layer: hand_over(),
+        MERGE: lambda _layer: merge(*parts, out),
+        HAND: lambda _layer: run_compiled(jobs),
     }
     torch.testing.assert_close(calls[SHARDED](0), calls[CALLED](0), rtol=2e-2, atol=2e-2)
     return common.medians({name: common.seconds_of(call, LAYERS) for name, call in calls.items()}, turns)
