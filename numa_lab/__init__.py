@@ -10,9 +10,10 @@ The modules, from the machine up to the reader; each imports only from those abo
 - ``overview``: the machine in words
 - ``openmp``, ``thread_state``: torch's own threads, and their masks and policies
 - ``binding``, ``memory``, ``gpus``, ``results``: place threads and pages, see where they are, keep rows
-- ``receipt``, ``team``, ``notebook``, ``reading``: proof of placement; a team on its place; one notebook in a process
-  of its own; timed reads
-- ``probes``, ``doctor``, ``attention``, ``proof``: the limits of memory, what spoils them, what is computed, where a team is
+- ``receipt``, ``team``, ``notebook``, ``reading``, ``stealing``: proof of placement; a team on its place; one notebook in a
+  process of its own; timed reads; when a node should read what waits for another
+- ``probes``, ``doctor``, ``attention``, ``proof``, ``queues``: the limits of memory, what spoils them, what is computed, where
+  a team is, and what waits for the teams of each node
 - ``workloads``, ``sampling``: which cases are measured, and one case with its receipt
 - ``rankings``, ``optimal_node``: which node is best, and how sure that is
 - ``roofline``, ``placement``: what memory allows for each placement, and which to choose

@@ -219,6 +219,17 @@ class NodeTeam:
         Raises
         ------
         NumaLabError
+            As ``require_process`` says.
+        """
+        self.require_process()
+        return self._leader.submit(function, *args, **kwargs)
+
+    def require_process(self) -> None:
+        """Refuse a process that is not the team's own.
+
+        Raises
+        ------
+        NumaLabError
             The process was forked since: threads stay with the parent.
         """
         if os.getpid() != self._process:
@@ -226,7 +237,6 @@ class NodeTeam:
                 f"this team's threads live in process {self._process}, and a fork does not copy them: make the pool "
                 "in the process that uses it"
             )
-        return self._leader.submit(function, *args, **kwargs)
 
     def shutdown(self, *, wait: bool = True) -> None:
         """Finish what was submitted, and end the threads."""
