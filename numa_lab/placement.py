@@ -122,7 +122,7 @@ def plan_placement(shape: AttentionShape, topology: Topology | Mapping[str, Any]
         The nodes are not those of the topology, nothing was measured, K and V fit nowhere, or the shape is no decode step.
     """
     facts = topology.to_json() if isinstance(topology, Topology) else topology
-    measured, socket_of, memory_bytes = _usable(facts, measured)
+    measured, socket_of, memory_bytes = usable(facts, measured)
     strategies = tuple(predict(shape, measured, socket_of=socket_of, memory_bytes=memory_bytes))
     if not any(strategy.fits for strategy in strategies):
         raise InvalidInput(
@@ -152,7 +152,7 @@ def predict_bindings(
     and errors are those of ``plan_placement``; that K and V don't fit is no error here.
     """
     facts = topology.to_json() if isinstance(topology, Topology) else topology
-    measured, socket_of, memory_bytes = _usable(facts, measured)
+    measured, socket_of, memory_bytes = usable(facts, measured)
     found: list[Strategy | None] = []
     for binding, shape in wanted:
         mems = binding.mem_nodes or binding.cpu_nodes
@@ -164,10 +164,16 @@ def predict_bindings(
     return found
 
 
-def _usable(
+def usable(
     facts: Mapping[str, Any] | None, measured: Measured
 ) -> tuple[Measured, dict[int, int] | None, dict[int, int]]:
-    """What was measured of nodes that this process may use, the socket of each node, and the bytes that it holds."""
+    """What was measured of nodes that this process may use, the socket of each node if it is told, and the bytes that it holds.
+
+    Raises
+    ------
+    InvalidInput
+        The nodes are not those of the topology, which is given as its JSON.
+    """
     if not facts:
         return measured, None, {}
     ids = {node["id"] for node in facts["nodes"]}
@@ -176,9 +182,9 @@ def _usable(
             f"measured were nodes {format_cpulist(measured.nodes)}, and the machine has {format_cpulist(ids)}: "
             "measure this machine with `numa-lab probe`"
         )
-    usable = {cpu["node"] for cpu in facts["cpus"] if cpu["id"] in facts["allowed_cpus"]}
+    cpu_nodes = {cpu["node"] for cpu in facts["cpus"] if cpu["id"] in facts["allowed_cpus"]}
     memory_bytes = {node["id"]: node["memory_bytes"] for node in facts["nodes"]}
-    return measured.only(usable, facts["allowed_nodes"]), sockets_told(facts["cpus"]), memory_bytes
+    return measured.only(cpu_nodes, facts["allowed_nodes"]), sockets_told(facts["cpus"]), memory_bytes
 
 
 def sockets_told(cpus: list[dict[str, Any]]) -> dict[int, int] | None:

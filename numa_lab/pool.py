@@ -1,5 +1,7 @@
 """NUMAThreadPool: work over all nodes at once, each piece on the node where its memory lies.
 
+Each node has a queue, which its leader threads serve (see ``numa_lab.queues``).
+
 Limits: threads of one process share the interpreter lock. torch and the compiled kernels release it while they compute,
 Python code between them does not: for long-running services take a process per node (``numactl``).
 """
@@ -20,12 +22,18 @@ from numa_lab import memory, proof
 from numa_lab.attention.gqa import gqa_attention
 from numa_lab.binding import Binding, MemPolicy
 from numa_lab.errors import InvalidInput, NodeUnavailable
+from numa_lab.limits import Limits
+from numa_lab.measured import Measured, socket_groups
 from numa_lab.node_team import NodeTeam
+from numa_lab.placement import usable
+from numa_lab.queues import NodeQueues
 from numa_lab.receipt import Receipt
+from numa_lab.stealing import Reads
 from numa_lab.sysfs import format_cpulist
 from numa_lab.topology import Topology, read_topology
 
 T = TypeVar("T")
+Homes = list[tuple[Tensor, int | None]]  # tensors, each with the node of most of its pages
 ON_REMOTE = ("compute_there", "migrate", "ignore")
 
 
@@ -42,11 +50,17 @@ class NUMAThreadPool:
         Where ``parallel_gqa_compute`` computes an input. ``compute_there``: on the node where its K and V lie. ``migrate``: on
         the least busy node, to which their pages are moved before. ``ignore``: on the least busy node, which reads
         them over the link. ``receipt`` counts them.
+    measured
+        Bandwidths between the nodes, of ``probes.probe_nodes``, a run's probes.json or ``mlc.read_mlc``. With them a leader whose
+        queue is empty takes an input that waits for another node, where ``numa_lab.stealing`` predicts that it saves time. Without
+        them it takes none: memory that its own node already reads at full speed is not read faster by two. What
+        ``submit`` is given is never taken, since it is not known what it reads.
 
     Raises
     ------
     InvalidInput
-        A node has fewer cores than leaders, or `on_remote` is none of these.
+        A node has fewer cores than leaders, `on_remote` is none of these, or `measured` is of other nodes, or is given where no
+        input has a node of its own that it waits for.
     NodeUnavailable
         This process may use no node's CPUs and memory together.
 
@@ -59,9 +73,16 @@ class NUMAThreadPool:
     ...     outputs = thread_pool.parallel_gqa_compute(queries, keys, values)
     """
 
-    def __init__(self, num_threads_per_node: int = 1, on_remote: str = "compute_there") -> None:
+    def __init__(
+        self, num_threads_per_node: int = 1, on_remote: str = "compute_there", measured: Measured | None = None
+    ) -> None:
         if on_remote not in ON_REMOTE:
             raise InvalidInput(f"on_remote={on_remote!r}: expected one of {', '.join(ON_REMOTE)}")
+        if measured is not None and on_remote != "compute_there":
+            raise InvalidInput(
+                f"measured with on_remote={on_remote!r}: expected on_remote='compute_there', since otherwise no input waits "
+                "for a node of its own, from which another could take it; or leave measured out"
+            )
         self._on_remote = on_remote
         self._topology = read_topology()
         self.nodes = self._topology.effective_nodes
@@ -71,13 +92,15 @@ class NUMAThreadPool:
                 f"{format_cpulist(self._topology.allowed_cpus) or 'none'} and memory of nodes "
                 f"{format_cpulist(self._topology.allowed_nodes) or 'none'}"
             )
+        limits = _limits(self._topology, self.nodes, measured) if measured is not None else None
         shares = {node: _shares(self._topology, node, num_threads_per_node) for node in self.nodes}
         self._teams = {
             node: [NodeTeam(node, cpus, f"numa-node-{node}-{number}") for number, cpus in enumerate(parts)]
             for node, parts in shares.items()
         }
+        self._queues = NodeQueues(self._teams, limits)
+        self._readable = frozenset(limits.measured.mem_nodes if limits else ())
         self._lock = threading.Lock()
-        self._busy: Counter[NodeTeam] = Counter()
         self._inputs: Counter[tuple[int, str]] = Counter()  # by node and by what was done with them
 
     def __enter__(self) -> NUMAThreadPool:
@@ -114,33 +137,37 @@ class NUMAThreadPool:
         if num_runs < 1:
             raise InvalidInput(f"num_runs={num_runs}: expected at least 1")
 
-        def compute(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            self._prepare(key, value)
+        def compute(query: Tensor, key: Tensor, value: Tensor, homes: Homes, meant_for: int | None) -> Tensor:
+            self._prepare(homes, meant_for)
             for _ in range(num_runs):
                 output = gqa_attention(query, key, value, enable_gqa=True)
             return output
 
-        there = self._on_remote == "compute_there"
-        futures = [
-            self._submit(
-                compute, (query, key, value), {}, node_of((key, value), self.nodes, self._topology) if there else None
-            )
-            for query, key, value in zip(queries, keys, values, strict=True)
-        ]
+        futures, found = [], dict(_homes((*keys, *values)))
+        for query, key, value in zip(queries, keys, values, strict=True):
+            homes = [
+                (tensor, found[tensor]) for tensor in (key, value) if isinstance(tensor, Tensor) and tensor in found
+            ]
+            home = _most(homes) if self._on_remote == "compute_there" else None
+            node = _nearest(home, self.nodes, self._topology)
+            nbytes = sum(tensor.nbytes for tensor, _ in homes)
+            reads = None if home is None or home not in self._readable else Reads(home, num_runs * nbytes)
+            futures.append(self._queues.submit(compute, (query, key, value, homes, node), node=node, reads=reads))
         wait(futures)
         return [future.result() for future in futures]
 
-    def _prepare(self, key: Tensor, value: Tensor) -> None:
+    def _prepare(self, homes: Homes, meant_for: int | None) -> None:
         """On a leader: move an input here where that is wanted, and count what became of it."""
         node = next(node for node, teams in self._teams.items() if any(team.is_current() for team in teams))
-        homes = {tensor: memory.home(tensor) for tensor in (key, value) if isinstance(tensor, Tensor) and tensor.is_cpu}
-        away = [tensor for tensor, home in homes.items() if home not in (node, None)]
+        away = [tensor for tensor, home in homes if home not in (node, None)]
         if away and self._on_remote == "migrate":
             for tensor in away:
                 memory.migrate(tensor, node)
         what = {"migrate": "migrated"}.get(self._on_remote, "read over a link") if away else "computed where they lay"
         with self._lock:
             self._inputs[node, what] += 1
+            if meant_for not in (node, None):
+                self._inputs[node, f"taken from node {meant_for}"] += 1
 
     def submit(self, fn: Callable[..., T], *args: Any, numa_node: int | None = None, **kwargs: Any) -> Future[T]:
         """Run a function on a node.
@@ -158,12 +185,13 @@ class NUMAThreadPool:
             The node does not exist, or is not effective.
         RuntimeError
             The pool was shut down.
+        NumaLabError
+            The process was forked since: threads stay with the parent.
         """
         if numa_node is not None:
             self._topology.require_effective(numa_node)
-        return self._submit(
-            fn, args, kwargs, node_of(args, self.nodes, self._topology) if numa_node is None else numa_node
-        )
+        node = node_of(args, self.nodes, self._topology) if numa_node is None else numa_node
+        return self._queues.submit(fn, args, kwargs, node=node)
 
     def execute_on_numa(self, fn: Callable[..., T], *args: Any, numa_node: int, **kwargs: Any) -> T:
         """Run a function on a node and wait for its result; what it raises is raised here."""
@@ -193,12 +221,11 @@ class NUMAThreadPool:
     def receipt(self) -> dict[int, Receipt]:
         """For each node what its leaders and their teams are granted, and where they are, when their turn comes.
 
-        Its notes count what became of the inputs of ``parallel_gqa_compute`` (see `on_remote`). Where tensors lie it does
-        not say (``numa_lab.memory.locate`` does).
+        Its notes count what became of the inputs of ``parallel_gqa_compute`` (see `on_remote`), and those that were taken from
+        another node's queue. Where tensors lie it does not say (``numa_lab.memory.locate`` does). A leader is asked before
+        it takes what waits.
         """
-        looks = {
-            node: [team.submit(proof.look, self._topology) for team in teams] for node, teams in self._teams.items()
-        }
+        looks = {node: self._queues.submit_to_each(node, proof.look, self._topology) for node in self.nodes}
         receipts = {}
         for node, futures in looks.items():
             granted, threads, notes = zip(*(future.result() for future in futures), strict=True)
@@ -213,35 +240,44 @@ class NUMAThreadPool:
 
     def shutdown(self, wait: bool = True) -> None:
         """Finish what was submitted and end all threads; nothing can be submitted afterwards."""
-        for team in itertools.chain.from_iterable(self._teams.values()):
-            team.shutdown(wait=wait)
-
-    def _submit(self, fn: Callable[..., T], args: Sequence[Any], kwargs: dict[str, Any], node: int | None) -> Future[T]:
-        with self._lock:  # the least busy leader of the node, or of all
-            candidates = self._teams[node] if node is not None else itertools.chain.from_iterable(self._teams.values())
-            team = min(candidates, key=self._busy.__getitem__)
-            future = team.submit(fn, *args, **kwargs)
-            self._busy[team] += 1
-        future.add_done_callback(lambda _future: self._done(team))
-        return future
-
-    def _done(self, team: NodeTeam) -> None:
-        with self._lock:
-            self._busy[team] -= 1
+        self._queues.shutdown(wait=wait)
 
 
 def node_of(args: Sequence[Any], nodes: Sequence[int], topology: Topology) -> int | None:
     """Of `nodes` the one whose CPUs are nearest to most of the tensors among `args`; None where nothing tells."""
+    return _nearest(_most(_homes(args)), nodes, topology)
+
+
+def _homes(args: Sequence[Any]) -> Homes:
+    """The tensors among `args` that lie in this machine's memory, each with its node."""
+    tensors = [one for one in args if isinstance(one, Tensor) and one.device.type == "cpu" and one.nbytes]
+    return list(zip(tensors, memory.homes(tensors), strict=True))
+
+
+def _most(homes: Homes) -> int | None:
+    """The node on which most of the tensors lie; None where nothing tells."""
     weight: Counter[int] = Counter()
-    for tensor in args:
-        if isinstance(tensor, Tensor) and tensor.device.type == "cpu" and tensor.nbytes:
-            home = memory.home(tensor)
-            if home is not None:
-                weight[home] += tensor.nbytes
-    if not weight:
+    for tensor, home in homes:
+        if home is not None:
+            weight[home] += tensor.nbytes
+    return weight.most_common(1)[0][0] if weight else None
+
+
+def _nearest(home: int | None, nodes: Sequence[int], topology: Topology) -> int | None:
+    if home is None:
         return None
-    home = weight.most_common(1)[0][0]
     return min(nodes, key=lambda node: (node != home, topology.distance(node, home) or 0))
+
+
+def _limits(topology: Topology, nodes: Sequence[int], measured: Measured) -> Limits:
+    """What the machine's memory allows, of what this process may use of it."""
+    measured, socket_of, _ = usable(topology.to_json(), measured)
+    if unknown := set(nodes) - set(measured.cpu_nodes):
+        raise InvalidInput(
+            f"measured has no bandwidth of the CPUs of node {format_cpulist(unknown)}, and this pool computes there: "
+            "measure this machine with `numa-lab probe`"
+        )
+    return Limits(measured, socket_groups(measured, socket_of))
 
 
 def _shares(topology: Topology, node: int, leaders: int) -> list[tuple[int, ...]]:
