@@ -144,23 +144,31 @@ def plan_placement(shape: AttentionShape, topology: Topology | Mapping[str, Any]
 
 
 def predict_bindings(
-    wanted: Iterable[tuple[Binding, AttentionShape]], topology: Topology | Mapping[str, Any], measured: Measured
+    wanted: Iterable[tuple[Binding, AttentionShape]],
+    topology: Topology | Mapping[str, Any],
+    measured: Measured,
+    weights: Mapping[int, int] | None = None,
 ) -> list[Strategy | None]:
     """Predict decode steps under bindings, in their order; None for a binding of which it can't be said where its pages lie.
 
-    That is so where pages go by weight or to the first of several nodes, and where CPUs of several nodes touch them. Parameters
-    and errors are those of ``plan_placement``; that K and V don't fit is no error here.
+    That is so where pages go to the first of several nodes, where CPUs of several nodes touch them, and where they go by weights
+    that are not given. Parameters and errors are those of ``plan_placement``; that K and V don't fit is no error here.
     """
     facts = topology.to_json() if isinstance(topology, Topology) else topology
     measured, socket_of, memory_bytes = usable(facts, measured)
     found: list[Strategy | None] = []
     for binding, shape in wanted:
         mems = binding.mem_nodes or binding.cpu_nodes
-        if not mems or (len(mems) > 1 and binding.policy is not MemPolicy.INTERLEAVE):
+        by_weight = weights if binding.policy is MemPolicy.WEIGHTED_INTERLEAVE else None
+        if not mems or (len(mems) > 1 and binding.policy is not MemPolicy.INTERLEAVE and not by_weight):
             found.append(None)
             continue
         cpus = binding.cpu_nodes or measured.cpu_nodes
-        found.append(predict_binding(shape, measured, cpus, mems, socket_of=socket_of, memory_bytes=memory_bytes))
+        found.append(
+            predict_binding(
+                shape, measured, cpus, mems, socket_of=socket_of, memory_bytes=memory_bytes, weights=by_weight
+            )
+        )
     return found
 
 

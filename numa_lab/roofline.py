@@ -114,15 +114,17 @@ def predict_binding(
     *,
     socket_of: Mapping[int, int] | None = None,
     memory_bytes: Mapping[int, int] | None = None,
+    weights: Mapping[int, float] | None = None,
 ) -> Strategy | None:
-    """Predict a binding: the CPUs of some nodes share the work evenly, and each page lies on the next of some memory nodes.
+    """Predict a binding: the CPUs of some nodes share the work evenly, and pages lie on some memory nodes in turn.
 
-    None where a node's CPUs or memory were not measured. Other parameters and errors are those of ``predict``.
+    `weights` say how many pages in turn a node gets, where that is not one. None where a node's CPUs or memory were not
+    measured. Other parameters and errors are those of ``predict``.
     """
     roofline = _roofline(shape, measured, socket_of, memory_bytes)
     if not set(cpu_nodes) <= set(measured.cpu_nodes) or not set(mem_nodes) <= set(measured.mem_nodes):
         return None
-    return roofline.spread(tuple(cpu_nodes), tuple(mem_nodes))
+    return roofline.spread(tuple(cpu_nodes), {node: weights[node] if weights else 1.0 for node in mem_nodes})
 
 
 def predict_split(
@@ -231,12 +233,12 @@ class _Roofline:
 
     def interleaved(self) -> Strategy:
         """All CPU nodes, and each page of K and V on the next memory node."""
-        return self.spread(self.limits.measured.cpu_nodes, self.limits.measured.mem_nodes)
+        return self.spread(self.limits.measured.cpu_nodes, dict.fromkeys(self.limits.measured.mem_nodes, 1.0))
 
-    def spread(self, cpus: tuple[int, ...], mems: tuple[int, ...]) -> Strategy:
-        """Some CPU nodes share the work evenly, and each page of K and V lies on the next of some memory nodes."""
-        share = self.shape.kv_bytes / len(cpus) / len(mems)
-        traffic = {(cpu, mem): share for cpu in cpus for mem in mems}
+    def spread(self, cpus: tuple[int, ...], weights: Mapping[int, float]) -> Strategy:
+        """Some CPU nodes share the work evenly, and each memory node holds its part of the pages of K and V by weight."""
+        share, mems = self.shape.kv_bytes / len(cpus) / sum(weights.values()), tuple(weights)
+        traffic = {(cpu, mem): share * weight for cpu in cpus for mem, weight in weights.items()}
         label = f"c{format_cpulist(cpus)}{'i' if len(mems) > 1 else 'm'}{format_cpulist(mems)}"
         merge = min(self._merge_seconds(collector, cpus) for collector in cpus)
         return self.strategy("interleaved", label, tuple(sorted({*cpus, *mems})), traffic, merge_seconds=merge)

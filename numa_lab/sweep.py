@@ -16,8 +16,9 @@ from pathlib import Path
 import pandas as pd
 
 from numa_lab import notebook
-from numa_lab.binding import Binding
+from numa_lab.binding import Binding, MemPolicy
 from numa_lab.errors import InvalidInput, NumaLabError
+from numa_lab.libnuma import interleave_weights
 from numa_lab.measured import PROBES, Measured
 from numa_lab.placement import predict_bindings
 from numa_lab.plan import Plan, Planned, expected_cases, missing
@@ -148,7 +149,9 @@ def predict(plan: Plan, run_dir: Path, measured: Path, topology: Topology) -> li
     ]
     try:
         probes = Measured.from_json(read_json(run_dir / PROBES))
-        found = predict_bindings([(binding, case.shape) for binding, case in cases], topology, probes)
+        by_weight = {node for one in bindings if one.policy is MemPolicy.WEIGHTED_INTERLEAVE for node in one.mem_nodes}
+        weights = interleave_weights(by_weight) if by_weight else None
+        found = predict_bindings([(binding, case.shape) for binding, case in cases], topology, probes, weights)
     except InvalidInput as error:
         return [f"Nothing was predicted: {error}"]
     rows = [

@@ -156,6 +156,17 @@ def test_first_touch_is_predicted_as_all_cpus_reading_one_node(four_nodes):
     assert unknown is None
 
 
+def test_pages_by_weight_are_predicted_where_the_weights_are_known(four_nodes):
+    measured = machine([[100, 50, 50, 50]] * 3 + [[None] * 4])
+    binding = Binding.parse("c0w0,1")
+    (unknown,) = placement.predict_bindings([(binding, LONG)], four_nodes, measured)
+    (known,) = placement.predict_bindings([(binding, LONG)], four_nodes, measured, {0: 3, 1: 1})
+    assert unknown is None
+    assert known.seconds == pytest.approx(
+        max(LONG.kv_bytes * 0.75 / 100e9, LONG.kv_bytes * 0.25 / 50e9, LONG.kv_bytes / 100e9)
+    )
+
+
 def test_one_node_has_nothing_to_choose():
     plan = placement.plan_placement(LONG, None, machine([[20]], 21))
     assert [strategy.label for strategy in plan.strategies] == ["c0m0"]
