@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from numa_lab import memory
+from numa_lab import memory, timing
 from numa_lab.attention.shapes import AttentionShape
 from numa_lab.errors import InvalidInput, UntrustedResult
 from numa_lab.optimized import NUMAOptimizedGQA, scaled_dot_product_attention_gqa
@@ -155,7 +155,13 @@ def compare(
     seconds, min_blocks
         Blocks are run until the time has passed, and at least so many: with less than three there is no interval.
         Filling the caches counts, but is not shortened: large ones take longer than `seconds`.
+
+    Raises
+    ------
+    InvalidInput
+        A number is not positive.
     """
+    timing.require_seconds(seconds)
     if min(layers, tokens, min_blocks) < 1:
         raise InvalidInput(f"layers={layers}, tokens={tokens}, min_blocks={min_blocks}: expected at least 1 of each")
     arms = {WITH: (attend_with, helper), WITHOUT: (attend_without, None)}

@@ -25,7 +25,7 @@ from numa_lab import libnuma, stats, team, timing
 from numa_lab.attention.gqa import gqa_attention
 from numa_lab.attention.shapes import AttentionShape, fit, preset
 from numa_lab.binding import Binding, MemPolicy, effective
-from numa_lab.errors import InvalidInput, NodeUnavailable
+from numa_lab.errors import NodeUnavailable
 from numa_lab.optimized import NUMAOptimizedGQA
 from numa_lab.ratios import Ratio, ratio_of_medians
 from numa_lab.receipt import contradictions
@@ -108,8 +108,7 @@ def measure(
     progress
         Called with visits done and in all.
     """
-    if not seconds > 0:
-        raise InvalidInput(f"seconds={seconds}: expected a positive time for all visits")
+    timing.require_seconds(seconds)
     largest = max(cell.case.shape.kv_bytes for cell in todo)
     pools = {}
     for node in {cell.memory_node for cell in todo}:
@@ -239,7 +238,13 @@ def before_and_after(helper: NUMAOptimizedGQA, shape: AttentionShape, *, seconds
     """Time torch's own attention, ``gqa_attention``, and the helper's, in random order within blocks.
 
     Each visit makes its tensors anew: ordinary ones for the first two arms, ones of the node for the helper.
+
+    Raises
+    ------
+    InvalidInput
+        `seconds` is not positive.
     """
+    timing.require_seconds(seconds)
     dtype = getattr(torch, shape.dtype)
     query = (shape.batch, shape.q_heads, shape.q_len, shape.head_dim)
     cache = (shape.batch, shape.kv_heads, shape.kv_len, shape.head_dim)

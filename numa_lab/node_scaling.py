@@ -24,7 +24,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from numa_lab import memory
+from numa_lab import memory, timing
 from numa_lab.attention.gqa import gqa_attention
 from numa_lab.attention.shapes import AttentionShape
 from numa_lab.errors import InvalidInput, UntrustedResult
@@ -94,10 +94,11 @@ def measure(
     Raises
     ------
     InvalidInput
-        `inputs_per_node` is not positive, or the shape is no decode step of one sequence.
+        `inputs_per_node` or `seconds` is not positive, or the shape is no decode step of one sequence.
     NodeUnavailable
         A node has too little free memory.
     """
+    timing.require_seconds(seconds)
     if inputs_per_node < 1:
         raise InvalidInput(f"inputs_per_node={inputs_per_node}: expected at least 1")
     if shape.phase != "decode" or shape.batch != 1:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from numa_lab import doctor, notebook
+from numa_lab.attention.names import require_backend
 from numa_lab.binding import Binding, MemPolicy
 from numa_lab.errors import InvalidInput, MachineMismatch, MissingDependency, NodeUnavailable, RunDirectoryError
 from numa_lab.results import (
@@ -144,7 +145,7 @@ def make_plan(
     Raises
     ------
     InvalidInput
-        An unknown profile, no executions, or parameters that the notebook does not have.
+        An unknown profile or backend, no executions, or parameters that the notebook does not have.
     """
     if profile not in PROFILES:
         raise InvalidInput(f"profile {profile!r}: expected one of {', '.join(PROFILES)}")
@@ -155,6 +156,8 @@ def make_plan(
         raise InvalidInput(f"parameter profile={parameters['profile']!r}: give it as --profile")
     given = {"profile": profile, **parameters}
     notebook.check_parameters(measured, {**given, "execution": {}})
+    if "backend" in given:
+        require_backend(given["backend"])
     twin = next((binding for binding in bindings if binding.is_local), bindings[0])
     labels = [*map(str, bindings), f"{twin}{AA_SUFFIX}"]
     content, machine = _content(measured), machine_facts(topology)["fingerprint"]

@@ -17,6 +17,7 @@ import torch
 
 from numa_lab import memory, openmp, team
 from numa_lab.attention import decode, gqa
+from numa_lab.attention.names import require_backend
 from numa_lab.attention.reference import attention as reference
 from numa_lab.binding import Binding, MemPolicy, effective
 from numa_lab.errors import InvalidInput, NodeUnavailable, UntrustedResult
@@ -62,8 +63,7 @@ def start(
     InvalidInput
         A parameter makes no sense.
     """
-    if backend not in ("auto", *gqa.BACKENDS):
-        raise InvalidInput(f"backend {backend!r}: expected auto or one of {', '.join(gqa.BACKENDS)}")
+    require_backend(backend)
     identity = dict(execution or {})
     unknown = set(identity) - {*BY_HAND, "label", "binding", "result"}
     if unknown:

@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from numa_lab.errors import InvalidInput
+
 SHORTEST_SAMPLE_SECONDS = 1e-3  # thousands of clock ticks; shorter calls are repeated within a sample
 MIN_SAMPLES = 5
 SETTLED_WITHIN = 0.05  # relative difference of the medians of the two halves of the warm-up
@@ -29,6 +31,18 @@ class Timing:
     def median_seconds(self) -> float:
         """Median of the steady samples."""
         return statistics.median(self.samples)
+
+
+def require_seconds(seconds: float) -> None:
+    """Refuse what is no time to measure for.
+
+    Raises
+    ------
+    InvalidInput
+        It is not positive.
+    """
+    if not seconds > 0:
+        raise InvalidInput(f"seconds={seconds}: expected a positive time, for all visits together")
 
 
 def measure(

@@ -104,4 +104,4 @@ def test_a_script_tells_a_bad_value_without_a_traceback():
     script = analyze_numa_cpu_attention.__file__
     done = subprocess.run([sys.executable, script, "--seconds", "0"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr == "seconds=0.0: expected a positive time for all visits\n"
+    assert done.stderr == "seconds=0.0: expected a positive time, for all visits together\n"

@@ -95,6 +95,8 @@ def test_profile_as_a_parameter_and_unknown_parameters_are_refused():
         planned_sweep(parameters={"kv_length": 1})
     with pytest.raises(InvalidInput, match="llama-3-8b"):
         planned_sweep(parameters={"preset": "llama-9"})
+    with pytest.raises(InvalidInput, match="did you mean 'torch-folded'"):
+        planned_sweep(parameters={"backend": "torch-fold"})
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,9 @@
 import time
 
+import pytest
+
 from numa_lab import timing
+from numa_lab.errors import InvalidInput
 
 
 def test_the_cold_call_is_apart_and_every_turn_is_called_once():
@@ -34,3 +37,9 @@ def test_halves_that_drift_do_not_agree():
     assert timing._halves_agree([1.0, 1.01, 1.02, 1.0])
     assert not timing._halves_agree([2.0, 1.9, 1.1, 1.0])
     assert not timing._halves_agree([1.0, 1.0])
+
+
+@pytest.mark.parametrize("seconds", [0, -1.0, float("nan")])
+def test_no_time_is_refused(seconds):
+    with pytest.raises(InvalidInput, match=f"seconds={seconds}: expected a positive time"):
+        timing.require_seconds(seconds)

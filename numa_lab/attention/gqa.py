@@ -6,7 +6,6 @@ means. Every other caller learns its name from ``choose_backend``.
 
 from __future__ import annotations
 
-import difflib
 import warnings
 from collections.abc import Callable
 from functools import cache
@@ -15,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from numa_lab.attention import decode
+from numa_lab.attention import decode, names
 from numa_lab.attention.checks import check
-from numa_lab.errors import InvalidInput
+from numa_lab.attention.names import require_backend
 
 
 def gqa_attention(
@@ -99,10 +98,7 @@ def choose_backend(
     InvalidInput
         As ``gqa_attention``.
     """
-    if backend != "auto" and backend not in BACKENDS:
-        close = difflib.get_close_matches(backend, ("auto", *BACKENDS), n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise InvalidInput(f"backend {backend!r}: {hint}expected auto or one of {', '.join(BACKENDS)}")
+    require_backend(backend)
     check(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
     if backend == "auto" and is_causal and query.size(-2) > 1:
         return "torch"  # a prompt
@@ -257,4 +253,4 @@ def _guide(
 
 
 Backend = Callable[[Tensor, Tensor, Tensor, Tensor | None, float, bool, float | None, bool], Tensor]
-BACKENDS: dict[str, Backend] = {"numba": _numba, "torch": _torch, "torch-folded": _folded, "guide": _guide}
+BACKENDS: dict[str, Backend] = dict(zip(names.BACKENDS, (_numba, _torch, _folded, _guide), strict=True))
