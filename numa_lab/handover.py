@@ -25,6 +25,7 @@ from numa_lab import openmp, simd
 Job = tuple[int, int, int]  # what openmp.run_on_team takes: function, data, threads
 
 LINGER_MS = 20  # a leader that hears nothing for so long leaves; a process that ends waits so long for it
+TURNS = 1000  # after so many a leader looks about: whether the process ends, for example
 _WAKE, _DONE, _POSTED, _SERVED, _LEAVE, _JOBS, _COUNT, _LINGER, _HEARD, _ONE, _POLLED, _ADDRESS = range(12)
 _WORD = 8
 _POLLIN = 1
@@ -44,26 +45,59 @@ class Desk:
         self._wake, self._function = wake, _serve()
 
     def serve(self) -> None:
-        """Do what is posted, until ``leave`` asks for an end or nothing has come for a while; called by the leader."""
+        """Do what is posted, until ``leave`` asks for an end, nothing has come for a while, or much has been done.
+
+        Called by the leader.
+        """
         self._function(self._words[_ADDRESS])
 
-    def post(self, jobs: Sequence[Job], done: int) -> None:
-        """Let the leader run jobs, one after the other, and then count one on the eventfd `done`."""
-        self._posted = (ctypes.c_int64 * (3 * len(jobs)))(*(word for job in jobs for word in job))
+    def lay_out(self, jobs: Sequence[Job], done: int) -> int:
+        """Put down what the leader is to run, one after the other, before it counts one on the eventfd `done`; for ``run``."""
+        self._jobs = (ctypes.c_int64 * (3 * len(jobs)))(*(word for job in jobs for word in job))
         words = self._words
-        words[_JOBS], words[_COUNT], words[_DONE] = ctypes.addressof(self._posted), len(jobs), done
-        words[_POSTED] += 1
-        os.eventfd_write(self._wake, 1)
+        words[_JOBS], words[_COUNT], words[_DONE] = ctypes.addressof(self._jobs), len(jobs), done
+        return words[_ADDRESS]
 
     def leave(self) -> None:
         """Ask the leader to leave; it does what was posted first."""
         self._words[_LEAVE] = 1
         os.eventfd_write(self._wake, 1)
 
-    def left(self) -> bool:
-        """Whether a leader that came back may leave for good: nothing was posted meanwhile."""
+    def idle(self) -> bool:
+        """Forget that the leader was asked to leave, which it did; whether nothing was posted meanwhile."""
         self._words[_LEAVE] = 0
         return self._words[_POSTED] == self._words[_SERVED]
+
+
+def run(desks: Sequence[int], done: int) -> None:
+    """Let leaders run what was laid out on their desks (``Desk.lay_out``), and wait until all have counted on `done`.
+
+    In one compiled call, in which no signal's handler can run: whatever a handler raises is raised after it, when no leader
+    writes into the caller's memory any more.
+    """
+    table = (ctypes.c_int64 * (len(desks) + 2))(0, 0, *desks)
+    _run()(ctypes.addressof(table), len(desks), done)
+
+
+@cache
+def _run() -> Any:
+    """The compiled ``void run(int64_t table[], int64_t desks, int64_t done)``; the first of the table is its own."""
+    libc, address, integer, long = ctypes.CDLL(None), ctypes.c_size_t, ctypes.c_int, ctypes.c_int64
+    read, write = (ctypes.CFUNCTYPE(long, integer, address, address)((name, libc)) for name in ("read", "write"))
+
+    @cfunc(types.void(types.int64, types.int64, types.int64), error_model="numpy")
+    def run(table: Any, desks: Any, done: Any) -> None:
+        for desk in range(desks):
+            words = _word(table + (2 + desk) * _WORD)
+            _count_up(words + _POSTED * _WORD)
+            write(_word(words + _WAKE * _WORD), words + _ONE * _WORD, _WORD)
+        heard = 0
+        while heard < desks:
+            if read(done, table, _WORD) == _WORD:  # else a signal came
+                heard += _word(table)
+
+    _keep_alive.append(run)
+    return ctypes.CFUNCTYPE(None, address, long, long)(run.address)
 
 
 @cache
@@ -82,10 +116,11 @@ def _serve() -> Any:
     @cfunc(types.void(types.CPointer(types.int64)), error_model="numpy")
     def serve(words: Any) -> None:
         own = words[_ADDRESS]
-        while True:
+        for _ in range(TURNS):
             if poll(own + _WORD * _POLLED, 1, words[_LINGER]) <= 0:  # nothing came, or a signal
                 return
-            read(words[_WAKE], own + _WORD * _HEARD, _WORD)
+            if read(words[_WAKE], own + _WORD * _HEARD, _WORD) != _WORD:
+                return
             if words[_POSTED] != words[_SERVED]:
                 for job in range(words[_COUNT]):
                     at = words[_JOBS] + 3 * _WORD * job
@@ -103,6 +138,16 @@ def _serve() -> Any:
 def _word(_context: Any, _address: Any) -> Any:
     """The int64 at an address."""
     return types.int64(types.int64), lambda _c, b, _s, a: b.load(simd.at(b, a[0]), typ=simd.I64)
+
+
+@intrinsic
+def _count_up(_context: Any, _address: Any) -> Any:
+    """Add one to the int64 at an address."""
+
+    def emit(_c: Any, b: Any, _s: Any, a: Any) -> Any:
+        return b.atomic_rmw("add", simd.at(b, a[0]), simd.I64(1), "acq_rel")
+
+    return types.int64(types.int64), emit
 
 
 _keep_alive: list[Any] = []  # compiled functions whose addresses are in use

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from numa_lab import libnuma
+from numa_lab import handover, libnuma
 from numa_lab.errors import InvalidInput, NodeUnavailable, NumaLabError
 from numa_lab.handover import Desk, Job
 from numa_lab.team import Placement
@@ -54,15 +54,18 @@ class NodeTeam:
         self.refusal = ""  # why the memory policy was not set; empty where it was
         self._leader_id = 0
         self._desk: Desk | None = None  # made when there is compiled work
-        self._serving = False
-        self._posting = threading.Lock()  # held while compiled work is under way
-        self._state = threading.Lock()  # of _serving
-        # The team ends with its leader, so nothing has to be given back.
-        self._leader = ThreadPoolExecutor(1, name or f"numa-node-{node}", initializer=self._enter)
-
-    def _enter(self) -> None:
-        self._leader_id = threading.get_ident()
-        self.refusal = self._placement.enter().refusal
+        # Held by who posts compiled work, until it is done. Work is put on a desk without the other lock, so that a leader
+        # which finds this one held stays.
+        self._posting = threading.Lock()
+        # Of the two below, of the desk's wish that the leader leaves, and of what is queued.
+        self._state = threading.Lock()
+        self._serving = False  # whether the leader is at its desk, or on its way there
+        self._closed = False
+        # The team ends with its leader, so nothing has to be given back. The thread holds no more than a weak reference:
+        # it ends with a team that nobody has any more.
+        self._leader = ThreadPoolExecutor(
+            1, name or f"numa-node-{node}", initializer=_enter, initargs=(weakref.ref(self),)
+        )
 
     def is_current(self) -> bool:
         """Whether the calling thread is this team's leader."""
@@ -78,9 +81,10 @@ class NodeTeam:
         """
         self.require_process()
         with self._state:
+            future = self._leader.submit(function, *args, **kwargs)
             if self._serving and self._desk:
-                self._desk.leave()
-        return self._leader.submit(function, *args, **kwargs)
+                self._desk.leave()  # after it was queued, as the leader goes there and comes back
+        return future
 
     def require_process(self) -> None:
         """Refuse a process that is not the team's own.
@@ -96,27 +100,64 @@ class NodeTeam:
                 "in the process that uses it"
             )
 
-    def _post(self, jobs: Sequence[Job], done: int) -> None:
+    def _ready(self, jobs: Sequence[Job], done: int) -> int:
+        """Let the leader serve, and lay jobs out for ``handover.run``; the caller holds ``_posting``."""
+        if self._desk is None:
+            self.submit(int).result()  # a leader that can't enter its node never serves: here it raises
+            self._desk = Desk()
         with self._state:
-            self._desk = self._desk or Desk()
+            if self._closed:
+                raise RuntimeError("cannot schedule new futures after shutdown")
             if not self._serving:
                 self._leader.submit(self._serve)
                 self._serving = True
-            self._desk.post(jobs, done)
+            return self._desk.lay_out(jobs, done)
 
     def _serve(self) -> None:
-        """On the leader: run compiled work until there is no more of it, or other work waits."""
+        """On the leader: run compiled work until none comes for a while, or other work waits."""
         assert self._desk is not None
         while True:
             self._desk.serve()
             with self._state:
-                if self._desk.left():
+                if self._desk.idle() and not self._posting.locked():
                     self._serving = False
                     return
+                try:
+                    self._leader.submit(self._serve)  # behind what waits
+                    return
+                except RuntimeError:  # shut down, or the process ends: what was laid out until now is done before
+                    self._closed = True
 
     def shutdown(self, *, wait: bool = True) -> None:
         """Finish what was submitted, and end the threads."""
+        with self._state:
+            self._closed = True
+            if self._serving and self._desk:
+                self._desk.leave()
         self._leader.shutdown(wait=wait)
+
+
+def _enter(reference: weakref.ref[NodeTeam]) -> None:
+    """On a new leader: go to the team's place."""
+    if team := reference():
+        _of_thread.leads = True
+        team._leader_id = threading.get_ident()
+        team.refusal = team._placement.enter().refusal
+
+
+def require_no_leader() -> None:
+    """Refuse a thread that leads a team, where teams are waited for.
+
+    Raises
+    ------
+    NumaLabError
+        The caller is a leader: it would wait for itself, or for another leader that waits for it.
+    """
+    if _of_thread.leads:
+        raise NumaLabError(
+            f"{threading.current_thread().name} leads a team, and would wait for teams: it might wait for itself. "
+            "Call from a thread that leads none"
+        )
 
 
 def teams(nodes: Sequence[int] | None = None, *, reserve: int = 0) -> dict[int, NodeTeam]:
@@ -174,27 +215,31 @@ def run_compiled(work: Mapping[NodeTeam, Sequence[Job]]) -> None:
     Raises
     ------
     NumaLabError
-        The process was forked since a team was made, or the caller is the leader of one of them.
+        The process was forked since a team was made, or the caller leads a team.
     RuntimeError
-        A team was shut down.
+        A team was shut down, or its leader can't enter its node; nothing was run then.
+
+    Notes
+    -----
+    An exception that a signal's handler raises, as of Ctrl-C, comes when all is done: until then teams write into memory of the
+    caller.
     """
+    require_no_leader()
     for team in work:
         team.require_process()
-        if team.is_current():
-            raise NumaLabError(f"the leader of node {team.node} would wait for itself: call from another thread")
-    ear, posted = _of_thread.ear, 0
-    taken = sorted(work, key=id)  # always in one order, as two callers may want the same teams
-    for team in taken:
-        team._posting.acquire()
-    try:
-        here = _current_cpu()
-        for team in sorted(work, key=lambda team: here in team.cpus):  # that leader takes this CPU from us
-            team._post(work[team], ear.eventfd)
-            posted += 1
-    finally:
-        ear.wait(posted)
-        for team in taken:
-            team._posting.release()
+    # Locks are taken in one order, as two callers may want the same teams.
+    _run_holding(sorted(work, key=id), work)
+
+
+def _run_holding(to_take: Sequence[NodeTeam], work: Mapping[NodeTeam, Sequence[Job]]) -> None:
+    """Take the teams one by one, and run. By nested ``with``, since a signal leaves no lock of those held."""
+    if to_take:
+        with to_take[0]._posting:
+            _run_holding(to_take[1:], work)
+        return
+    ear, here = _of_thread.ear.eventfd, _current_cpu()
+    last = sorted(work, key=lambda team: here in team.cpus)  # the leader that takes this CPU from us
+    handover.run([team._ready(work[team], ear) for team in last], ear)
 
 
 _current_cpu = ctypes.CDLL(None).sched_getcpu
@@ -207,19 +252,12 @@ class _Ear:
         self.eventfd = os.eventfd(0)
         weakref.finalize(self, os.close, self.eventfd)
 
-    def wait(self, count: int) -> None:
-        """Wait for so many; an interrupt is raised after them, since until then they write into the caller's memory."""
-        interrupt: KeyboardInterrupt | None = None
-        while count:
-            try:
-                count -= os.eventfd_read(self.eventfd)
-            except KeyboardInterrupt as signal:
-                interrupt = signal
-        if interrupt:
-            raise interrupt
-
 
 class _OfThread(threading.local):
+    """Of a thread: whether it leads a team, and its ear."""
+
+    leads = False
+
     def __init__(self) -> None:
         self.ear = _Ear()
 

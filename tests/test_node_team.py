@@ -1,11 +1,14 @@
 import ctypes
+import gc
 import itertools
 import os
 import random
+import signal
 import subprocess
 import sys
 import threading
-from concurrent.futures import ProcessPoolExecutor
+import time
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from multiprocessing import get_context
 
 import pytest
@@ -20,8 +23,17 @@ NODE = read_topology().effective_nodes[0]
 CPUS = read_topology().cpus_for([NODE])
 
 
+usleep = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_uint)(("usleep", ctypes.CDLL(None)))
+
+
 @cfunc(types.void(types.CPointer(types.int64)))
 def count(number):
+    number[0] += 1
+
+
+@cfunc(types.void(types.CPointer(types.int64)))
+def count_slowly(number):
+    usleep(2_000)
     number[0] += 1
 
 
@@ -43,8 +55,8 @@ class Counters:
     def __init__(self, number):
         self.words = (ctypes.c_int64 * number)()
 
-    def job(self, number):
-        return count.address, ctypes.addressof(self.words) + 8 * number, 1
+    def job(self, number, function=count):
+        return function.address, ctypes.addressof(self.words) + 8 * number, 1
 
 
 def test_a_node_team_computes_on_its_cpus_and_belongs_to_its_process(node):
@@ -119,13 +131,68 @@ def test_compiled_and_other_work_of_several_threads_is_done_once_each(two):
 
 def test_compiled_work_is_refused_where_it_would_hang(two):
     counters = Counters(1)
-    with pytest.raises(NumaLabError, match="would wait for itself"):
-        two[0].submit(run_compiled, {team: [counters.job(0)] for team in two}).result()
+    for team in two:  # also one that has nothing to do with the work: two such would wait for each other
+        with pytest.raises(NumaLabError, match="leads a team"):
+            team.submit(run_compiled, {two[0]: [counters.job(0)]}).result()
     two[1].shutdown()
     with pytest.raises(RuntimeError, match="shutdown"):
         run_compiled({team: [counters.job(0)] for team in two})
+    assert counters.words[0] == 0
+    with pytest.raises(BrokenExecutor):
+        run_compiled({two[0]: [counters.job(0)], NodeTeam(NODE, [4095]): [counters.job(0)]})
+    assert counters.words[0] == 0
     run_compiled({two[0]: [counters.job(0)]})
-    assert counters.words[0] in (1, 2)
+    assert counters.words[0] == 1
+
+
+def test_an_interrupt_is_raised_when_no_leader_writes_any_more(two):
+    def interrupt(*_):
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        for _ in range(20):
+            counters = Counters(2)
+            work = {team: [counters.job(number, count_slowly)] * 3 for number, team in enumerate(two)}
+            with pytest.raises(TimeoutError):
+                signal.setitimer(signal.ITIMER_REAL, 0.003)
+                run_compiled(work)
+                time.sleep(1)
+            assert counters.words[0] == counters.words[1] in (0, 3)
+            run_compiled(work)
+            assert counters.words[0] == counters.words[1] in (3, 6)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_a_stream_of_compiled_work_keeps_nobody_out_and_ends_with_the_team(two):
+    counters, ended = Counters(2), []
+
+    def stream():
+        try:
+            while True:
+                run_compiled({team: [counters.job(number, count_slowly)] for number, team in enumerate(two)})
+        except RuntimeError as error:
+            ended.append(str(error))
+
+    thread = threading.Thread(target=stream)
+    thread.start()
+    for _ in range(50):
+        two[0].submit(int).result(timeout=5)
+    two[0].shutdown()
+    thread.join()
+    assert ended == ["cannot schedule new futures after shutdown"]
+    assert counters.words[0] == counters.words[1] > 0
+
+
+def test_a_team_that_nobody_has_any_more_ends():
+    team = NodeTeam(NODE, name="numa-forgotten")
+    run_compiled({team: [Counters(1).job(0)]})
+    (leader,) = (thread for thread in threading.enumerate() if thread.name.startswith("numa-forgotten"))
+    del team
+    gc.collect()
+    leader.join(timeout=5)
+    assert not leader.is_alive()
 
 
 def test_a_child_has_teams_of_its_own(two):
