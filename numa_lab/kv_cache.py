@@ -4,15 +4,15 @@ K and V of a sequence are split by token range: blocks of tokens belong to nodes
 all nodes at once, each over its own tokens, and the partial results are merged by their log-sum-exp. So one sequence is
 read with the bandwidth of all nodes, for any number of KV heads.
 
-Limits: one thread may use a cache at a time. Handing a step to the nodes takes some tens of microseconds: contexts of a few
-thousand tokens are faster on one node.
+Limits: one thread may use a cache at a time, and no leader of a team may. Handing a step to the nodes takes some tens of
+microseconds: contexts of a few thousand tokens are faster on one node. What is appended after a fork has no huge pages.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import wait
 from functools import partial
 
 import numpy as np
@@ -89,11 +89,13 @@ class NodeShardedKVCache:
             raise InvalidInput(
                 f"nodes={self.nodes} with teams of {tuple(self._teams)}: expected each node once, with a team"
             )
-        shares = (
-            dict.fromkeys(self.nodes, 1.0) if weights is None else {node: weights.get(node, 0) for node in self.nodes}
-        )
-        if min(shares.values()) < 0 or not sum(shares.values()):
-            raise InvalidInput(f"weights={weights}: expected a weight for nodes {self.nodes}, none negative, not all 0")
+        given = dict.fromkeys(self.nodes, 1.0) if weights is None else weights
+        finite = all(0 <= share < math.inf for share in given.values())
+        if set(given) != set(self.nodes) or not finite or not sum(given.values()):
+            raise InvalidInput(
+                f"weights={weights}: expected one for each of nodes {self.nodes}, finite, none negative, not all 0"
+            )
+        shares = {node: given[node] for node in self.nodes}
         self.batch, self.kv_heads, self.head_dim, self.dtype = batch, kv_heads, head_dim, dtype
         self.capacity, self._block, self._shares = capacity, block, shares
         self._segments = [self._new_segment(capacity)]
@@ -132,10 +134,12 @@ class NodeShardedKVCache:
         """
         expected = (self.batch, self.kv_heads, key.size(2) if key.dim() == 4 else "new", self.head_dim)
         for name, tensor in {"key": key, "value": value}.items():
-            if tuple(tensor.shape) != expected or tensor.dtype != self.dtype:
+            if (tuple(tensor.shape), tensor.dtype, tensor.is_cpu) != (expected, self.dtype, True):
                 raise InvalidInput(
-                    f"{name} {tuple(tensor.shape)} of {tensor.dtype}: expected {expected} of {self.dtype}"
+                    f"{name} {tuple(tensor.shape)} of {tensor.dtype} on {tensor.device}: expected {expected} of {self.dtype} "
+                    "on the CPU"
                 )
+        key, value = key.detach(), value.detach()
         counts = self._per_sequence(lengths, key.size(2), "lengths", 0, key.size(2))
         before = self.lengths
         after = [old + count for old, count in zip(before, counts, strict=True)]
@@ -155,10 +159,9 @@ class NodeShardedKVCache:
         if max(counts) <= self._block:  # too little to hand over
             _call_all(itertools.chain.from_iterable(copies.values()))
         else:
-            futures = [self._teams[node].submit(_call_all, of_node) for node, of_node in copies.items() if of_node]
-            wait(futures)
-            for future in futures:
-                future.result()
+            node_team.run_on_leaders(
+                (self._teams[node], partial(_call_all, of_node)) for node, of_node in copies.items() if of_node
+            )
         segment.lengths = [old + count for old, count in zip(segment.lengths, counts, strict=True)]
 
     def attend(self, query: Tensor, *, scale: float | None = None) -> Tensor:
@@ -181,22 +184,19 @@ class NodeShardedKVCache:
         InvalidInput
             The query does not fit, or a sequence holds fewer than q_len tokens.
         """
-        fits = query.dim() == 4 and (query.size(0), query.size(3), query.dtype) == (
-            self.batch,
-            self.head_dim,
-            self.dtype,
-        )
+        expected = self.batch, self.head_dim, self.dtype, True
+        fits = query.dim() == 4 and (query.size(0), query.size(3), query.dtype, query.is_cpu) == expected
         if not fits or not query.size(1) or query.size(1) % self.kv_heads:
             raise InvalidInput(
-                f"query {tuple(query.shape)} of {query.dtype}: expected ({self.batch}, a multiple of {self.kv_heads}, q_len, "
-                f"{self.head_dim}) of {self.dtype}"
+                f"query {tuple(query.shape)} of {query.dtype} on {query.device}: expected ({self.batch}, a multiple of "
+                f"{self.kv_heads}, q_len, {self.head_dim}) of {self.dtype} on the CPU"
             )
         if min(self.lengths) < query.size(2):
             raise InvalidInput(
                 f"q_len {query.size(2)} with sequences of {self.lengths} tokens: append the keys and values of the queries first"
             )
         pieces = self._pieces(query.size(2))
-        return attend(query.detach(), pieces, scale) if pieces else torch.zeros_like(query)
+        return attend(query, pieces, scale) if pieces and query.numel() else torch.zeros_like(query)
 
     def truncate(self, tokens: int | Sequence[int]) -> None:
         """Forget all but the first tokens of each sequence; a sequence that holds no more is left alone.
@@ -225,9 +225,8 @@ class NodeShardedKVCache:
         """For each node what its team is granted and where it is, and where the pages of its K and V lie, as seen now."""
         found = {}
         topology = read_topology()
-        looks = {node: self._teams[node].submit(proof.look, topology) for node in self.nodes}
-        for node, look in looks.items():
-            granted, threads, notes = look.result()
+        looks = node_team.run_on_leaders((self._teams[node], partial(proof.look, topology)) for node in self.nodes)
+        for node, (granted, threads, notes) in zip(self.nodes, looks, strict=True):
             pages: dict[str, dict[int, int]] = {}
             for number, segment in enumerate(self._segments):
                 for name, tensor in (("key", segment.keys[node]), ("value", segment.values[node])):
@@ -252,17 +251,31 @@ class NodeShardedKVCache:
             raise InvalidInput(f"{name}={given}: expected {self.batch} numbers, {room}")
         return numbers
 
-    def _new_segment(self, capacity: int) -> Segment:
+    def _new_segment(self, capacity: int, *, huge_pages: bool = True) -> Segment:
         layout = Layout.of(self._shares, self._block, capacity)
         size = {node: (self.batch, self.kv_heads, layout.count(node, capacity), self.head_dim) for node in self.nodes}
-        keys, values = ({node: memory.empty(size[node], self.dtype, node) for node in self.nodes} for _ in range(2))
+        keys, values = (
+            {node: memory.empty(size[node], self.dtype, node, huge_pages=huge_pages) for node in self.nodes}
+            for _ in range(2)
+        )
         return Segment(layout, keys, values, [0] * self.batch)
 
     def _writable(self) -> Segment:
-        """The segment that takes new tokens: the last one, unless others read it beyond its end."""
-        if not self._segments[-1].own:
-            self._segments.append(self._new_segment(self.capacity - min(self.lengths)))
-        return self._segments[-1]
+        """The segment that takes new tokens: the last one, unless others read it beyond its end.
+
+        A new one takes up what is short before it, so that beams which fork at each token are no chain of single tokens.
+        """
+        last = self._segments[-1]
+        if last.own:
+            return last
+        short = max(last.lengths) <= self._block
+        before = self._segments[:-1] if short else self._segments
+        room = self.capacity - min(map(sum, zip(*(segment.lengths for segment in before), strict=True)), default=0)
+        fresh = self._new_segment(room, huge_pages=False)  # few tokens of many heads would touch many huge pages
+        if short:
+            fresh.copy_from(last)
+        self._segments = [*before, fresh]
+        return fresh
 
     def _pieces(self, q_len: int) -> list[Piece]:
         """What each node holds of each sequence, apart where only some of q_len queries see it."""
@@ -279,7 +292,7 @@ class NodeShardedKVCache:
                         found.append(Piece(*place, next(slots), *memory, 0, first))
                     if last > first:
                         own = torch.from_numpy(segment.layout.positions(node, first, last))
-                        mask = own <= behind - q_len + torch.arange(q_len).unsqueeze(1)
+                        mask = own <= behind - q_len + torch.arange(q_len, device="cpu").unsqueeze(1)
                         found.append(Piece(*place, next(slots), *memory, first, last, mask))
                 behind -= length
         return found

@@ -65,6 +65,14 @@ class Segment:
         self.lent_lengths = tuple(map(max, zip(self.lengths, self.lent_lengths or self.lengths, strict=True)))
         return Segment(self.layout, self.keys, self.values, list(self.lengths), own=False)
 
+    def copy_from(self, other: Segment) -> None:
+        """Begin with the tokens of a segment with the same blocks of the same nodes."""
+        self.lengths = list(other.lengths)
+        for node in self.keys:
+            count = other.layout.count(node, max(other.lengths))
+            for ours, others in ((self.keys, other.keys), (self.values, other.values)):
+                ours[node][:, :, :count] = others[node][:, :, :count]
+
     def truncate(self, lengths: list[int]) -> None:
         """Forget tokens; where others still read them, they may not be written over."""
         self.lengths = lengths

@@ -36,11 +36,11 @@ class Limits:
 
     def seconds(self, traffic: Traffic) -> float:
         """The time that this traffic takes, all of it at once."""
-        return self._slowest(traffic)[0]
+        return max((seconds for seconds, _ in self._limits(traffic)), default=0.0)
 
     def slowest(self, traffic: Traffic) -> tuple[float, str]:
-        """Seconds and name of what bounds this traffic; of limits that are equal the first is named."""
-        seconds, limit = self._slowest(traffic)
+        """Seconds and name of what bounds this traffic, which is some; of limits that are equal the first is named."""
+        seconds, limit = max(self._limits(traffic), key=lambda found: found[0])
         return seconds, self._name(*limit)
 
     def rate(self, cpu: int, mem: int) -> float:
@@ -82,9 +82,6 @@ class Limits:
         sockets = self._socket[cpu], self._socket[mem]
         link = [("link", *sockets)] if sockets[0] != sockets[1] else []
         return [("cpu", cpu, cpu), ("mem", mem, mem), *link]
-
-    def _slowest(self, traffic: Traffic) -> tuple[float, _Limit]:
-        return max(self._limits(traffic), key=lambda found: found[0])
 
     def _limits(self, traffic: Traffic) -> Iterator[tuple[float, _Limit]]:
         """Seconds of each limit."""

@@ -117,7 +117,7 @@ def _allocate(
     """Fresh pages under a policy of their own, or under the toucher's where no nodes are given."""
     nbytes = math.prod(shape) * dtype.itemsize
     if not nbytes:
-        return torch.empty(tuple(shape), dtype=dtype)
+        return torch.empty(tuple(shape), dtype=dtype, device="cpu")
     padded = -(-nbytes // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES + HUGE_PAGE_BYTES if huge_pages else nbytes
     block = mmap.mmap(-1, padded, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     start = ctypes.addressof(ctypes.c_char.from_buffer(block))
@@ -130,7 +130,8 @@ def _allocate(
         else:
             _touch_from(weights, block, offset, HUGE_PAGE_BYTES if huge_pages else PAGE_BYTES)
     # The tensor's storage holds the mapping, and the mapping unmaps itself when it is collected.
-    return torch.frombuffer(block, dtype=dtype, count=nbytes // dtype.itemsize, offset=offset).view(tuple(shape))
+    with torch.inference_mode(False):  # a tensor of that mode can't be written to outside of it
+        return torch.frombuffer(block, dtype=dtype, count=nbytes // dtype.itemsize, offset=offset).view(tuple(shape))
 
 
 @cache

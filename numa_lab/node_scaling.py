@@ -124,6 +124,7 @@ def measure(
                     "bytes_per_s": count * shape.kv_bytes / taken,
                     "predicted": work.predict(arm, visit.tokens, measured, len(all_nodes)), "wrong": " ".join(wrong),
                 })  # fmt: skip
+                del visit  # its memory goes before the next one takes some
             block += 1
     return pd.DataFrame(rows)
 

@@ -10,9 +10,11 @@ import ctypes
 import os
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, TypeVar
+
+import torch
 
 from numa_lab import handover, libnuma
 from numa_lab.errors import InvalidInput, NodeUnavailable, NumaLabError
@@ -202,6 +204,30 @@ def teams(nodes: Sequence[int] | None = None, *, reserve: int = 0) -> dict[int, 
 _shared: dict[tuple[int, int, tuple[int, ...]], NodeTeam] = {}
 _lock = threading.Lock()
 os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
+
+
+def run_on_leaders(calls: Iterable[tuple[NodeTeam, Callable[[], T]]]) -> list[T]:
+    """Call functions on the leaders of teams, and wait for all: what they return, in order.
+
+    In torch's inference mode, which is a setting of each thread: they may write into whatever the caller made.
+
+    Raises
+    ------
+    NumaLabError
+        The process was forked since a team was made, or the caller leads a team.
+    Exception
+        The first that a function raises, or that a signal's handler raises here; when nothing runs any more.
+    """
+    require_no_leader()
+    futures: list[Future[T]] = []
+    try:
+        for team, function in calls:
+            futures.append(team.submit(torch.inference_mode()(function)))
+        wait(futures)
+    finally:
+        # Where a signal came, also: what still runs uses what the caller made.
+        wait([future for future in futures if not future.cancel()])
+    return [future.result() for future in futures]
 
 
 def run_compiled(work: Mapping[NodeTeam, Sequence[Job]]) -> None:

@@ -16,6 +16,7 @@ from concurrent.futures import Future, wait
 from types import TracebackType
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from numa_lab import memory, proof
@@ -137,10 +138,13 @@ class NUMAThreadPool:
         if num_runs < 1:
             raise InvalidInput(f"num_runs={num_runs}: expected at least 1")
 
+        gradients = torch.is_grad_enabled()  # of this thread; leaders have settings of their own
+
         def compute(query: Tensor, key: Tensor, value: Tensor, homes: Homes, meant_for: int | None) -> Tensor:
             self._prepare(homes, meant_for)
-            for _ in range(num_runs):
-                output = gqa_attention(query, key, value, enable_gqa=True)
+            with torch.set_grad_enabled(gradients):
+                for _ in range(num_runs):
+                    output = gqa_attention(query, key, value, enable_gqa=True)
             return output
 
         futures, found = [], dict(_homes((*keys, *values)))

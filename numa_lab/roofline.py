@@ -144,9 +144,14 @@ def predict_split(
     shares
         Of each node; not all 0.
 
-    Other parameters and errors are those of ``predict``.
+    Other parameters and errors are those of ``predict``; nodes that were not measured are refused too.
     """
-    return _roofline(shape, measured, socket_of, None).split(kind, shares)
+    roofline = _roofline(shape, measured, socket_of, None)
+    if unknown := set(shares) - set(measured.cpu_nodes) & set(measured.mem_nodes):
+        raise InvalidInput(
+            f"no bandwidth of node {format_cpulist(unknown)} was measured: measure it with `numa-lab probe`"
+        )
+    return roofline.split(kind, shares)
 
 
 def _roofline(

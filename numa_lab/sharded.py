@@ -1,6 +1,6 @@
 """Attention over pieces of K and V that lie on several nodes: each node's team computes over its own, and the parts are merged.
 
-The calling thread prepares all of it, so that compiled work alone is left to the teams (``team.run_compiled``): in front of a
+The calling thread prepares all of it, so that compiled work alone is left to the teams (``node_team.run_compiled``): in front of a
 step that streams K and V through the caches each line of Python takes microseconds, and there the nodes would wait for each
 other.
 """
@@ -21,10 +21,10 @@ from numa_lab.attention import decode
 from numa_lab.attention.partial import merge, partial_attention
 from numa_lab.attention.plans import Memory, Merge, Plan, make_plan
 from numa_lab.handover import Job
-from numa_lab.node_team import NodeTeam, run_compiled
+from numa_lab.node_team import NodeTeam, run_compiled, run_on_leaders
 
 MAX_PLANS = 1024
-_plans: dict[tuple[object, ...], Plan | None] = {}
+_plans: dict[tuple[object, ...], Plan] = {}
 
 
 class Piece(NamedTuple):
@@ -45,12 +45,13 @@ class Piece(NamedTuple):
             type(query), query.dtype, query.shape, query.stride(), scale, len(self.team.cpus),
             self.rows.stop - self.rows.start, self.key.stride(), self.value.stride(), self.key.shape[1],
         )  # fmt: skip
-        if self.mask is None and signature in _plans:
-            return _plans[signature]
+        if self.mask is None and (known := _plans.get(signature)):
+            return known
         query, key, value = query[self.rows], self.key[self.rows], self.value[self.rows]
         mask = None if self.mask is None else self.mask.expand(*query.shape[:-1], -1)
-        served = not decode.refusal(query, key, value, mask, 0.0, scale)
-        plan = make_plan(query, key, value, mask, scale, outputs[0, self.rows], len(self.team.cpus)) if served else None
+        if decode.refusal(query, key, value, mask, 0.0, scale):
+            return None
+        plan = make_plan(query, key, value, mask, scale, outputs[0, self.rows], len(self.team.cpus))
         if mask is None:
             if len(_plans) >= MAX_PLANS:
                 _plans.clear()
@@ -89,10 +90,17 @@ def attend(query: Tensor, pieces: Sequence[Piece], scale: float | None = None) -
     Returns
     -------
     Tensor
-        ``[batch, q_heads, q_len, head_dim]``, of the query's dtype.
+        ``[batch, q_heads, q_len, head_dim]``, of the query's dtype, without gradients.
+
+    Raises
+    ------
+    NumaLabError
+        As ``node_team.run_compiled`` raises it.
     """
-    slots = 1 + max(piece.slot for piece in pieces)
-    outputs, log_sum_exps = torch.empty(slots, *query.shape, dtype=query.dtype), torch.empty(slots, *query.shape[:-1])
+    slots, query = 1 + max(piece.slot for piece in pieces), query.detach()
+    # All tensors are told their dtype and device: a program may have set other defaults.
+    outputs = torch.empty(slots, *query.shape, dtype=query.dtype, device="cpu")
+    log_sum_exps = torch.empty(slots, *query.shape[:-1], dtype=torch.float32, device="cpu")
     plans = [piece.plan(query, outputs, scale) for piece in pieces]
     if None in plans:
         wide = torch.promote_types(query.dtype, torch.float32)
@@ -110,20 +118,16 @@ def attend(query: Tensor, pieces: Sequence[Piece], scale: float | None = None) -
             work[piece.team].append(piece.job(plan, memory, query, outputs, log_sum_exps))
         run_compiled(work)
         if slots > 1:
-            out = torch.empty(query.shape, dtype=query.dtype)
+            out = decode.empty_output(query)
             _memories.merge(query.dtype, query.size(-1))(outputs, log_sum_exps, out)
             return out
-    return outputs[0] if slots == 1 else merge(outputs, log_sum_exps).to(query.dtype)
+    return (outputs[0] if slots == 1 else merge(outputs, log_sum_exps)).to(query.dtype)
 
 
 def _by_torch(
     query: Tensor, pieces: Sequence[Piece], outputs: Tensor, log_sum_exps: Tensor, scale: float | None
 ) -> None:
-    futures = [piece.team.submit(partial(piece.compute, query, outputs, log_sum_exps, scale)) for piece in pieces]
-    for future in futures:  # all of them, also where one fails: they write into what the caller made
-        future.exception()
-    for future in futures:
-        future.result()
+    run_on_leaders([(piece.team, partial(piece.compute, query, outputs, log_sum_exps, scale)) for piece in pieces])
 
 
 def _at(tensor: Tensor, *place: int) -> int:

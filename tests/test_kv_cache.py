@@ -1,5 +1,6 @@
 import itertools
 import random
+from functools import partial as partial_call
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ import torch
 from numa_lab import kv_cache, memory
 from numa_lab.attention import partial
 from numa_lab.attention.reference import attention as reference
-from numa_lab.errors import InvalidInput
+from numa_lab.errors import InvalidInput, NumaLabError
 from numa_lab.kv_cache import NodeShardedKVCache
 from numa_lab.kv_layout import Layout
 from numa_lab.node_team import NodeTeam
@@ -19,7 +20,9 @@ def several(monkeypatch):
     """Three nodes that are all the one that is here: each with a team and memory of its own."""
     real = read_topology().effective_nodes[0]
     teams = {name: NodeTeam(real) for name in (10, 11, 12)}
-    monkeypatch.setattr(kv_cache.memory, "empty", lambda shape, dtype, node: torch.zeros(shape, dtype=dtype))
+    monkeypatch.setattr(
+        kv_cache.memory, "empty", lambda shape, dtype, node, **_: torch.zeros(shape, dtype=dtype, device="cpu")
+    )
     yield teams
     for one in teams.values():
         one.shutdown()
@@ -125,6 +128,51 @@ def test_torch_computes_the_parts_that_the_kernel_does_not_serve(monkeypatch, se
     torch.testing.assert_close(cache.attend(query).double(), expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=["kernel", "torch"])
+def test_what_a_program_set_for_its_own_tensors_changes_nothing(several, dtype):
+    key, value, query = (torch.randn(1, heads, 40, 16).to(dtype) for heads in (2, 2, 4))
+    expected, _ = reference(query[:, :, -1:], key, value, enable_gqa=True)
+    torch.set_default_dtype(torch.float16)
+    torch.set_default_device("meta")
+    try:
+        with torch.inference_mode():
+            cache = NodeShardedKVCache(1, 2, 16, 40, dtype, list(several), several, block=3)
+            cache.append(key[:, :, :20].clone().to("cpu"), value[:, :, :20])
+        cache.append(key[:, :, 20:].requires_grad_(), value[:, :, 20:])
+        outputs = [cache.attend(query[:, :, -1:].requires_grad_())]
+        with torch.inference_mode():
+            outputs.append(cache.attend(query[:, :, -1:]))
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    for output in outputs:
+        assert (output.dtype, output.is_cpu, output.requires_grad) == (dtype, True, False)
+        torch.testing.assert_close(output.double(), expected, rtol=0, atol=2e-2)
+
+
+def test_beams_that_fork_at_each_token_stay_few_segments(several):
+    cache = NodeShardedKVCache(1, 1, 16, 400, torch.float32, list(several), several, block=32)
+    key, value = torch.randn(2, 1, 1, 150, 16)
+    cache.append(key[:, :, :50], value[:, :, :50])
+    for token in range(50, 150):
+        cache = cache.fork()
+        cache.append(key[:, :, token : token + 1], value[:, :, token : token + 1])
+    assert len(cache._segments) <= 1 + -(-100 // 32)
+    query = torch.randn(1, 2, 1, 16)
+    expected, _ = reference(query, key, value, enable_gqa=True)
+    torch.testing.assert_close(cache.attend(query).double(), expected, rtol=0, atol=1e-5)
+
+
+def test_a_leader_is_refused_where_it_would_wait_for_leaders(several):
+    cache = NodeShardedKVCache(1, 1, 12, 64, torch.float64, list(several), several, block=4)
+    long = torch.randn(1, 1, 20, 12, dtype=torch.float64)
+    cache.append(long, long)
+    for call in (partial_call(cache.append, long, long), partial_call(cache.attend, long[:, :, :1]), cache.receipt):
+        with pytest.raises(NumaLabError, match="leads a team"):
+            several[10].submit(call).result()
+    assert len(cache) == 20
+
+
 def test_blocks_go_round_by_weight_and_fill_each_node_from_its_start():
     layout = Layout.of({0: 3.0, 1: 1.0}, block=4, capacity=32)
     assert sorted(layout.owners) == [0] * 6 + [1] * 2
@@ -155,7 +203,10 @@ def test_pages_lie_on_their_nodes_and_the_receipt_says_so():
         ({"dtype": torch.int8}, "int8"),
         ({"nodes": []}, "expected each node once"),
         ({"weights": {0: -1.0}}, "none negative"),
-        ({"weights": {}}, "not all 0"),
+        ({"weights": {}}, "expected one for each"),
+        ({"weights": {0: 0.0}}, "not all 0"),
+        ({"weights": {0: float("nan")}}, "finite"),
+        ({"weights": {0: 1.0, 4095: 1.0}}, "expected one for each"),
     ],
 )
 def test_senseless_caches_are_refused(options, message):

@@ -16,7 +16,7 @@ from numba import cfunc, types
 
 from numa_lab import openmp
 from numa_lab.errors import InvalidInput, NumaLabError
-from numa_lab.node_team import NodeTeam, run_compiled, teams
+from numa_lab.node_team import NodeTeam, run_compiled, run_on_leaders, teams
 from numa_lab.topology import read_topology
 
 NODE = read_topology().effective_nodes[0]
@@ -161,6 +161,19 @@ def test_an_interrupt_is_raised_when_no_leader_writes_any_more(two):
             assert counters.words[0] == counters.words[1] in (0, 3)
             run_compiled(work)
             assert counters.words[0] == counters.words[1] in (3, 6)
+        begun, ended = [], []
+
+        def slow():
+            begun.append(1)
+            time.sleep(0.05)
+            ended.append(1)
+
+        with pytest.raises(TimeoutError):
+            signal.setitimer(signal.ITIMER_REAL, 0.02)
+            run_on_leaders([(two[0], slow), (two[0], slow)])
+        assert len(begun) == len(ended)
+        two[0].submit(int).result()
+        assert len(ended) <= 1, "what had not begun was not given up"
     finally:
         signal.signal(signal.SIGALRM, before)
 

@@ -67,6 +67,14 @@ def test_a_failing_task_raises_in_the_caller_and_harms_no_other(threads):
     assert len(threads.parallel_gqa_compute(queries, keys, values)) == 3
 
 
+def test_leaders_take_over_whether_gradients_are_wanted(threads):
+    queries, keys, values = batch(1)
+    queries[0].requires_grad_()
+    assert threads.parallel_gqa_compute(queries, keys, values)[0].requires_grad
+    with torch.no_grad():
+        assert not threads.parallel_gqa_compute(queries, keys, values)[0].requires_grad
+
+
 def test_what_makes_no_sense_is_refused(threads):
     with pytest.raises(InvalidInput, match="2 queries, 1 keys and 1 values"):
         threads.parallel_gqa_compute([1, 2], [1], [1])

@@ -167,7 +167,7 @@ def _numba(
     enable_gqa: bool,
 ) -> Tensor:
     """The decode kernel: K and V are read once, at the speed of memory."""
-    out = torch.empty(query.shape, dtype=query.dtype)
+    out = decode.empty_output(query)
     if is_causal:
         attn_mask, key, value = decode.causal(query, key, value)
     decode.run(query, key, value, attn_mask, scale, out, None)

@@ -51,7 +51,7 @@ class Memory:
         """Make ready for a call."""
         if self._room < workspace_bytes:
             # Up to a page may lie in front of where one begins.
-            self._buffer = torch.empty(workspace_bytes + 4096, dtype=torch.uint8)
+            self._buffer = torch.empty(workspace_bytes + 4096, dtype=torch.uint8, device="cpu")
             self.workspace = -(-self._buffer.data_ptr() // 4096) * 4096
             self._room = workspace_bytes
         self._count.value = 0

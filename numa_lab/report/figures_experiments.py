@@ -104,7 +104,7 @@ def node_scaling(rows: pd.DataFrame) -> Plot:
         ax.set_title(work)
         ax.set_xlabel("nodes at work")
         ax.set_xlim(0.5, placed["nodes"].max() + 0.5)
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.set_xticks(sorted(placed["nodes"].unique()))
         ax.set_ylim(bottom=0)
     axes[0].set_ylabel("K and V read (GB/s)")
     handles = dict(zip(*reversed(axes[0].get_legend_handles_labels()), strict=True))

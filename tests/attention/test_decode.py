@@ -101,6 +101,16 @@ def test_an_output_of_another_layout_is_written_where_it_lies_when_the_shape_is_
         decode.decode_attention(query, key, value, out=torch.empty(1, 4, 1, 32))
 
 
+def test_rows_of_a_query_may_overlap():
+    key, value = torch.randn(2, 1, 1, 30, 16)
+    for strides in ((0, 0, 8, 1), (7, 7, 7, 1), (1, 1, 1, 1)):
+        query = torch.randn(100).as_strided((1, 4, 2, 16), strides)
+        expected, _ = reference(query, key, value, enable_gqa=True)
+        for _ in range(2):  # the second time the shape is known
+            output = gqa_attention(query, key, value, enable_gqa=True)
+            torch.testing.assert_close(output.double(), expected, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", EPSILON)
 @pytest.mark.parametrize(("size", "kv_len"), [(1.0, 2000), (30.0, 500), (1.0, 131072)])
 def test_no_further_from_float64_than_torch(dtype, size, kv_len):
