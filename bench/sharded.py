@@ -39,8 +39,8 @@ def nothing(_data):  # type: ignore[no-untyped-def]
 def two_places(node: int) -> Iterator[None]:
     """Let a cache that is made here take memory of `node` whatever node it asks for: its shards all lie there."""
 
-    def there(shape: tuple[int, ...], dtype: torch.dtype, _node: int) -> torch.Tensor:
-        return memory.empty(shape, dtype, node)
+    def there(shape: tuple[int, ...], dtype: torch.dtype, _node: int, *, huge_pages: bool) -> torch.Tensor:
+        return memory.empty(shape, dtype, node, huge_pages=huge_pages)
 
     with mock.patch.object(kv_cache, "memory", mock.Mock(wraps=memory, empty=there)):
         yield
