@@ -190,6 +190,8 @@ def test_a_stream_of_compiled_work_keeps_nobody_out_and_ends_with_the_team(two):
 
     thread = threading.Thread(target=stream)
     thread.start()
+    while not counters.words[0]:
+        time.sleep(0.001)
     for _ in range(50):
         two[0].submit(int).result(timeout=5)
     two[0].shutdown()
