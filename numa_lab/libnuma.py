@@ -12,7 +12,7 @@ import ctypes
 import errno
 import os
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -142,6 +142,18 @@ def page_status(addresses: NDArray[np.uint64]) -> NDArray[np.int32]:
     A page that was never touched is -2 (ENOENT), or -14 (EFAULT) before Linux 6.2 and for the shared page of zeros.
     """
     return _move_pages(addresses, None)
+
+
+def status_of_few(addresses: Sequence[int]) -> list[int]:
+    """``page_status`` without numpy, which is the slower the fewer there are."""
+    pages, status = (ctypes.c_uint64 * len(addresses))(*addresses), (ctypes.c_int32 * len(addresses))()
+    what = f"{len(addresses)} pages"
+    _check(
+        library().move_pages(0, len(addresses), ctypes.addressof(pages), None, ctypes.addressof(status), 0),
+        "move_pages",
+        what,
+    )
+    return status[:]
 
 
 def move_pages(addresses: NDArray[np.uint64], node: int) -> NDArray[np.int32]:

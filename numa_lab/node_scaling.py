@@ -275,7 +275,7 @@ def sentence(rows: pd.DataFrame) -> str:
     """What came out, in words."""
     most = int(rows["nodes"].max())
     told = [] if most > 1 else ["One node: there is no scaling over nodes to show."]
-    for work, of in rows.groupby("work", sort=False):
+    for work, of in rows.groupby("work"):
         taken = {key: part["seconds"].to_numpy() for key, part in of.groupby(["nodes", "load"])}
         everyone = f"{most} nodes" if most > 1 else "1 node"
 

@@ -75,7 +75,7 @@ def node_scaling(rows: pd.DataFrame) -> Plot:
     speeds = rows.assign(speed=rows["bytes_per_s"] / 1e9)
     speeds["expected"] = speeds["speed"] * speeds["seconds"] / speeds["predicted"]
     keys = ["work", "nodes", "load"]
-    table = speeds.groupby(keys, as_index=False, sort=False).agg(
+    table = speeds.groupby(keys, as_index=False).agg(
         median=("speed", "median"), least=("speed", "min"), most=("speed", "max"), predicted=("expected", "median")
     )
     works = list(dict.fromkeys(table["work"]))
@@ -84,8 +84,7 @@ def node_scaling(rows: pd.DataFrame) -> Plot:
         of = table[table["work"] == work]
         plain, placed = of[of["nodes"] == 0], of[of["nodes"] > 0]
         ax.axhline(float(plain["median"].iloc[0]), color=GREY, linestyle=":", label="one process, measured")
-        for number, (load, part) in enumerate(placed.groupby("load", sort=False)):
-            part = part.sort_values("nodes")
+        for number, (load, part) in enumerate(placed.groupby("load")):
             whiskers = [part["median"] - part["least"], part["most"] - part["median"]]
             ax.errorbar(
                 part["nodes"], part["median"], yerr=whiskers, fmt=MARKERS[number], color=COLORS[number], capsize=3,
@@ -105,7 +104,7 @@ def node_scaling(rows: pd.DataFrame) -> Plot:
         ax.set_xlabel("nodes at work")
         ax.set_xlim(0.5, placed["nodes"].max() + 0.5)
         ax.set_xticks(sorted(placed["nodes"].unique()))
-        ax.set_ylim(bottom=0)
+    axes[0].set_ylim(bottom=0)  # of both, when both are drawn: the top is then where it has to be
     axes[0].set_ylabel("K and V read (GB/s)")
     handles = dict(zip(*reversed(axes[0].get_legend_handles_labels()), strict=True))
     figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=2)
