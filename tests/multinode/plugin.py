@@ -166,10 +166,10 @@ class Inner:
         if "torch" in sys.modules:
             import scipy.stats  # noqa: F401 (numa_lab imports it late)
 
-            from numa_lab import reading, thread_state
+            from numa_lab import handover, reading, thread_state
 
-            thread_state._exchange()
-            reading._team_body()
+            for compile_once in (thread_state._exchange, reading._team_body, handover._serve, handover._run):
+                compile_once()
 
     def pytest_runtest_protocol(self, item: pytest.Item) -> bool:
         """Run one test in a child."""
