@@ -228,6 +228,10 @@ def test_a_child_has_teams_of_its_own(two):
         run_compiled({two[0]: [counters.job(0)]})
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert counters.words[0] == 101
+
+
+@pytest.mark.guest(None)  # to begin Python anew takes most of a minute in a guest
+def test_a_spawned_process_has_teams_of_its_own():
     program = f"""
 from numa_lab import node_team, openmp
 assert len(node_team.teams([{NODE}])[{NODE}].submit(openmp.team).result()) == {len(CPUS)}
@@ -236,6 +240,7 @@ assert len(node_team.teams([{NODE}])[{NODE}].submit(openmp.team).result()) == {l
         spawned.submit(exec, program).result()
 
 
+@pytest.mark.guest(None)
 def test_a_process_ends_beside_teams_that_wait_for_work():
     program = f"""
 import ctypes, math
