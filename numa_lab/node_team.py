@@ -225,9 +225,20 @@ def run_on_leaders(calls: Iterable[tuple[NodeTeam, Callable[[], T]]]) -> list[T]
             futures.append(team.submit(torch.inference_mode()(function)))
         wait(futures)
     finally:
-        # Where a signal came, also: what still runs uses what the caller made.
-        wait([future for future in futures if not future.cancel()])
+        _outlast([future for future in futures if not future.cancel()])
     return [future.result() for future in futures]
+
+
+def _outlast(futures: Sequence[Future[Any]]) -> None:
+    """Wait for all, however often a signal's handler raises meanwhile: what still runs uses what the caller made."""
+    raised: BaseException | None = None
+    while not all(future.done() for future in futures):
+        try:
+            wait(futures)
+        except BaseException as error:
+            raised = error
+    if raised:
+        raise raised
 
 
 def run_compiled(work: Mapping[NodeTeam, Sequence[Job]]) -> None:
