@@ -66,7 +66,7 @@ class NodeTeam:
         # The team ends with its leader, so nothing has to be given back. The thread holds no more than a weak reference:
         # it ends with a team that nobody has any more.
         self._leader = ThreadPoolExecutor(
-            1, name or f"numa-node-{node}", initializer=_enter, initargs=(weakref.ref(self),)
+            1, name or f"numa-node-{node}", initializer=_enter, initargs=(weakref.ref(self), self._placement)
         )
 
     def is_current(self) -> bool:
@@ -131,7 +131,9 @@ class NodeTeam:
                     self._closed = True
 
     def shutdown(self, *, wait: bool = True) -> None:
-        """Finish what was submitted, and end the threads."""
+        """Finish what was submitted, and end the threads; in a forked process there are none."""
+        if os.getpid() != self._process:
+            return
         with self._state:
             self._closed = True
             if self._serving and self._desk:
@@ -139,12 +141,14 @@ class NodeTeam:
         self._leader.shutdown(wait=wait)
 
 
-def _enter(reference: weakref.ref[NodeTeam]) -> None:
-    """On a new leader: go to the team's place."""
+def _enter(reference: weakref.ref[NodeTeam], placement: Placement) -> None:
+    """On a new leader: go to the team's place, also for what was submitted to a team that nobody has any more."""
+    _of_thread.leads = True
     if team := reference():
-        _of_thread.leads = True
         team._leader_id = threading.get_ident()
-        team.refusal = team._placement.enter().refusal
+    refusal = placement.enter().refusal
+    if team:
+        team.refusal = refusal
 
 
 def require_no_leader() -> None:
