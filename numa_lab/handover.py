@@ -104,7 +104,8 @@ def _run() -> Any:
 def _serve() -> Any:
     """The compiled ``void serve(int64_t words[])``.
 
-    The kernel's own locking of an eventfd orders memory: what was written before a write to it is seen after the read.
+    The kernel's own locking of an eventfd orders memory: what was written before a write to it is seen after the read. A leader
+    that another write woke sees what is posted by its count.
     """
     libc, address, integer, long = ctypes.CDLL(None), ctypes.c_size_t, ctypes.c_int, ctypes.c_int64
     poll = ctypes.CFUNCTYPE(integer, address, address, integer)(("poll", libc))
@@ -121,7 +122,7 @@ def _serve() -> Any:
                 return
             if read(words[_WAKE], own + _WORD * _HEARD, _WORD) != _WORD:
                 return
-            if words[_POSTED] != words[_SERVED]:
+            if _counted(own + _WORD * _POSTED) != words[_SERVED]:
                 for job in range(words[_COUNT]):
                     at = words[_JOBS] + 3 * _WORD * job
                     parallel(_word(at), _word(at + _WORD), _word(at + 2 * _WORD), 0)
@@ -142,10 +143,17 @@ def _word(_context: Any, _address: Any) -> Any:
 
 @intrinsic
 def _count_up(_context: Any, _address: Any) -> Any:
-    """Add one to the int64 at an address."""
+    """``simd.count_up``."""
+    return types.int64(types.int64), lambda _c, b, _s, a: simd.count_up(b, a[0])
+
+
+@intrinsic
+def _counted(_context: Any, _address: Any) -> Any:
+    """The int64 at an address, before whatever is read after it: what was written before it was counted up is seen."""
 
     def emit(_c: Any, b: Any, _s: Any, a: Any) -> Any:
-        return b.atomic_rmw("add", simd.at(b, a[0]), simd.I64(1), "acq_rel")
+        pointer = b.inttoptr(a[0], simd.I64.as_pointer())
+        return b.load_atomic(pointer, "acquire", _WORD)
 
     return types.int64(types.int64), emit
 

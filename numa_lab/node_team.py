@@ -1,7 +1,8 @@
 """A team that stays on a node: a leader thread and its OpenMP threads, pinned once, for all that is submitted.
 
 Limits: the leader does one thing at a time. Threads share the interpreter lock, so Python code of several leaders does not run
-at once; what torch and compiled kernels compute does.
+at once; what torch and compiled kernels compute does. An exception that a signal's handler raises inside the locks of
+``concurrent.futures``, which are Python, may leave one held: after Ctrl-C, use new teams.
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ class NodeTeam:
     ------
     NodeUnavailable
         The node does not exist, or its CPUs or memory may not be used.
+    BrokenExecutor
+        A thread can't be pinned to a CPU, as the log says.
     """
 
     def __init__(self, node: int, cpus: Sequence[int] | None = None, name: str | None = None) -> None:
@@ -62,12 +65,15 @@ class NodeTeam:
         # Of the two below, of the desk's wish that the leader leaves, and of what is queued.
         self._state = threading.Lock()
         self._serving = False  # whether the leader is at its desk, or on its way there
+        self._services = 0  # how often it was sent there
         self._closed = False
         # The team ends with its leader, so nothing has to be given back. The thread holds no more than a weak reference:
         # it ends with a team that nobody has any more.
         self._leader = ThreadPoolExecutor(
             1, name or f"numa-node-{node}", initializer=_enter, initargs=(weakref.ref(self), self._placement)
         )
+        # A leader that can't enter its node raises here, and one whose start a signal interrupts belongs to no team.
+        self._leader.submit(int).result()
 
     def is_current(self) -> bool:
         """Whether the calling thread is this team's leader."""
@@ -104,36 +110,45 @@ class NodeTeam:
 
     def _ready(self, jobs: Sequence[Job], done: int) -> int:
         """Let the leader serve, and lay jobs out for ``handover.run``; the caller holds ``_posting``."""
-        if self._desk is None:
-            self.submit(int).result()  # a leader that can't enter its node never serves: here it raises
-            self._desk = Desk()
         with self._state:
             if self._closed:
                 raise RuntimeError("cannot schedule new futures after shutdown")
+            self._desk = self._desk or Desk()
             if not self._serving:
-                self._leader.submit(self._serve)
+                self._services += 1
+                self._leader.submit(self._serve, self._services)
                 self._serving = True
             return self._desk.lay_out(jobs, done)
 
-    def _serve(self) -> None:
+    def _serve(self, number: int) -> None:
         """On the leader: run compiled work until none comes for a while, or other work waits."""
         assert self._desk is not None
         while True:
             self._desk.serve()
             with self._state:
+                if number != self._services:
+                    return  # a signal came before this one was noted, and another was sent
                 if self._desk.idle() and not self._posting.locked():
                     self._serving = False
                     return
                 try:
-                    self._leader.submit(self._serve)  # behind what waits
+                    self._leader.submit(self._serve, number)  # behind what waits
                     return
                 except RuntimeError:  # shut down, or the process ends: what was laid out until now is done before
                     self._closed = True
 
     def shutdown(self, *, wait: bool = True) -> None:
-        """Finish what was submitted, and end the threads; in a forked process there are none."""
+        """Finish what was submitted, and end the threads; in a forked process there are none.
+
+        Raises
+        ------
+        NumaLabError
+            With `wait`, the caller leads a team.
+        """
         if os.getpid() != self._process:
             return
+        if wait:
+            require_no_leader()
         with self._state:
             self._closed = True
             if self._serving and self._desk:
@@ -226,11 +241,23 @@ def run_on_leaders(calls: Iterable[tuple[NodeTeam, Callable[[], T]]]) -> list[T]
     futures: list[Future[T]] = []
     try:
         for team, function in calls:
-            futures.append(team.submit(torch.inference_mode()(function)))
+            futures.append(Future())  # before it is queued, so that none is lost from sight
+            team.submit(_fulfil, futures[-1], function)
         wait(futures)
     finally:
         _outlast([future for future in futures if not future.cancel()])
     return [future.result() for future in futures]
+
+
+def _fulfil(future: Future[T], function: Callable[[], T]) -> None:
+    if future.set_running_or_notify_cancel():
+        try:
+            with torch.inference_mode():
+                result = function()
+        except BaseException as error:  # the caller's to judge
+            future.set_exception(error)
+        else:
+            future.set_result(result)
 
 
 def _outlast(futures: Sequence[Future[Any]]) -> None:
@@ -258,7 +285,7 @@ def run_compiled(work: Mapping[NodeTeam, Sequence[Job]]) -> None:
     NumaLabError
         The process was forked since a team was made, or the caller leads a team.
     RuntimeError
-        A team was shut down, or its leader can't enter its node; nothing was run then.
+        A team was shut down; nothing was run then.
 
     Notes
     -----
@@ -279,8 +306,8 @@ def _run_holding(to_take: Sequence[NodeTeam], work: Mapping[NodeTeam, Sequence[J
             _run_holding(to_take[1:], work)
         return
     ear, here = _of_thread.ear.eventfd, _current_cpu()
-    last = sorted(work, key=lambda team: here in team.cpus)  # the leader that takes this CPU from us
-    handover.run([team._ready(work[team], ear) for team in last], ear)
+    in_turn = sorted(work, key=lambda team: here in team.cpus)  # last the leader that takes this CPU from us
+    handover.run([team._ready(work[team], ear) for team in in_turn], ear)
 
 
 _current_cpu = ctypes.CDLL(None).sched_getcpu

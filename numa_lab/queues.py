@@ -119,9 +119,6 @@ class NodeQueues:
         self._leaders = {node: [_Leader(team, node) for team in of] for node, of in teams.items()}
         # Futures hold this, and may live long: it holds no threads.
         self._drop_cancelled = partial(_drop_cancelled, tuple(self._queues.values()))
-        # A leader that can't enter its node ends here, rather than let tasks wait for ever.
-        for entered in [leader.team.submit(int) for leader in self._every_leader()]:
-            entered.result()
 
     def submit(
         self,

@@ -315,6 +315,11 @@ def prefetch(b: Any, vectors: Vectors, address: Any, distance: Any, offset: int)
     b.call(words, [address, distance])
 
 
+def count_up(b: Any, address: Any) -> Any:
+    """Count the int64 at an address up by one, all threads in some order; what it was before."""
+    return b.atomic_rmw("add", at(b, address), I64(1), "acq_rel")
+
+
 def opaque(b: Any, x: Any) -> Any:
     """An integer of which LLVM forgets how it came about, so that it stays in one register.
 

@@ -138,11 +138,15 @@ def test_compiled_work_is_refused_where_it_would_hang(two):
     with pytest.raises(RuntimeError, match="shutdown"):
         run_compiled({team: [counters.job(0)] for team in two})
     assert counters.words[0] == 0
-    with pytest.raises(BrokenExecutor):
-        run_compiled({two[0]: [counters.job(0)], NodeTeam(NODE, [4095]): [counters.job(0)]})
-    assert counters.words[0] == 0
+    with pytest.raises(NumaLabError, match="leads a team"):
+        two[0].submit(two[0].shutdown).result()
     run_compiled({two[0]: [counters.job(0)]})
     assert counters.words[0] == 1
+
+
+def test_a_leader_that_cant_enter_its_node_is_no_team():
+    with pytest.raises(BrokenExecutor):
+        NodeTeam(NODE, [4095])
 
 
 def test_an_interrupt_is_raised_when_no_leader_writes_any_more(two):

@@ -170,11 +170,6 @@ def test_shutdown_finishes_everything_and_refuses_more(queues):
     assert all(future.result(SECONDS) for future in futures)
 
 
-def test_a_team_that_can_not_enter_its_node_is_told_at_once():
-    with pytest.raises(RuntimeError, match="initializer failed"):
-        NodeQueues({0: [NodeTeam(NODE, [4095])]})
-
-
 def test_a_forked_child_is_refused_whatever_the_parent_was_about(queues, monkeypatch):
     two, deciding = queues([[25, 25], [50, 100]]), threading.Event()
     go = two.block(0)

@@ -393,8 +393,8 @@ def exp2(_context, x):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def fetch_add(_context, address):  # type: ignore[no-untyped-def]
-    """Count an int64 up by one, all threads in some order; what it was before."""
-    return types.int64(types.int64), lambda _c, b, _s, a: b.atomic_rmw("add", simd.at(b, a[0]), I64(1), "acq_rel")
+    """``simd.count_up``."""
+    return types.int64(types.int64), lambda _c, b, _s, a: simd.count_up(b, a[0])
 
 
 @intrinsic
