@@ -237,7 +237,8 @@ class NodeShardedKVCache:
             by = self._teams[node].node  # another one where the node has memory alone
             requested = Binding((by,), (by,), MemPolicy.PREFERRED)
             refusal = self._teams[node].refusal
-            found[node] = Receipt(requested, granted, threads, {}, pages, (*notes, refusal) if refusal else notes)
+            notes = (*notes, refusal) if refusal else notes
+            found[node] = Receipt(requested, granted, threads, {}, pages, notes, promised=(node,))
         return found
 
     def _per_sequence(

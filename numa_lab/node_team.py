@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from numa_lab import handover, libnuma
+from numa_lab import handover, libnuma, recycled
 from numa_lab.errors import InvalidInput, NodeUnavailable, NumaLabError
 from numa_lab.handover import Desk, Job
 from numa_lab.team import Placement
@@ -70,7 +70,7 @@ class NodeTeam:
         # The team ends with its leader, so nothing has to be given back. The thread holds no more than a weak reference:
         # it ends with a team that nobody has any more.
         self._leader = ThreadPoolExecutor(
-            1, name or f"numa-node-{node}", initializer=_enter, initargs=(weakref.ref(self), self._placement)
+            1, name or f"numa-node-{node}", initializer=_enter, initargs=(weakref.ref(self), self._placement, node)
         )
         # A leader that can't enter its node raises here, and one whose start a signal interrupts belongs to no team.
         self._leader.submit(int).result()
@@ -156,12 +156,13 @@ class NodeTeam:
         self._leader.shutdown(wait=wait)
 
 
-def _enter(reference: weakref.ref[NodeTeam], placement: Placement) -> None:
+def _enter(reference: weakref.ref[NodeTeam], placement: Placement, node: int) -> None:
     """On a new leader: go to the team's place, also for what was submitted to a team that nobody has any more."""
     _of_thread.leads = True
     if team := reference():
         team._leader_id = threading.get_ident()
     refusal = placement.enter().refusal
+    recycled.give_back(node)  # glibc may give a new thread the memory of one that ended, on another node
     if team:
         team.refusal = refusal
 

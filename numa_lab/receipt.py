@@ -101,7 +101,8 @@ class Receipt:
     """Proof of placement for one measured case.
 
     `pages_before` and `pages_after` give the pages of each tensor per node, around the timed region; `huge_pages` the
-    share of each, 0 to 1, that lies on huge pages.
+    share of each, 0 to 1, that lies on huge pages. `promised` names the nodes on which all tensors shall lie, where that is
+    more than the requested policy alone sees to.
     """
 
     requested: Binding
@@ -111,6 +112,7 @@ class Receipt:
     pages_after: Pages
     notes: tuple[str, ...] = ()
     huge_pages: Mapping[str, float] = field(default_factory=dict)
+    promised: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         """What was requested, granted and seen, in one line."""
@@ -183,12 +185,13 @@ class Receipt:
                 found.append(f"{pages[-1]} of {sum(pages.values())} pages of {name} were never touched.")
             # One thread touches K and V first; query and output are touched by those that compute, on any node.
             touched_first = self.requested.policy is MemPolicy.FIRST_TOUCH and name in ("key", "value")
-            if self.requested.confines_memory or touched_first:
-                elsewhere = {n: count for n, count in pages.items() if n >= 0 and n not in self.requested.mem_nodes}
+            confined = self.requested.confines_memory or touched_first
+            if nodes := self.promised or (self.requested.mem_nodes if confined else ()):
+                elsewhere = {n: count for n, count in pages.items() if n >= 0 and n not in nodes}
                 if elsewhere:
                     found.append(
                         f"{sum(elsewhere.values())} of {sum(pages.values())} pages of {name} lie on nodes "
-                        f"{format_cpulist(elsewhere)} instead of {format_cpulist(self.requested.mem_nodes)}."
+                        f"{format_cpulist(elsewhere)} instead of {format_cpulist(nodes)}."
                     )
         return found
 
@@ -207,6 +210,7 @@ class Receipt:
                     "pages_after": self.pages_after,
                     "notes": self.notes,
                     "huge_pages": self.huge_pages,
+                    **({"promised": format_cpulist(self.promised)} if self.promised else {}),
                 }
             ),
         }
@@ -230,6 +234,7 @@ class Receipt:
             after,
             tuple(observed["notes"]),
             observed.get("huge_pages", {}),
+            parse_cpulist(observed.get("promised", "")),
         )
 
 

@@ -81,7 +81,7 @@ def test_each_refused_call_has_its_stand_in(monkeypatch):
 
 def test_migrate_asks_again_for_busy_pages_and_leaves_untouched_ones(monkeypatch):
     tensor = memory.empty((8 * memory.PAGE_BYTES,), torch.uint8, huge_pages=False)
-    where, asked = dict.fromkeys(memory._pages(tensor).tolist(), 0), []
+    where, asked = dict.fromkeys(memory.page_addresses(tensor).tolist(), 0), []
     where[next(iter(where))] = -2  # never touched
     busy = list(where)[3]
 
