@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
+from collections import defaultdict
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 from numa_lab.sysfs import Tree, parse_cpulist
@@ -43,13 +46,13 @@ class Gpu:
 
 def read_cpus(tree: Tree, online: tuple[int, ...], node_of: Mapping[int, int]) -> tuple[Cpu, ...]:
     """The online CPUs; `node_of` gives the node of each."""
-    kinds = core_kinds(tree, online)
+    kinds, present = core_kinds(tree, online), set(online)
     found = []
     for cpu in online:
-        folder = tree.cpu_dir / f"cpu{cpu}/topology"
+        folder = f"{tree.cpu_dir}/cpu{cpu}/topology"
         siblings = tree.cpu_list(folder, "thread_siblings", "thread_siblings_list")
-        core = min(set(siblings) & set(online), default=cpu)
-        socket = int(tree.text(folder / "physical_package_id") or -1)
+        core = min((sibling for sibling in siblings if sibling in present), default=cpu)
+        socket = int(tree.text(f"{folder}/physical_package_id") or -1)
         found.append(Cpu(cpu, core, socket, node_of.get(cpu, 0), kinds.get(cpu, "")))
     return tuple(found)
 
@@ -77,17 +80,24 @@ def core_kinds(tree: Tree, online: tuple[int, ...]) -> dict[int, str]:
 def read_caches(tree: Tree, online: tuple[int, ...]) -> tuple[Cache, ...]:
     """Every cache once, whichever CPU shows it; none where the kernel does not tell."""
     found: dict[tuple[int, str, int], Cache] = {}
+    covered: dict[tuple[int, str], set[int]] = defaultdict(set)  # CPUs whose cache of this level and kind is known
     present = set(online)
     for cpu in online:
-        for folder in sorted((tree.cpu_dir / f"cpu{cpu}/cache").glob("index*")):
-            level, kind = int(tree.text(folder / "level") or 0), tree.text(folder / "type")
+        for index in sorted(tree.names(f"{tree.cpu_dir}/cpu{cpu}/cache")):
+            folder = f"{tree.cpu_dir}/cpu{cpu}/cache/{index}"
+            if not index.startswith("index"):
+                continue
+            level, kind = int(tree.text(f"{folder}/level") or 0), tree.text(f"{folder}/type")
+            if cpu in covered[level, kind]:
+                continue
             shared = tree.cpu_list(folder, "shared_cpu_map", "shared_cpu_list")
             sharing = tuple(c for c in shared if c in present) or (cpu,)
-            size = re.fullmatch(r"(\d+)([KMG]?)", tree.text(folder / "size"))
+            size = re.fullmatch(r"(\d+)([KMG]?)", tree.text(f"{folder}/size"))
             scale = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
             if level and size:
                 cache = Cache(level, kind, int(size[1]) * scale[size[2]], sharing)
                 found.setdefault((level, kind, sharing[0]), cache)
+                covered[level, kind].update(sharing)
     return tuple(found[key] for key in sorted(found))
 
 
@@ -100,11 +110,17 @@ def read_memory(tree: Tree, node: int, *, only: bool) -> tuple[int, int, int]:
 
 
 def read_allowed(tree: Tree) -> tuple[set[int] | None, set[int] | None]:
-    """CPUs, and nodes whose memory, the calling thread may use; None where the kernel does not tell."""
+    """CPUs, and nodes whose memory, the calling thread may use; None where the kernel does not tell.
+
+    Of a captured machine the CPUs may hold some that are offline, of the running one they don't.
+    """
     # Affinity belongs to a thread: /proc/self is the main one, which need not be the one that asks.
     status = tree.text("proc/thread-self/status") or tree.text("proc/self/status")
     lists = [re.search(rf"^{name}_allowed_list:[ \t]*(.*)$", status, re.MULTILINE) for name in ("Cpus", "Mems")]
     cpus, mems = (set(parse_cpulist(found[1])) if found else None for found in lists)
+    if tree.live:
+        with suppress(OSError):  # where a sandbox refuses the call the file must do
+            cpus = os.sched_getaffinity(0)
     return cpus, mems
 
 
