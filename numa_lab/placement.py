@@ -160,7 +160,8 @@ def predict_bindings(
     for binding, shape in wanted:
         mems = binding.mem_nodes or binding.cpu_nodes
         by_weight = weights if binding.policy is MemPolicy.WEIGHTED_INTERLEAVE else None
-        if not mems or (len(mems) > 1 and binding.policy is not MemPolicy.INTERLEAVE and not by_weight):
+        known = binding.policy is not MemPolicy.UNKNOWN
+        if not known or not mems or (len(mems) > 1 and binding.policy is not MemPolicy.INTERLEAVE and not by_weight):
             found.append(None)
             continue
         cpus = binding.cpu_nodes or measured.cpu_nodes
