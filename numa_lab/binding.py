@@ -89,7 +89,10 @@ class Binding:
                 "preferred-many, interleave, weighted-interleave or first-touch, and none for default or local"
             )
         if self.policy in (MemPolicy.PREFERRED, MemPolicy.FIRST_TOUCH) and len(self.mem_nodes) != 1:
-            raise InvalidInput(f"policy={self.policy.value!r} with mem_nodes={self.mem_nodes}: name exactly one node")
+            raise InvalidInput(
+                f"policy={self.policy.value!r} with mem_nodes={self.mem_nodes}: name exactly one node"
+                + " (preferred-many takes several)" * (self.policy is MemPolicy.PREFERRED)
+            )
         if self.policy is MemPolicy.FIRST_TOUCH and self.cpu_nodes and not set(self.mem_nodes) <= set(self.cpu_nodes):
             raise InvalidInput(
                 f"policy='first-touch' with cpu_nodes={self.cpu_nodes} and mem_nodes={self.mem_nodes}: "

@@ -45,6 +45,9 @@ def tightest(limits: Iterable[MemoryLimit]) -> MemoryLimit | None:
     return min(limits, key=lambda limit: limit.available_bytes, default=None)
 
 
+_LIMITS = ("memory.max", "memory.high", "memory.limit_in_bytes")
+
+
 class ControlGroups:
     """The control groups of this process below a tree's root."""
 
@@ -85,25 +88,29 @@ class ControlGroups:
     def memory_limits(self) -> tuple[MemoryLimit, ...]:
         """Every limit on this process's memory, of its own group first; none where nothing limits it."""
         found: list[MemoryLimit] = []
-        for level, folder in enumerate(dict.fromkeys(self.folders("memory"))):
-            if level and self._tree.text(f"{folder}/memory.use_hierarchy") == "0":
-                continue  # version 1: what the groups below use does not count in this one
-            stat = dict(re.findall(r"^(\w+) (\d+)$", self._tree.text(f"{folder}/memory.stat"), re.MULTILINE))
-            used = self._tree.text(f"{folder}/memory.current") or self._tree.text(f"{folder}/memory.usage_in_bytes")
-            cached = int(stat.get("total_inactive_file") or stat.get("inactive_file") or 0)
-            held = max(0, int(used or 0) - cached)
+        seen = [folder for folder in dict.fromkeys(self.folders("memory")) if self._tree.has(folder)]
+        for level, folder in enumerate(seen):
             told = {name: self._tree.text(f"{folder}/{name}") for name in _LIMITS}
-            if not level:
-                told["memory.stat"] = stat.get("hierarchical_memory_limit", "")
+            if told["memory.limit_in_bytes"] and not level:
+                told["memory.stat"] = self._stat(folder).get("hierarchical_memory_limit", "")
+            elif level and self._tree.text(f"{folder}/memory.use_hierarchy") == "0":
+                continue  # version 1: what the groups below use does not count in this one
             for name, limit in told.items():
                 known = min((one.limit_bytes for one in found), default=NO_LIMIT)
                 if limit.isdecimal() and int(limit) < (known if name == "memory.stat" else NO_LIMIT):
-                    left = max(0, int(limit) - held)
+                    left = max(0, int(limit) - self._held_bytes(folder))
                     found.append(MemoryLimit(f"/{folder}/{name}", int(limit), left, name == "memory.high"))
         return tuple(found)
 
+    def _held_bytes(self, folder: str) -> int:
+        """What a group holds, without the file cache that it would give up first."""
+        used = self._tree.text(f"{folder}/memory.current") or self._tree.text(f"{folder}/memory.usage_in_bytes")
+        stat = self._stat(folder)
+        cached = int(stat.get("total_inactive_file") or stat.get("inactive_file") or 0)
+        return max(0, int(used or 0) - cached)
 
-_LIMITS = ("memory.max", "memory.high", "memory.limit_in_bytes")
+    def _stat(self, folder: str) -> dict[str, str]:
+        return dict(re.findall(r"^(\w+) (\d+)$", self._tree.text(f"{folder}/memory.stat"), re.MULTILINE))
 
 
 def _holds(root: str, path: str) -> bool:

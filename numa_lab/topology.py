@@ -179,9 +179,12 @@ class Topology:
         limits = (limit.limit_bytes for limit in self.memory_limits)
         return min([sum(self.node(node).memory_bytes for node in nodes), *limits])
 
-    def available_bytes(self, nodes: Iterable[int]) -> int:
-        """Bytes that this process could still take on these nodes, file cache included, when the machine was read."""
-        limits = (limit.available_bytes for limit in self.memory_limits)
+    def available_bytes(self, nodes: Iterable[int], sharers: int = 1) -> int:
+        """Bytes that this process could still take on these nodes, file cache included, when the machine was read.
+
+        What a control group leaves is divided by the `sharers` that take at once.
+        """
+        limits = (limit.available_bytes // sharers for limit in self.memory_limits)
         return min([sum(self.node(node).available_bytes for node in nodes), *limits])
 
     def free_bytes(self, nodes: Iterable[int]) -> int:
