@@ -203,7 +203,7 @@ class Binding:
         self._require_known()
         if self.policy is MemPolicy.WEIGHTED_INTERLEAVE:
             libnuma.interleave_weights(self.mem_nodes[:1])
-        with_cpus = tuple(node.id for node in topology.nodes if topology.cpus_of([node.id]))
+        with_cpus = topology.cpu_nodes
         with_memory = tuple(
             node.id for node in topology.nodes if node.memory_bytes and node.id in topology.allowed_nodes
         )

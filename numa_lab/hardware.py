@@ -68,7 +68,9 @@ def core_kinds(tree: Tree, online: tuple[int, ...]) -> dict[int, str]:
     if pmus["cpu_core"] and pmus["cpu_atom"]:
         return {cpu: kinds[pmu] for pmu, cpus in pmus.items() for cpu in cpus}
     for name in ("cpu_capacity", "cpufreq/cpuinfo_max_freq"):
-        values = {cpu: int(tree.text(tree.cpu_dir / f"cpu{cpu}" / name) or 0) for cpu in online}
+        if not tree.has(f"{tree.cpu_dir}/cpu{online[0] if online else 0}/{name}"):
+            continue  # told for all or for none
+        values = {cpu: int(tree.text(f"{tree.cpu_dir}/cpu{cpu}/{name}") or 0) for cpu in online}
         low, high = min(values.values(), default=0), max(values.values(), default=0)
         if low > 0:
             middle = (low + high) / 2
@@ -80,16 +82,14 @@ def core_kinds(tree: Tree, online: tuple[int, ...]) -> dict[int, str]:
 def read_caches(tree: Tree, online: tuple[int, ...]) -> tuple[Cache, ...]:
     """Every cache once, whichever CPU shows it; none where the kernel does not tell."""
     found: dict[tuple[int, str, int], Cache] = {}
-    covered: dict[tuple[int, str], set[int]] = defaultdict(set)  # CPUs whose cache of this level and kind is known
+    known: dict[str, set[int]] = defaultdict(set)  # by the name of its folder: CPUs that share what was read there
     present = set(online)
     for cpu in online:
         for index in sorted(tree.names(f"{tree.cpu_dir}/cpu{cpu}/cache")):
+            if cpu in known[index] or not index.startswith("index"):
+                continue
             folder = f"{tree.cpu_dir}/cpu{cpu}/cache/{index}"
-            if not index.startswith("index"):
-                continue
             level, kind = int(tree.text(f"{folder}/level") or 0), tree.text(f"{folder}/type")
-            if cpu in covered[level, kind]:
-                continue
             shared = tree.cpu_list(folder, "shared_cpu_map", "shared_cpu_list")
             sharing = tuple(c for c in shared if c in present) or (cpu,)
             size = re.fullmatch(r"(\d+)([KMG]?)", tree.text(f"{folder}/size"))
@@ -97,7 +97,7 @@ def read_caches(tree: Tree, online: tuple[int, ...]) -> tuple[Cache, ...]:
             if level and size:
                 cache = Cache(level, kind, int(size[1]) * scale[size[2]], sharing)
                 found.setdefault((level, kind, sharing[0]), cache)
-                covered[level, kind].update(sharing)
+                known[index].update(sharing)
     return tuple(found[key] for key in sorted(found))
 
 

@@ -47,8 +47,14 @@ class Tree:
 
     def __init__(self, root: Path) -> None:
         self.root = root.absolute()  # a path below it that is joined to it again then stays itself
+        self._prefix = f"{str(self.root).rstrip('/')}/"
         self.cpu_dir = self.root / "sys/devices/system/cpu"
         self.live = root.resolve() == Path("/")  # this is the running machine: the kernel itself can be asked too
+
+    def _below(self, path: str | Path) -> str:
+        """A path that is below the root already, or is meant to be."""
+        path = os.fspath(path)
+        return path if path.startswith(self._prefix) else f"{self._prefix}{path}"
 
     def node_dir(self, node: int) -> Path:
         """The folder of a NUMA node."""
@@ -58,7 +64,7 @@ class Tree:
         """A file's text, empty where it is missing or can't be read (some sysfs files answer with an error)."""
         # A large machine has 100,000 small files, and pathlib's way to the text of one takes three times as long.
         try:
-            descriptor = os.open(os.path.join(self.root, path), os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = os.open(self._below(path), os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
             return ""
         parts = []
@@ -73,12 +79,12 @@ class Tree:
 
     def has(self, path: str | Path) -> bool:
         """Whether there is such a file or folder."""
-        return os.path.exists(os.path.join(self.root, path))
+        return os.path.exists(self._below(path))
 
     def names(self, folder: str | Path) -> list[str]:
         """The names in a folder, in no order; none where it is missing."""
         try:
-            return os.listdir(os.path.join(self.root, folder))
+            return os.listdir(self._below(folder))
         except OSError:
             return []
 

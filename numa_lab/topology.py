@@ -107,6 +107,11 @@ class Topology:
         return {node: tuple(cpus) for node, cpus in found.items()}
 
     @cached_property
+    def cpu_nodes(self) -> tuple[int, ...]:
+        """Ids of the nodes with CPUs among ``usable_cpus``."""
+        return tuple(node for node in self.node_ids if node in self._usable_by_node)
+
+    @cached_property
     def sockets(self) -> tuple[int, ...]:
         """Ids of the processor packages as the kernel numbers them, none where it does not tell them."""
         return tuple(sorted({cpu.socket for cpu in self.cpus} - {-1}))
@@ -143,7 +148,8 @@ class Topology:
 
     def cpus_of(self, nodes: Iterable[int]) -> tuple[int, ...]:
         """Online CPUs of these nodes that this process may use, without isolated ones (see ``usable_cpus``)."""
-        return tuple(sorted(cpu for node in set(nodes) for cpu in self._usable_by_node.get(node, ())))
+        lists = [self._usable_by_node[node] for node in set(nodes) if node in self._usable_by_node]
+        return lists[0] if len(lists) == 1 else tuple(sorted(cpu for cpus in lists for cpu in cpus))
 
     def physical_cores(self, cpus: Iterable[int]) -> tuple[int, ...]:
         """One CPU for each physical core among `cpus`: the lowest of ``usable_cpus``."""
@@ -234,15 +240,14 @@ class Topology:
             No such node, or no CPU may be used at all.
         """
         node = self.node(node_id)
-        candidates = [other.id for other in self.nodes if self.cpus_of([other.id])]
-        if not candidates:
+        if not self.cpu_nodes:
             allowed = format_cpulist(self.allowed_cpus) or "none"
             raise NodeUnavailable(f"no node has CPUs that this process may use (allowed: {allowed}): widen its cpuset")
 
         def nearness(other: int) -> tuple[bool, bool, int, int]:
             return (other != node_id, other not in node.initiators, self.distance(other, node_id) or 0, other)
 
-        return min(candidates, key=nearness)
+        return min(self.cpu_nodes, key=nearness)
 
     def fingerprint(self) -> str:
         """Short hash of the hardware, independent of what this process may use and of free memory."""
