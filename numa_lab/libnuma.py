@@ -48,8 +48,8 @@ def library() -> ctypes.CDLL:
         library = ctypes.CDLL("libnuma.so.1", use_errno=True)
     except OSError as error:
         raise MissingDependency(
-            "libnuma.so.1 is not installed, and NUMA policies can't be set or read without it: "
-            "apt-get install numactl | dnf install numactl | conda install -c conda-forge numactl"
+            "libnuma.so.1 is not installed, and NUMA policies can't be set or read without it: type `apt-get install numactl`, "
+            "`dnf install numactl` or `conda install -c conda-forge numactl`"
         ) from error
     long, unsigned_long, pointer, integer = ctypes.c_long, ctypes.c_ulong, ctypes.c_void_p, ctypes.c_int
     library.set_mempolicy.argtypes = [integer, pointer, unsigned_long]

@@ -87,7 +87,10 @@ class MachineFiles(Tree):
         """Online CPUs that were set aside at boot: ``isolcpus`` takes them out of scheduling, ``nohz_full`` stops their clock."""
         found = {*self.listed(self.cpu_dir / "isolated"), *self.listed(self.cpu_dir / "nohz_full")}
         if not self.has(self.cpu_dir / "isolated"):  # before Linux 4.2
-            for option in re.findall(r"(?<!\S)(?:isolcpus|nohz_full)=([\d,-]+)(?!\S)", self.text("proc/cmdline")):
+            flags = r"(?:(?:[a-z_]+,)*domain,(?:[a-z_]+,)*)?"  # without any, domain is meant
+            for option in re.findall(
+                rf"(?<!\S)(?:isolcpus={flags}|nohz_full=)(\d[\d,-]*)(?!\S)", self.text("proc/cmdline")
+            ):
                 found.update(parse_cpulist(option))
         return tuple(cpu for cpu in self.online if cpu in found)
 

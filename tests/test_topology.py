@@ -219,6 +219,41 @@ def test_a_cpu_that_may_be_used_runs_whatever_a_container_is_shown_as_online(mac
     assert topology.cpus_for(topology.effective_nodes) == parse_cpulist(allowed)
 
 
+def test_isolated_cpus_are_left_alone_unless_they_are_all_there_is(machine):
+    def read(allowed, isolated="1", clockless="2-3", **files):
+        files = {f"{CPU}{name}": text for name, text in files.items()}
+        files |= {f"{CPU}isolated": isolated, f"{CPU}nohz_full": clockless, STATUS: status(allowed, "0-1")}
+        return read_topology(machine(files))
+
+    topology = read("0-3")
+    assert (topology.isolated_cpus, topology.allowed_cpus, topology.usable_cpus) == ((1, 2, 3), (0, 1, 2, 3), (0,))
+    assert topology.cpus_of([0, 1]) == topology.cpus_for([0]) == topology.physical_cores(range(4)) == (0,)
+    assert (topology.effective_nodes, topology.cpu_nodes, topology.nearest_cpu_node(1)) == ((0,), (0,), 0)
+    assert "\nisolated CPUs 1-3 are left alone\n" in overview(topology)
+    assert topology.to_json()["isolated_cpus"] == [1, 2, 3]
+    with pytest.raises(NodeUnavailable, match="nodes with both: 0"):
+        topology.require_effective(1)
+    chosen = read("2-3")
+    assert chosen.cpus_of([1]) == chosen.usable_cpus == (2, 3), "who may use these alone was put there on purpose"
+    assert "left alone" not in overview(chosen)
+    assert read("0-3", "", "(null)\n").isolated_cpus == ()
+    assert read("0-3", "3", "\n", **{"cpu1/topology/thread_siblings_list": "0-1"}).cpus_for([0, 1]) == (0, 2)
+
+
+@pytest.mark.parametrize(
+    ("cmdline", "isolated"),
+    [
+        ("ro isolcpus=1,3 quiet", (1, 3)),
+        ("isolcpus=managed_irq,domain,2-3 nohz_full=1", (1, 2, 3)),
+        ("isolcpus=managed_irq,2", ()),  # kept free of interrupts alone
+        ("nohz_full=all rcu_nocbs=1", ()),
+        ("xisolcpus=1", ()),
+    ],
+)
+def test_without_the_list_the_command_line_of_the_kernel_tells_isolated_cpus(machine, cmdline, isolated):
+    assert read_topology(machine({"proc/cmdline": cmdline})).isolated_cpus == isolated
+
+
 def test_a_container_that_sees_no_nodes_uses_what_it_may(machine):
     root = machine({f"{CPU}online": "0-1", STATUS: status("6-7", "1"), "proc/meminfo": "MemTotal: 8 kB\n"})
     shutil.rmtree(root / "sys/devices/system/node")
