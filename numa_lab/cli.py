@@ -42,9 +42,14 @@ def _print_json(value: object) -> None:
     click.echo(json.dumps(value, indent=1, allow_nan=False))
 
 
+_root = click.option(
+    "--root", default="/", show_default=True, metavar="DIR", help="Read sysfs and procfs below this folder."
+)
+
+
 @main.command()
 @_as_json
-@click.option("--root", default="/", show_default=True, metavar="DIR", help="Read sysfs and procfs below this folder.")
+@_root
 def topology(as_json: bool, root: str) -> None:
     """Nodes, CPUs, memory, distances, caches and GPUs, and what this process may use."""
     from numa_lab.overview import overview
@@ -59,11 +64,12 @@ def topology(as_json: bool, root: str) -> None:
 
 @main.command()
 @_as_json
-def doctor(as_json: bool) -> None:
-    """What on this machine spoils NUMA performance, and the exact fix."""
+@_root
+def doctor(as_json: bool, root: str) -> None:
+    """What on this machine spoils NUMA performance, and the exact fix; by --root on a captured one."""
     from numa_lab import doctor as checks
 
-    findings = checks.examine()
+    findings = checks.examine(root)
     if as_json:
         _print_json(checks.to_json(findings))
     else:

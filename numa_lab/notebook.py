@@ -217,16 +217,21 @@ def require_tools(binding: Binding | None = None) -> None:
                 f"{tool} is not installed: apt-get install {package} | dnf install {package} | "
                 f"conda install -c conda-forge {package}"
             )
-    if binding and binding.policy is MemPolicy.WEIGHTED_INTERLEAVE and not _numactl_knows_weights():
+    if binding and binding.policy is MemPolicy.WEIGHTED_INTERLEAVE and not _numactl_knows(binding.policy):
         raise MissingDependency(
             f"binding {binding}: numactl 2.0.19 or later is needed for --weighted-interleave, and this one does not know it: "
             "conda install -c conda-forge 'numactl>=2.0.19', or interleave without weights (i instead of w)"
         )
+    if binding and binding.policy is MemPolicy.PREFERRED_MANY and not _numactl_knows(binding.policy):
+        raise MissingDependency(
+            f"binding {binding}: numactl 2.0.15 or later is needed for --preferred-many, and this one does not know it: "
+            "conda install -c conda-forge 'numactl>=2.0.15', or prefer a single node (p instead of P)"
+        )
 
 
-def _numactl_knows_weights() -> bool:
+def _numactl_knows(policy: MemPolicy) -> bool:
     usage = subprocess.run(["numactl", "--help"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout
-    return "weighted-interleave" in usage
+    return policy.value in usage
 
 
 def failure(outcome: Outcome, log: Path) -> str:

@@ -237,7 +237,7 @@ def prepare(plan: Plan, run_dir: Path, topology: Topology) -> None:
         raise RunDirectoryError(
             f"{run_dir} holds a run already: finish it with --resume {run_dir}, or name another --out"
         )
-    findings = [asdict(finding) for finding in doctor.examine(topology=topology)]
+    findings = doctor.to_json(doctor.examine(topology=topology))
     write_json(run_dir / MACHINE, machine_facts(topology) | {"findings": findings})
     write_json(run_dir / PLAN, asdict(plan))
 

@@ -157,9 +157,9 @@ class Receipt:
                 f"and the kernel granted nodes {format_cpulist(self.effective.cpu_nodes)}."
             )
         asked = self.requested.asked_of_kernel
-        if (asked.policy, asked.mem_nodes) != (self.effective.policy, self.effective.mem_nodes):
+        if not asked.places_as(self.effective):
             found.append(
-                f"Memory policy {_policy(asked)} was requested, and the kernel granted {_policy(self.effective)}."
+                f"Memory policy {asked.memory_words} was requested, and the kernel granted {self.effective.memory_words}."
             )
         if not self.threads:
             found.append("No thread was seen computing.")
@@ -257,7 +257,3 @@ def contradictions(rows: pd.DataFrame, node_cpus: Mapping[int, Collection[int]])
         cpus = {cpu for node in nodes for cpu in node_cpus.get(node, ())}
         found |= dict.fromkeys(receipt.contradictions(cpus, nodes))
     return list(found)
-
-
-def _policy(binding: Binding) -> str:
-    return f"{binding.policy.value}:{format_cpulist(binding.mem_nodes)}" if binding.mem_nodes else binding.policy.value

@@ -57,7 +57,7 @@ COLUMNS = (
     Column(
         "policy",
         pa.string(),
-        "requested memory policy: default, bind, preferred, interleave, weighted-interleave or first-touch (by one thread)",
+        "requested memory policy, as numa_lab.binding.MemPolicy has it: default, bind, interleave, first-touch (by one thread), ...",
     ),
     Column("observed_cpus", pa.string(), "CPUs on which computing threads were seen"),
     Column("local_page_share", pa.float64(), "share of the pages of query, key, value and output on the CPUs' nodes"),

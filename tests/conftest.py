@@ -23,10 +23,11 @@ CAPTURED = Path(__file__).parent / "topologies"
 
 # Of the 70,000 files and links in the archives, those of the kinds that a reader of topologies may look at.
 LOOKED_AT = re.compile(
-    r"/(cpu/online|cpu\d+/(online|cpu_capacity|cpufreq|acpi_cppc/highest_perf)|cpufreq/(policy\d+/)?cpuinfo_max_freq"
+    r"/(cpu/(online|offline|isolated|nohz_full)|cpu\d+/(online|cpu_capacity|cpufreq|acpi_cppc/highest_perf)"
+    r"|cpufreq/(policy\d+/)?cpuinfo_max_freq"
     r"|topology/((thread_siblings|core_cpus)\w*|physical_package_id|core_id|die_id)"
     r"|cache/index\d+/(level|type|size|shared_cpu_\w+)|node\d+/(cpulist|cpumap|distance|meminfo)|initiators/node\d+"
-    r"|bus/pci/devices/.*|pci\w+:\w+/.*/(class|numa_node)|dmi/id/\w+|proc/(cpuinfo|meminfo|self/.*))$"
+    r"|bus/pci/devices/.*|pci\w+:\w+/.*/(class|numa_node)|dmi/id/\w+|proc/(cpuinfo|meminfo|cmdline|self/.*))$"
 )
 
 CASES = [
