@@ -21,7 +21,7 @@ The modules, from the machine up to the reader; each imports only from those abo
   waits for the teams of each node
 - ``plan``, ``optimized``, ``pool``, ``process_pool``, ``kv_cache``: which executions a sweep runs; attention on one node, work
   over all of them by threads or by processes, and one sequence over all of them
-- ``run``, ``sweep``, ``report``: one execution, all executions of a plan, what is told of them
+- ``run``, ``sweep_lock``, ``sweep``, ``report``: one execution, one sweep at a time, all executions of a plan, what is told of them
 - ``node_scaling``, ``decode_loop``, ``guide_analyses``: the source guide's experiments, measured as this project measures
 - ``cli``: the commands
 

@@ -5,11 +5,8 @@ Each execution is the measured notebook in a process of its own under numactl.
 
 from __future__ import annotations
 
-import fcntl
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -25,6 +22,7 @@ from numa_lab.plan import Plan, Planned, expected_cases, missing
 from numa_lab.receipt import contradictions
 from numa_lab.results import EXECUTIONS, PREDICTION, SCHEMA_VERSION, machine_facts, read_json, read_rows, write_json
 from numa_lab.stats import AA_SUFFIX
+from numa_lab.sweep_lock import alone as alone
 from numa_lab.timing import MIN_SAMPLES
 from numa_lab.topology import Topology
 from numa_lab.workloads import CASE_KEY, Case, case_key
@@ -162,26 +160,6 @@ def predict(plan: Plan, run_dir: Path, measured: Path, topology: Topology) -> li
     ]  # fmt: skip
     write_json(run_dir / PREDICTION, {"schema_version": SCHEMA_VERSION, "rows": rows})
     return []
-
-
-@contextmanager
-def alone() -> Iterator[None]:
-    """Refuse to measure beside another sweep on this machine.
-
-    Raises
-    ------
-    NumaLabError
-        Another sweep holds the lock.
-    """
-    path = Path(tempfile.gettempdir()) / "numa-lab-sweep.lock"
-    with open(path, "a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise NumaLabError(
-                f"another sweep measures on this machine (it holds {path}): wait for it, two would disturb each other"
-            ) from None
-        yield
 
 
 def run(plan: Plan, run_dir: Path, topology: Topology, measured: Path) -> Iterator[tuple[Planned, list[str]]]:

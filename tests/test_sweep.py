@@ -13,9 +13,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+from click.testing import CliRunner
 
 from numa_lab import libnuma, notebook, plan, results, run, sweep
-from numa_lab.errors import InvalidInput, MachineMismatch, NodeUnavailable, NumaLabError, RunDirectoryError
+from numa_lab.cli import main
+from numa_lab.errors import InvalidInput, MachineMismatch, NodeUnavailable, RunDirectoryError
 from numa_lab.topology import read_topology
 
 MEASURED = notebook.find(sweep.MEASURED_NOTEBOOK)
@@ -248,9 +250,12 @@ def test_a_damaged_plan_is_said_to_be_damaged(tmp_path):
             plan.load_plan(tmp_path)
 
 
-def test_two_sweeps_do_not_measure_at_once():
-    with sweep.alone(), pytest.raises(NumaLabError, match="another sweep"), sweep.alone():
-        pass
+def test_a_sweep_is_refused_while_another_measures_and_leaves_nothing(tmp_path):
+    with sweep.alone():
+        result = CliRunner().invoke(main, ["sweep", "--profile", "smoke", "--out", str(tmp_path / "run")])
+    assert result.exit_code == 1
+    assert f"another sweep measures on this machine: this process, {os.getpid()}" in result.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_plan_survives_its_file_without_a_path_of_this_machine(tmp_path):
