@@ -12,6 +12,7 @@ import ast
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -232,8 +233,14 @@ def _numactl_knows_weights() -> bool:
 
 
 def failure(outcome: Outcome, log: Path) -> str:
-    """Why an execution failed, as a sentence: its exit status and the last thing that papermill said."""
+    """Why an execution failed, as a sentence: its exit status, the last thing that papermill said, and where the rest is."""
+    where = f"(all that it printed: {log.parent.name}/{log.name})"
     if outcome.exit_status is None:
-        return f"It did not end within {LIMIT_SECONDS} s and was killed."
+        return f"It did not end within {LIMIT_SECONDS} s and was killed {where}."
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return f"papermill ended with exit status {outcome.exit_status}: {lines[-1] if lines else 'it printed nothing'}"
+    if outcome.exit_status < 0:
+        how = f"papermill was killed by signal {-outcome.exit_status}"
+        how += ", as the kernel does where memory runs out" * (outcome.exit_status == -signal.SIGKILL)
+    else:
+        how = f"papermill ended with exit status {outcome.exit_status}"
+    return f"{how}: {lines[-1] if lines else 'it printed nothing'} {where}"

@@ -178,7 +178,7 @@ class Execution:
         UntrustedResult
             A receipt contradicts the binding, or a backend is wrong against the float64 reference.
         """
-        wrong = [*contradictions(rows, self.topology.node_cpus), *_wrong_backends(rows)]
+        wrong = [*contradictions(rows, self.topology.allowed_node_cpus), *_wrong_backends(rows)]
         if result := self.identity.get("result"):
             write_rows(Path(result), rows, machine_facts(self.topology)["fingerprint"])
         if wrong:

@@ -14,6 +14,7 @@ from numa_lab import notebook
 from numa_lab import supervisor as supervisor_module
 from numa_lab.binding import Binding
 from numa_lab.errors import InvalidInput, MissingDependency
+from numa_lab.topology import read_topology
 
 
 @pytest.fixture
@@ -74,6 +75,21 @@ def test_parameters_arrive_and_a_stale_output_is_gone(book, tmp_path):
     outcome = notebook.execute(book("print(steps * 2, extra)"), output, {"steps": 21, "extra": {"a": True}}, log=log)
     assert outcome.exit_status == 0
     assert nbformat.read(output, as_version=4).cells[-1].outputs[0].text == "42 {'a': True}\n"
+
+
+@pytest.mark.notebook
+def test_an_execution_stays_inside_the_mask_of_who_starts_it(book, tmp_path):
+    node, allowed = read_topology().effective_nodes[0], os.sched_getaffinity(0)
+    cpu = max(read_topology().cpus_of([node]))
+    path = book("import os\nprint(sorted(os.sched_getaffinity(0)))")
+    os.sched_setaffinity(0, {cpu})
+    try:
+        binding = Binding.parse(f"c{node}m{node}")
+        outcome = notebook.execute(path, tmp_path / "out.ipynb", {}, log=tmp_path / "log", binding=binding)
+    finally:
+        os.sched_setaffinity(0, allowed)
+    assert outcome.exit_status == 0
+    assert nbformat.read(tmp_path / "out.ipynb", as_version=4).cells[-1].outputs[0].text == f"[{cpu}]\n"
 
 
 @pytest.mark.notebook
