@@ -10,8 +10,9 @@ The modules, from the machine up to the reader; each imports only from those abo
 - ``overview``: the machine in words
 - ``openmp``, ``thread_state``, ``handover``: torch's own threads, their masks and policies, and compiled work for a team
 - ``binding``, ``memory``, ``gpus``, ``results``: place threads and pages, see where they are, keep rows
-- ``receipt``, ``team``, ``supervisor``, ``notebook``, ``reading``, ``stealing``: proof of placement; a team on its place; one
-  notebook in a process of its own, and the end of all that it started; timed reads; when a node should read what waits for another
+- ``receipt``, ``team``, ``parameters``, ``supervisor``, ``notebook``, ``reading``, ``stealing``: proof of placement; a team on its
+  place; what a notebook was given, one in a process of its own, and the end of all that it started; timed reads; when a
+  node should read what waits for another
 - ``probes``, ``doctor``, ``attention``, ``proof``, ``node_team``: the limits of memory, what spoils them, what is computed,
   where a team is, and teams that stay on a node
 - ``workloads``, ``sampling``: which cases are measured, and one case with its receipt

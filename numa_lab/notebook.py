@@ -27,18 +27,11 @@ import yaml
 
 from numa_lab.binding import Binding, MemPolicy
 from numa_lab.errors import InvalidInput, MissingDependency
+from numa_lab.parameters import wrong_type
 from numa_lab.topology import Topology, read_topology
 
 LIMIT_SECONDS = 3600  # an execution that takes longer hangs
 
-_TYPES: dict[str, tuple[type, ...]] = {
-    "int": (int,),
-    "float": (float, int),
-    "str": (str,),
-    "bool": (bool,),
-    "list": (list,),
-    "dict": (dict,),
-}
 _SUPERVISOR = Path(__file__).with_name("supervisor.py")
 
 
@@ -130,10 +123,8 @@ def check_parameters(path: Path, given: Mapping[str, Any]) -> None:
         if name not in declared:
             known = ", ".join(f"{n} ({p['inferred_type_name']})" for n, p in declared.items())
             raise InvalidInput(f"parameter {name!r}: {path.name} has {known}")
-        kind = declared[name]["inferred_type_name"]
-        allowed = _TYPES.get(kind)
-        if allowed and (not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed)):
-            raise InvalidInput(f"parameter {name}={value!r}: expected {kind}, got {type(value).__name__}")
+        if wrong := wrong_type(name, value, declared[name]["inferred_type_name"]):
+            raise InvalidInput(wrong)
 
 
 def command(
