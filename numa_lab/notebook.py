@@ -234,4 +234,4 @@ def failure(outcome: Outcome, log: Path) -> str:
         how += ", as the kernel does where memory runs out" * (outcome.exit_status == -signal.SIGKILL)
     else:
         how = f"papermill ended with exit status {outcome.exit_status}"
-    return f"{how}: {lines[-1] if lines else 'it printed nothing'} {where}"
+    return f"{how}: {lines[-1] if lines else 'it printed nothing'} {where}."

@@ -68,6 +68,10 @@ def start(
     unknown = set(identity) - {*BY_HAND, "label", "binding", "result"}
     if unknown:
         raise InvalidInput(f"execution={identity}: unknown {sorted(unknown)}; leave it empty outside a sweep")
+    if no_texts := [name for name in ("label", "binding", "result") if not isinstance(identity.get(name, ""), str)]:
+        raise InvalidInput(
+            f"execution={identity}: expected a text for {', '.join(no_texts)}; leave it empty outside a sweep"
+        )
     topology = read_topology()
     granted = effective(topology)
     requested = Binding.parse(identity["binding"]) if "binding" in identity else granted

@@ -231,4 +231,4 @@ def run(plan: Plan, run_dir: Path, topology: Topology, measured: Path) -> Iterat
 
 def _cause(reasons: Sequence[str]) -> str:
     """The first reason without what differs between executions: keys, labels and numbers."""
-    return re.sub(r"\b[0-9a-f]{12}\b|\bc[\d*][\d,*-]*[a-z][\d,*-]+(~aa)?|\d[\d.,:-]*", "#", "".join(reasons[:1]))
+    return re.sub(r"\b[0-9a-f]{12}\b|\bc[\d*][\d,*-]*[A-Za-z][\d,*-]+(~aa)?|\d[\d.,:-]*", "#", "".join(reasons[:1]))

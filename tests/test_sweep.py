@@ -206,7 +206,7 @@ def test_the_gate_names_the_exit_status_and_a_missing_result(tmp_path):
 
     where = "(all that it printed: executions/key.log)"
     assert told(138) == [
-        f"papermill ended with exit status 138: ValueError: the reason {where}",
+        f"papermill ended with exit status 138: ValueError: the reason {where}.",
         "The notebook wrote no result file.",
     ]
     assert told(-9)[0].startswith(
