@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
@@ -164,8 +164,10 @@ class Binding:
         """What the kernel sets and grants: of first touch the CPUs alone, since a program does the rest."""
         return Binding(self.cpu_nodes) if self.policy is MemPolicy.FIRST_TOUCH else self
 
-    def numactl(self) -> list[str]:
+    def numactl(self, topology: Topology | None = None) -> list[str]:
         """The words to put before a command, empty where nothing is bound.
+
+        With a topology the command stays on the CPUs that this process may use, as ``cpu_words`` says.
 
         Raises
         ------
@@ -173,7 +175,9 @@ class Binding:
             The policy is one that numa_lab does not know.
         """
         self._require_known()
-        words = [f"--cpunodebind={format_cpulist(self.cpu_nodes)}"] if self.cpu_nodes else []
+        node_cpus = topology.node_cpus if topology else {}
+        usable = topology.cpus_of(self.cpu_nodes) if topology else ()
+        words = cpu_words(self.cpu_nodes, node_cpus, usable) if self.cpu_nodes else []
         if self.policy is MemPolicy.LOCAL:
             words.append("--localalloc")
         elif self.asked_of_kernel.policy is not MemPolicy.DEFAULT:
@@ -247,6 +251,28 @@ class Binding:
             os.sched_setaffinity(0, affinity)
             if policy:
                 libnuma.set_mempolicy(*policy)
+
+
+def cpu_words(
+    cpu_nodes: Collection[int], node_cpus: Mapping[int, Collection[int]], usable: Collection[int]
+) -> list[str]:
+    """What to tell numactl so that a command runs on the usable CPUs of these nodes, and on no others.
+
+    ``--cpunodebind`` gives all CPUs of a node, also those that an affinity mask (``taskset``, batch systems) leaves out: where
+    a mask does, the usable ones are named one by one. Where `usable` holds none of the nodes' CPUs the nodes are named.
+    """
+    of_nodes = {cpu for node in cpu_nodes for cpu in node_cpus.get(node, ())}
+    left = of_nodes & set(usable)
+    if left and left != of_nodes:
+        return [f"--physcpubind={format_cpulist(left)}"]
+    return [f"--cpunodebind={format_cpulist(cpu_nodes)}"]
+
+
+def mask_words(topology: Topology) -> list[str]:
+    """The words that give a command the CPUs of this process, empty where it may use all of the machine."""
+    if set(topology.allowed_cpus) == {cpu.id for cpu in topology.cpus}:
+        return []
+    return ["taskset", "-c", format_cpulist(topology.allowed_cpus)]
 
 
 def effective(topology: Topology) -> Binding:

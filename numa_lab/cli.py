@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -12,7 +11,7 @@ from typing import Any
 
 import click
 
-from numa_lab.errors import InvalidInput, NumaLabError
+from numa_lab.errors import InvalidInput, NumaLabError, UntrustedResult
 
 
 class _Group(click.Group):
@@ -225,7 +224,7 @@ def sweep(
             measured=measured,
             parameters=notebook.parse_parameters(measured, parameters),
             run_id=run_id,
-            command=_typed(profile, bindings, executions, notebook_path, parameters),
+            command=plans.typed(_typed(profile, bindings, executions, notebook_path, parameters), machine),
             executions=executions or 0,
         )
     if dry_run:
@@ -238,23 +237,27 @@ def sweep(
     with sweeps.alone():
         if not resume:
             plans.prepare(plan, run_dir, machine)
-        failed = _run(plan, run_dir, machine, measured, probes=not no_probes)
+        try:
+            failed = _run(plan, run_dir, machine, measured, probes=not no_probes)
+        except UntrustedResult:
+            click.echo(str(run_dir))
+            raise
     click.echo(str(run_dir))
     if failed:
         raise NumaLabError(
             f"{failed} of {len(plan.executions)} executions failed; the report lists them with their reasons, "
-            f"and `numa-lab sweep --resume {run_dir}` tries them again"
+            f"and `{plans.resume_command(run_dir, machine)}` tries them again"
         )
 
 
 def _typed(
     profile: str, bindings: str | None, executions: int | None, notebook_path: str | None, parameters: Sequence[str]
-) -> str:
-    """The command that measures the same again."""
+) -> list[str]:
+    """The words that measure the same again."""
     words = ["numa-lab", "sweep", "--profile", profile]
     for option, value in (("--bindings", bindings), ("--executions", executions), ("--notebook", notebook_path)):
         words += [option, str(value)] if value else []
-    return shlex.join([*words, *(word for pair in parameters for word in ("-p", pair))])
+    return [*words, *(word for pair in parameters for word in ("-p", pair))]
 
 
 def _run(plan: Any, run_dir: Path, machine: Any, measured: Path, *, probes: bool) -> int:
@@ -279,13 +282,14 @@ def _run(plan: Any, run_dir: Path, machine: Any, measured: Path, *, probes: bool
             for planned, reasons in sweeps.run(plan, run_dir, machine, measured):
                 failed += bool(reasons)
                 if reasons:
-                    bar.write(f"{planned.label} ({planned.execution_id}) failed: {' '.join(reasons)}", file=sys.stderr)
+                    place = f"{planned.label}, execution {planned.order + 1} of {len(plan.executions)}"
+                    bar.write(f"{place} ({planned.execution_id}), failed: {' '.join(reasons)}", file=sys.stderr)
                 bar.set_postfix_str(planned.label)
                 bar.update()
         except KeyboardInterrupt:
             bar.close()
             click.echo(
-                f"numa-lab: stopped; what has finished is usable, `numa-lab sweep --resume {run_dir}` does the rest",
+                f"numa-lab: stopped; what has finished is usable, `{plans.resume_command(run_dir, machine)}` does the rest",
                 err=True,
             )
             sys.exit(130)

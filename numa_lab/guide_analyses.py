@@ -154,7 +154,7 @@ def results(topology: Topology, rows: pd.DataFrame, message: str) -> dict[str, A
     allocation = {
         node: _allocation(of) for node, of in per_analysis["memory_allocation"].groupby("cpu_nodes", sort=True)
     }
-    wrong = contradictions(rows, topology.node_cpus)
+    wrong = contradictions(rows, topology.allowed_node_cpus)
     return {
         "schema_version": SCHEMA_VERSION,
         "memory_allocation": allocation,

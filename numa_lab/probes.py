@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 
 from numa_lab import memory, openmp, team
-from numa_lab.errors import NodeUnavailable, NumaLabError
+from numa_lab.errors import InvalidInput, NodeUnavailable, NumaLabError
 from numa_lab.measured import Matrix, Measured
 from numa_lab.reading import LINE_WORDS, cycle_through, read_bandwidth, read_latency
 from numa_lab.simd import LINE_BYTES
@@ -66,7 +67,11 @@ def probe_nodes(topology: Topology, *, seconds: float = 10.0, progress: Progress
     ------
     NumaLabError
         No CPU, or no memory, may be used by this process.
+    InvalidInput
+        `seconds` is no positive time.
     """
+    if not 0 < seconds < math.inf:
+        raise InvalidInput(f"seconds={seconds}: expected a positive time, for all cells together")
     begin = time.perf_counter()
     cores = {node: topology.physical_cores(topology.cpus_of([node])) for node in topology.node_ids}
     cpu_nodes = [node for node, cpus in cores.items() if cpus]

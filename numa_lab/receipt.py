@@ -163,13 +163,12 @@ class Receipt:
             )
         if not self.threads:
             found.append("No thread was seen computing.")
-        for thread in self.threads:
-            outside = sorted(set(thread.seen) - set(cpus))
-            if outside:
-                found.append(
-                    f"Thread {thread.tid} computed on CPUs {format_cpulist(outside)}, "
-                    f"outside the requested CPUs {format_cpulist(cpus)}."
-                )
+        if outside := [thread for thread in self.threads if set(thread.seen) - set(cpus)]:
+            who = f"Thread {outside[0].tid}" if len(outside) == 1 else f"{len(outside)} of {len(self.threads)} threads"
+            seen = {cpu for thread in outside for cpu in thread.seen} - set(cpus)
+            found.append(
+                f"{who} computed on CPUs {format_cpulist(seen)}, outside the requested CPUs {format_cpulist(cpus)}."
+            )
         return found + self._page_contradictions()
 
     def _page_contradictions(self) -> list[str]:
@@ -247,7 +246,7 @@ def least_huge_pages(observed: Iterable[str]) -> float:
 def contradictions(rows: pd.DataFrame, node_cpus: Mapping[int, Collection[int]]) -> list[str]:
     """What the receipts of tidy rows say against the bindings that were asked for, each sentence once.
 
-    `node_cpus` gives the online CPUs of each node.
+    `node_cpus` gives the CPUs of each node that the run was allowed to use.
     """
     found: dict[str, None] = {}
     names = ["requested", "effective", "observed"]

@@ -69,6 +69,10 @@ def start(
     unknown = set(identity) - {*BY_HAND, "label", "binding", "result"}
     if unknown:
         raise InvalidInput(f"execution={identity}: unknown {sorted(unknown)}; leave it empty outside a sweep")
+    if no_texts := [name for name in ("label", "binding", "result") if not isinstance(identity.get(name, ""), str)]:
+        raise InvalidInput(
+            f"execution={identity}: expected a text for {', '.join(no_texts)}; leave it empty outside a sweep"
+        )
     topology = read_topology()
     granted = effective(topology)
     requested = Binding.parse(identity["binding"]) if "binding" in identity else granted
@@ -179,7 +183,7 @@ class Execution:
         UntrustedResult
             A receipt contradicts the binding, or a backend is wrong against the float64 reference.
         """
-        wrong = [*contradictions(rows, self.topology.node_cpus), *_wrong_backends(rows)]
+        wrong = [*contradictions(rows, self.topology.allowed_node_cpus), *_wrong_backends(rows)]
         if result := self.identity.get("result"):
             write_rows(Path(result), rows, machine_facts(self.topology)["fingerprint"])
         if wrong:

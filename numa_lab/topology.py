@@ -80,6 +80,12 @@ class Topology:
         return {node.id: node.cpus for node in self.nodes}
 
     @cached_property
+    def allowed_node_cpus(self) -> dict[int, tuple[int, ...]]:
+        """CPUs of each node that this process may use."""
+        allowed = set(self.allowed_cpus)
+        return {node.id: tuple(cpu for cpu in node.cpus if cpu in allowed) for node in self.nodes}
+
+    @cached_property
     def effective_nodes(self) -> tuple[int, ...]:
         """Ids of the nodes whose CPUs and memory this process may use."""
         return tuple(node.id for node in self.nodes if node.effective)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from numa_lab.attention.shapes import AttentionShape, fit, preset
@@ -55,6 +55,16 @@ CASE_KEY = ("attention", "phase", "batch", "q_heads", "kv_heads", "q_len", "kv_l
 def case_key(case: Case) -> tuple[object, ...]:
     """The values of ``CASE_KEY``, as tidy rows hold them."""
     return (case.shape.kind, *(getattr(case.shape, name) for name in CASE_KEY[1:-1]), case.threads)
+
+
+def case_words(key: Sequence[object]) -> str:
+    """A case in words, from the values of ``CASE_KEY``."""
+    case = dict(zip(CASE_KEY, key, strict=True))
+    threads = "1 thread" if case["threads"] == 1 else f"{case['threads']} threads"
+    return (
+        f"{str(case['attention']).upper()} {case['phase']} in {case['dtype']}, batch {case['batch']}, "
+        f"kv_len {case['kv_len']}, {threads}"
+    )
 
 
 @dataclass(frozen=True)

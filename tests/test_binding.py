@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import platform
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 import seccomp
 from numa_lab import libnuma
-from numa_lab.binding import Binding, MemPolicy, effective
+from numa_lab.binding import Binding, MemPolicy, effective, mask_words
 from numa_lab.errors import InvalidInput, MissingDependency, NodeUnavailable
 from numa_lab.topology import read_topology
 
@@ -64,6 +65,25 @@ def test_labels_round_trip(binding):
 )
 def test_numactl_words(label, argv):
     assert Binding.parse(label).numactl() == argv
+
+
+@pytest.mark.parametrize(
+    ("label", "words"),
+    [
+        ("c0m0", "numactl --cpunodebind=0 --membind=0"),
+        ("c1m0", "numactl --physcpubind=3 --membind=0"),
+        ("c0-1i0-1", "numactl --physcpubind=0-1,3 --interleave=0-1"),
+        ("c1f1", "numactl --physcpubind=3"),
+        ("c2m2", "numactl --cpunodebind=2 --membind=2"),  # it is refused elsewhere
+        ("c*m1", "numactl --membind=1"),
+    ],
+)
+def test_under_a_mask_numactl_names_the_cpus_that_are_left(four_nodes, label, words):
+    masked = dataclasses.replace(four_nodes, allowed_cpus=(0, 1, 3))
+    assert " ".join(Binding.parse(label).numactl(masked)) == words
+    assert Binding.parse(label).numactl(four_nodes) == Binding.parse(label).numactl()
+    assert mask_words(masked) == ["taskset", "-c", "0-1,3"]
+    assert mask_words(four_nodes) == []
 
 
 @pytest.mark.parametrize(

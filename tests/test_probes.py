@@ -215,3 +215,9 @@ def test_without_torchs_openmp_its_own_sum_stands_in_and_says_so(small, monkeypa
     found = probes.probe_nodes(small, seconds=0.1)
     assert "torch.sum was timed" in found.notes[0]
     assert found.all_nodes_bytes_per_s > 0
+
+
+@pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan")])
+def test_a_time_that_makes_no_sense_is_refused(seconds):
+    with pytest.raises(InvalidInput, match=f"seconds={seconds}: expected a positive time"):
+        probes.probe_nodes(read_topology(), seconds=seconds)

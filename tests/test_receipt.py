@@ -37,6 +37,10 @@ def test_a_receipt_that_matches_has_nothing_to_say():
         ({"label": "c1m*", "effective": "c1P0-1"}, "default was requested, and the kernel granted preferred-many:0-1."),
         ({"threads": ()}, "No thread was seen computing."),
         ({"threads": [ThreadSeen(7, (0, 2), (0, 2))]}, "Thread 7 computed on CPUs 0, outside the requested CPUs 2-3."),
+        (
+            {"threads": [ThreadSeen(7, (), (0, 2)), ThreadSeen(8, (), (5,)), THREAD]},
+            "2 of 3 threads computed on CPUs 0,5, outside the requested CPUs 2-3.",
+        ),
         ({"before": GOOD | {"key": {1: 99, 0: 1}}}, "Pages of key moved during the measurement"),
         ({"after": GOOD | {"output": {0: 3, 1: 1}}}, "3 of 4 pages of output lie on nodes 0 instead of 1."),
         ({"after": GOOD | {"output": {-1: 3, 1: 1}}}, "3 of 4 pages of output were never touched."),

@@ -85,6 +85,7 @@ def test_finish_refuses_a_contradiction_and_a_wrong_backend(measured, monkeypatc
         ({"preset": "llama-9"}, "llama-3-8b"),
         ({"profile": "slow"}, "smoke"),
         ({"execution": {"labl": "c0m0"}}, "labl"),
+        ({"execution": {"binding": None}}, "expected a text for binding"),
     ],
 )
 def test_a_parameter_that_makes_no_sense_is_named(changed, message):
