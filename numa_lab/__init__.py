@@ -30,4 +30,6 @@ Public names are loaded on first use, so that ``import numa_lab`` does not load 
 
 import lazy_loader
 
+__version__ = "0.1.0"
+
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from numa_lab import __version__
 from numa_lab.errors import InvalidInput, NumaLabError
 
 
@@ -30,7 +31,7 @@ class _Group(click.Group):
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="numa_lab")
+@click.version_option(__version__)
 def main() -> None:
     """Measure what NUMA placement does to attention on this machine, prove it, and say what to do."""
 

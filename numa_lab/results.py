@@ -22,6 +22,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from numa_lab import __version__
 from numa_lab.errors import MachineMismatch, RunDirectoryError
 from numa_lab.stats import CASE
 from numa_lab.topology import Topology
@@ -110,7 +111,7 @@ def machine_facts(topology: Topology) -> dict[str, Any]:
         "fingerprint": digest[:16],
         "identity": identity,
         "python": platform.python_version(),
-        "numa_lab": _version("numa_lab"),
+        "numa_lab": __version__,
         "topology": facts,
     }
 
