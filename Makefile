@@ -38,7 +38,7 @@ setup: .venv/installed ## make .venv and install numa_lab with the tested versio
 report: system-numactl .venv/installed ## measure attention under every binding and write data/runs/RUN_ID/report.html
 	@status=0; "$(HERE)$(BIN)/numa-lab" sweep $(SWEEP_ARGS) --out "$(RUN_DIR)" || status=$$?; \
 	if (( status > 1 )) || [[ ! -d "$(RUN_DIR)" ]]; then exit $$status; fi; \
-	"$(HERE)$(BIN)/numa-lab" report "$(RUN_DIR)"; echo "make: before the commands of README.md type: $(ACTIVATE)"; \
+	tools/waiting.sh "$(HERE)$(BIN)/numa-lab" report "$(RUN_DIR)"; echo "make: before the commands of README.md type: $(ACTIVATE)"; \
 	exit $$status  # 1: some executions failed, and the report lists them
 
 test: system-numactl-chromium-libomp .venv/installed-dev ## run the tests
@@ -58,17 +58,17 @@ lab: .venv/installed ## open the notebooks in JupyterLab on this machine (127.0.
 
 figures: .venv/installed ## draw the README's figure anew from data/sample
 	@mkdir -p figures
-	$(BIN)/python -c "from pathlib import Path; from numa_lab import load_run; from numa_lab.report import figures; \
+	tools/waiting.sh $(BIN)/python -c "from pathlib import Path; from numa_lab import load_run; from numa_lab.report import figures; \
 	  Path('figures/readme-limit-share.png').write_bytes(figures.limit_share(load_run('data/sample')).png())"
 
 bench: .venv/installed ## decode attention beside what memory and vector units allow, and beside others; draws the README's figure
-	@$(BIN)/python bench/decode.py --out figures/readme-decode $(BENCH_ARGS)
+	@tools/waiting.sh $(BIN)/python bench/decode.py --out figures/readme-decode $(BENCH_ARGS)
 
 # One question each; the first lines of bench/*.py say which.
 BENCHES := $(addprefix bench-,dispatch enter huge-pages prefill read-limit sharded short-context)
 .PHONY: $(BENCHES)
 $(BENCHES): bench-%: .venv/installed
-	@$(BIN)/python bench/$(subst -,_,$*).py $(BENCH_ARGS)
+	@tools/waiting.sh $(BIN)/python bench/$(subst -,_,$*).py $(BENCH_ARGS)
 
 lint: .venv/installed-dev ## check style, types, imports between modules, and that notebooks hold no output
 	$(BIN)/ruff check

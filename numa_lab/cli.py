@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from numa_lab import __version__
+from numa_lab.commands import to_paste
 from numa_lab.errors import InvalidInput, NumaLabError
 
 
@@ -224,8 +225,9 @@ def sweep(
             executions=executions or 0,
         )
     if dry_run:
+        places = {"notebooks": measured.parent, f"notebooks/{measured.name}": measured}
         for planned in plans.missing(plan, run_dir):
-            click.echo(planned.command)
+            click.echo(to_paste(*(places.get(word, word) for word in shlex.split(planned.command))))
         click.echo(
             f"{len(plan.executions)} executions, about {plan.estimated_seconds:.0f} s; nothing was started", err=True
         )
@@ -238,7 +240,7 @@ def sweep(
     if failed:
         raise NumaLabError(
             f"{failed} of {len(plan.executions)} executions failed; the report lists them with their reasons, "
-            f"and `numa-lab sweep --resume {run_dir}` tries them again"
+            f"and `{to_paste('numa-lab', 'sweep', '--resume', run_dir)}` tries them again"
         )
 
 
@@ -259,11 +261,12 @@ def _run(plan: Any, run_dir: Path, machine: Any, measured: Path, *, probes: bool
     from numa_lab import plan as plans
     from numa_lab import sweep as sweeps
     from numa_lab.measured import PROBES
+    from numa_lab.progress import ticking
 
     todo = plans.missing(plan, run_dir)
     failed = 0
     probes = probes and not (run_dir / PROBES).exists()
-    with tqdm(total=len(todo) + probes, unit="execution", desc="measuring") as bar:
+    with tqdm(total=len(todo) + probes, unit="execution", desc="measuring") as bar, ticking(bar):
         try:
             if probes:
                 for reason in sweeps.measure_machine(run_dir):
@@ -280,7 +283,8 @@ def _run(plan: Any, run_dir: Path, machine: Any, measured: Path, *, probes: bool
         except KeyboardInterrupt:
             bar.close()
             click.echo(
-                f"numa-lab: stopped; what has finished is usable, `numa-lab sweep --resume {run_dir}` does the rest",
+                "numa-lab: stopped; what has finished is usable, "
+                f"`{to_paste('numa-lab', 'sweep', '--resume', run_dir)}` does the rest",
                 err=True,
             )
             sys.exit(130)

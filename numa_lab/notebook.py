@@ -26,6 +26,7 @@ import psutil
 import yaml
 
 from numa_lab.binding import Binding, MemPolicy
+from numa_lab.commands import to_install
 from numa_lab.errors import InvalidInput, MissingDependency
 
 LIMIT_SECONDS = 3600  # an execution that takes longer hangs
@@ -213,10 +214,7 @@ def require_tools(binding: Binding | None = None) -> None:
     needed = {"setpriv": "util-linux"} | ({"numactl": "numactl"} if binding and binding.numactl() else {})
     for tool, package in needed.items():
         if not shutil.which(tool):
-            raise MissingDependency(
-                f"{tool} is not installed: apt-get install {package} | dnf install {package} | "
-                f"conda install -c conda-forge {package}"
-            )
+            raise MissingDependency(f"{tool} is not installed; type the line for this system:\n{to_install(package)}")
     if binding and binding.policy is MemPolicy.WEIGHTED_INTERLEAVE and not _numactl_knows_weights():
         raise MissingDependency(
             f"binding {binding}: numactl 2.0.19 or later is needed for --weighted-interleave, and this one does not know it: "

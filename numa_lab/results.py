@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from numa_lab import __version__
+from numa_lab.commands import to_paste
 from numa_lab.errors import MachineMismatch, RunDirectoryError
 from numa_lab.stats import CASE
 from numa_lab.topology import Topology
@@ -273,7 +274,7 @@ def load_run(run_dir: str | os.PathLike[str]) -> pd.DataFrame:
     files = sorted((folder / EXECUTIONS).glob("*.parquet"))
     if not files:
         raise RunDirectoryError(
-            f"{folder} holds no finished execution: finish it with `numa-lab sweep --resume {folder}`"
+            f"{folder} holds no finished execution: finish it with `{to_paste('numa-lab', 'sweep', '--resume', folder)}`"
         )
     frames = []
     for file in files:

@@ -138,7 +138,7 @@ FAULTS = [  # name, files, environment, what the finding must have seen, what it
         },
         {},
         "node 1: 512 MiB of 64.0 GiB free, 40.0 GiB hold file cache",
-        "gives back up to 40.0 GiB) | numactl --membind=0 COMMAND",
+        "gives back up to 40.0 GiB\nnumactl --membind=0 COMMAND   # ",
     ),
     (
         "nearly_full_nodes",

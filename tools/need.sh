@@ -84,7 +84,7 @@ if ((${#whats[@]})); then
     if ((EUID == 0)) && any_of apt-get; then
         echo "make: installing ${debian[*]} with apt-get ..." >&2
         export DEBIAN_FRONTEND=noninteractive
-        apt-get update -qq >&2 && apt-get install -y -qq --no-install-recommends "${debian[@]}" >&2 && whats=()
+        apt-get update -q >&2 && apt-get install -y -q --no-install-recommends "${debian[@]}" >&2 && whats=()
     elif ((EUID == 0)) && any_of dnf; then
         echo "make: installing ${fedora[*]} with dnf ..." >&2
         dnf install -y -q "${fedora[@]}" >&2 && whats=()

@@ -97,7 +97,7 @@ def _refused_calls() -> dict[str, int]:
 
 
 def render(findings: Sequence[Finding]) -> str:
-    """Findings as text for a terminal; each fix stands on a line of its own, unbroken, to be copied."""
+    """Findings as text for a terminal; each way to fix one stands on a line of its own, unbroken, to be copied."""
     if not findings:
         return "Nothing found that spoils NUMA performance here."
 
@@ -106,7 +106,7 @@ def render(findings: Sequence[Finding]) -> str:
             textwrap.fill(f"  {label}  {text}", 100, subsequent_indent=" " * 8, break_on_hyphens=False)
             for label, text in (("seen", finding.seen), ("why ", finding.why))
         )
-        return f"{finding.severity}: {finding.name}\n{seen}\n{why}\n  fix   {finding.fix}"
+        return f"{finding.severity}: {finding.name}\n{seen}\n{why}\n  fix   {textwrap.indent(finding.fix, ' ' * 8).lstrip()}"
 
     return "\n\n".join(map(block, findings))
 

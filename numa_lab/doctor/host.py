@@ -34,7 +34,7 @@ def _numa_balancing(machine: Machine) -> Finding | None:
         "numa_balancing",
         f"kernel.numa_balancing = {mode}",
         "The kernel unmaps pages to see who uses them, and moves those that no policy binds, during a measurement too.",
-        "sysctl -w kernel.numa_balancing=0   (as root; until the next boot)",
+        "sysctl -w kernel.numa_balancing=0   # as root; until the next boot",
         "warning",
     )
 
@@ -51,7 +51,7 @@ def _transparent_huge_pages(machine: Machine) -> Finding | None:
         "transparent_huge_pages",
         f"/{folder}/{name} is never",
         "K and V then lie on 4 KiB pages, and a long cache costs a page walk for each of them at every token.",
-        f"echo madvise > /{folder}/{name}   (as root; numa_lab asks for huge pages by madvise)",
+        f"echo madvise > /{folder}/{name}   # as root; numa_lab asks for huge pages by madvise",
         "warning",
     )
 
@@ -83,7 +83,7 @@ def _cpu_governor(machine: Machine) -> Finding | None:
         "cpu_governor",
         "; ".join(f"governor {governor} on CPUs {format_cpulist(cpus)}" for governor, cpus in slow.items()),
         "Cores that wait for memory look idle and are clocked down, so times depend on what ran before.",
-        "echo performance | tee /sys/devices/system/cpu/cpu*/cpufreq/scaling_governor   (as root)",
+        "echo performance | tee /sys/devices/system/cpu/cpu*/cpufreq/scaling_governor   # as root",
         "warning",
     )
 
@@ -98,9 +98,9 @@ def _nearly_full_nodes(machine: Machine) -> Finding | None:
     ways = []
     if any(node.free_bytes + cached[node.id] >= NEARLY_FULL * node.memory_bytes for node in full):
         given_back = _size(sum(cached.values()))
-        ways.append(f"sync; echo 1 > /proc/sys/vm/drop_caches   (as root; gives back up to {given_back})")
+        ways.append(f"sync; echo 1 > /proc/sys/vm/drop_caches   # as root; gives back up to {given_back}")
     if roomiest not in full:
-        ways.append(f"numactl --membind={roomiest.id} COMMAND   ({_size(roomiest.free_bytes)} free)")
+        ways.append(f"numactl --membind={roomiest.id} COMMAND   # {_size(roomiest.free_bytes)} free")
     return Finding(
         "nearly_full_nodes",
         "; ".join(
@@ -110,7 +110,7 @@ def _nearly_full_nodes(machine: Machine) -> Finding | None:
         ),
         "A process bound to a full node is killed (numa_lab refuses before that), and memory that is not bound goes "
         "to another node without a word.",
-        " | ".join(ways) or "end what fills it: numastat -p PROCESS shows a process's memory on each node",
+        "\n".join(ways) or "numastat -p PROCESS   # shows a process's memory on each node; end what fills it",
         "warning",
     )
 
@@ -128,8 +128,8 @@ def _file_cache(machine: Machine) -> Finding | None:
         f"node {most.id} holds {_size(amount)} of the {_size(sum(cached.values()))} of file cache",
         "Files lie on the node that read them first, and stay there between runs: weights that a process maps from a file "
         "are then far from its threads on other nodes, whatever the process is bound to.",
-        "sync; echo 1 > /proc/sys/vm/drop_caches   (as root; then read the files anew where they are used: "
-        "numactl --interleave=all cat FILE > /dev/null)",
+        "sync; echo 1 > /proc/sys/vm/drop_caches   # as root; then read the files anew where they are used:\n"
+        "numactl --interleave=all cat FILE > /dev/null",
         "warning",
     )
 
@@ -153,7 +153,7 @@ def _uneven_nodes(machine: Machine) -> Finding | None:
         "uneven_nodes",
         ", ".join(f"node {node.id}: {_size(node.memory_bytes)}" for node in nodes),
         "Work split evenly fills the smallest node first, and a node with fewer memory modules has less bandwidth.",
-        f"dmidecode --type memory   (as root; lists empty slots; until then plan for {_size(min(sizes))} a node)",
+        f"dmidecode --type memory   # as root; lists empty slots; until then plan for {_size(min(sizes))} a node",
         "warning",
     )
 

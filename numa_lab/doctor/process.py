@@ -7,10 +7,9 @@ import os
 import re
 import shutil
 
+from numa_lab.commands import to_install
 from numa_lab.doctor.examination import Check, Finding, Machine
 from numa_lab.sysfs import format_cpulist
-
-_INSTALL = "apt-get install numactl | dnf install numactl | conda install -c conda-forge numactl"
 
 
 def _libnuma(machine: Machine) -> Finding | None:
@@ -20,7 +19,7 @@ def _libnuma(machine: Machine) -> Finding | None:
         "libnuma",
         "libnuma.so.1 can't be loaded",
         "Without it memory policies can neither be set nor read back, and pages can't be located.",
-        _INSTALL,
+        to_install("numactl"),
         "problem",
     )
 
@@ -34,7 +33,7 @@ def _numactl(machine: Machine) -> Finding | None:
         "numactl",
         "numactl is not on the PATH",
         "A sweep starts each execution under numactl, so that everything is bound from its first instruction.",
-        _INSTALL,
+        to_install("numactl"),
         "problem",
     )
 
@@ -54,11 +53,11 @@ def _numa_calls(machine: Machine) -> Finding | None:
         fix = "use a kernel built with CONFIG_NUMA=y; in the sandbox gVisor: docker run --runtime=runc ..."
     elif "move_pages" in machine.refused:  # which Docker's default profile allows with no capability
         fix = (
-            "docker run --security-opt seccomp=unconfined ... (or a profile of your own that lists these calls) | "
-            "Kubernetes: securityContext.seccompProfile.type: Unconfined"
+            "docker run --security-opt seccomp=unconfined ...   # or a profile of your own that lists these calls\n"
+            "# Kubernetes: securityContext.seccompProfile.type: Unconfined"
         )
     else:
-        fix = 'docker run --cap-add SYS_NICE ... | Kubernetes: securityContext.capabilities.add: ["SYS_NICE"]'
+        fix = 'docker run --cap-add SYS_NICE ...\n# Kubernetes: securityContext.capabilities.add: ["SYS_NICE"]'
     return Finding(
         "numa_calls",
         "the kernel refuses " + ", ".join(f"{call} ({os.strerror(code)})" for call, code in machine.refused.items()),
@@ -80,7 +79,7 @@ def _cpuset(machine: Machine) -> Finding | None:
         "cpuset",
         "a cpuset hides " + " and ".join(f"{what} {format_cpulist(ids)}" for what, ids in hidden.items() if ids),
         "The kernel silently drops them from every binding; what is measured and advised holds for the rest alone.",
-        f"docker run --cpuset-cpus={cpus} --cpuset-mems={mems} ... | "
+        f"docker run --cpuset-cpus={cpus} --cpuset-mems={mems} ...\n"
         f"systemctl set-property --runtime UNIT AllowedCPUs={cpus} AllowedMemoryNodes={mems}",
         "warning",
     )
@@ -95,7 +94,7 @@ def _cpu_quota(machine: Machine) -> Finding | None:
         f"a control group grants the time of {quota:g} {'CPU' if quota == 1 else 'CPUs'}, and this process may use {allowed}",
         "Threads that have used it up are stopped for the rest of each period, some 100 ms, and their team waits: "
         "times scatter. Whole CPUs do not do that.",
-        f"docker run --cpuset-cpus=CPUS ... in place of --cpus={quota:g} | systemctl set-property --runtime UNIT CPUQuota=",
+        f"docker run --cpuset-cpus=CPUS ...   # in place of --cpus={quota:g}\nsystemctl set-property --runtime UNIT CPUQuota=",
         "warning",
     )
 
@@ -110,7 +109,7 @@ def _affinity(machine: Machine) -> Finding | None:
         f"this process is bound to CPUs {format_cpulist(machine.topology.allowed_cpus)}; "
         f"{format_cpulist(lost)} could serve too",
         "Threads inherit the mask of their maker, so the other CPUs stay idle whatever is asked for later.",
-        f"taskset --cpu-list --pid {format_cpulist(reachable)} $$   (in the shell that starts numa-lab)",
+        f"taskset --cpu-list --pid {format_cpulist(reachable)} $$   # in the shell that starts numa-lab",
         "warning",
     )
 
