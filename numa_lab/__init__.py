@@ -3,6 +3,7 @@
 The modules, from the machine up to the reader; each imports only from those above it in this list:
 
 - ``errors``: what goes wrong, in words
+- ``commands``, ``progress``: what is printed to be pasted into a shell, and bars whose clock goes on
 - ``sysfs``, ``hardware``, ``control_groups``, ``machine_files``, ``simd``, ``topology``, ``libnuma``, ``mappings``,
   ``free_memory``: the machine and what of it this process may use, the kernel's NUMA calls, what it tells of mappings, and
   what a node can still hold
@@ -31,5 +32,7 @@ Public names are loaded on first use, so that ``import numa_lab`` does not load 
 """
 
 import lazy_loader
+
+__version__ = "0.1.0"
 
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

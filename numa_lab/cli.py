@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -11,6 +12,8 @@ from typing import Any
 
 import click
 
+from numa_lab import __version__
+from numa_lab.commands import to_paste
 from numa_lab.errors import InvalidInput, NumaLabError, UntrustedResult
 
 
@@ -29,7 +32,7 @@ class _Group(click.Group):
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="numa_lab")
+@click.version_option(__version__)
 def main() -> None:
     """Measure what NUMA placement does to attention on this machine, prove it, and say what to do."""
 
@@ -228,8 +231,9 @@ def sweep(
             executions=executions or 0,
         )
     if dry_run:
+        places = {"notebooks": measured.parent, f"notebooks/{measured.name}": measured}
         for planned in plans.missing(plan, run_dir):
-            click.echo(planned.command)
+            click.echo(to_paste(*(places.get(word, word) for word in shlex.split(planned.command))))
         click.echo(
             f"{len(plan.executions)} executions, about {plan.estimated_seconds:.0f} s; nothing was started", err=True
         )
@@ -267,11 +271,12 @@ def _run(plan: Any, run_dir: Path, machine: Any, measured: Path, *, probes: bool
     from numa_lab import plan as plans
     from numa_lab import sweep as sweeps
     from numa_lab.measured import PROBES
+    from numa_lab.progress import ticking
 
     todo = plans.missing(plan, run_dir)
     failed = 0
     probes = probes and not (run_dir / PROBES).exists()
-    with tqdm(total=len(todo) + probes, unit="execution", desc="measuring") as bar:
+    with tqdm(total=len(todo) + probes, unit="execution", desc="measuring") as bar, ticking(bar):
         try:
             if probes:
                 for reason in sweeps.measure_machine(run_dir):

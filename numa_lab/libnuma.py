@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from numa_lab.commands import to_install
 from numa_lab.errors import MissingDependency, NotPermitted
 
 MPOL_DEFAULT, MPOL_PREFERRED, MPOL_BIND, MPOL_INTERLEAVE, MPOL_LOCAL = range(5)
@@ -49,8 +50,8 @@ def library() -> ctypes.CDLL:
         library = ctypes.CDLL("libnuma.so.1", use_errno=True)
     except OSError as error:
         raise MissingDependency(
-            "libnuma.so.1 is not installed, and NUMA policies can't be set or read without it: type `apt-get install numactl`, "
-            "`dnf install numactl` or `conda install -c conda-forge numactl`"
+            "libnuma.so.1 is not installed, and NUMA policies can't be set or read without it; "
+            f"type the line for this system:\n{to_install('numactl')}"
         ) from error
     long, unsigned_long, pointer, integer = ctypes.c_long, ctypes.c_ulong, ctypes.c_void_p, ctypes.c_int
     library.set_mempolicy.argtypes = [integer, pointer, unsigned_long]

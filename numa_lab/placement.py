@@ -13,6 +13,7 @@ from typing import Any
 
 from numa_lab.attention.shapes import AttentionShape
 from numa_lab.binding import Binding, MemPolicy
+from numa_lab.commands import to_paste
 from numa_lab.errors import InvalidInput, RunDirectoryError
 from numa_lab.measured import PROBES, Groups, Measured, socket_groups
 from numa_lab.ratios import LARGEST_TIE
@@ -201,7 +202,7 @@ def usable(
     if ids != set(measured.nodes):
         raise InvalidInput(
             f"measured were nodes {format_cpulist(measured.nodes)}, and the machine has {format_cpulist(ids)}: "
-            "measure this machine with `numa-lab probe`"
+            f"measure this machine with `{to_paste('numa-lab', 'probe')}`"
         )
     allowed = set(facts["allowed_cpus"])
     cpus = allowed - set(facts.get("isolated_cpus", ())) or allowed
@@ -251,7 +252,7 @@ def read_run(run_dir: Path) -> tuple[Mapping[str, Any], Measured]:
     if not (run_dir / PROBES).exists():
         raise RunDirectoryError(
             f"{run_dir} has no {PROBES}, which `numa-lab sweep --no-probes` leaves out: "
-            f"add it with `numa-lab sweep --resume {run_dir}` on that machine"
+            f"add it with `{to_paste('numa-lab', 'sweep', '--resume', run_dir)}` on that machine"
         )
     try:
         return facts, Measured.from_json(read_json(run_dir / PROBES))

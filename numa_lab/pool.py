@@ -24,6 +24,7 @@ from torch import Tensor
 from numa_lab import memory, proof, recycled
 from numa_lab.attention.gqa import gqa_attention
 from numa_lab.binding import Binding, MemPolicy
+from numa_lab.commands import to_paste
 from numa_lab.errors import InvalidInput, NodeUnavailable
 from numa_lab.limits import Limits
 from numa_lab.measured import Measured, socket_groups
@@ -333,7 +334,7 @@ def _limits(topology: Topology, nodes: Sequence[int], measured: Measured) -> Lim
     if unknown := set(nodes) - set(measured.cpu_nodes):
         raise InvalidInput(
             f"measured has no bandwidth of the CPUs of node {format_cpulist(unknown)}, and this pool computes there: "
-            "measure this machine with `numa-lab probe`"
+            f"measure this machine with `{to_paste('numa-lab', 'probe')}`"
         )
     return Limits(measured, socket_groups(measured, socket_of))
 

@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 from numa_lab.attention.shapes import AttentionShape
+from numa_lab.commands import to_paste
 from numa_lab.errors import InvalidInput
 from numa_lab.limits import Limits, Traffic, gb
 from numa_lab.measured import Measured, socket_groups
@@ -154,7 +155,7 @@ def predict_split(
     roofline = _roofline(shape, measured, socket_of, None)
     if unknown := set(shares) - set(measured.cpu_nodes) & set(measured.mem_nodes):
         raise InvalidInput(
-            f"no bandwidth of node {format_cpulist(unknown)} was measured: measure it with `numa-lab probe`"
+            f"no bandwidth of node {format_cpulist(unknown)} was measured: measure it with `{to_paste('numa-lab', 'probe')}`"
         )
     return roofline.split(kind, shares)
 
@@ -172,7 +173,7 @@ def _roofline(
         )
     if not measured.cpu_nodes:
         raise InvalidInput(
-            "no bandwidth was measured between nodes that may be used: see the notes of `numa-lab probe`"
+            f"no bandwidth was measured between nodes that may be used: see the notes of `{to_paste('numa-lab', 'probe')}`"
         )
     return _Roofline(shape, Limits(measured, socket_groups(measured, socket_of)), memory_bytes or {}, limit_bytes)
 

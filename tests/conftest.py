@@ -17,6 +17,7 @@ from numa_lab.attention.shapes import preset
 from numa_lab.binding import Binding, MemPolicy
 from numa_lab.sysfs import format_cpulist
 from numa_lab.topology import Cpu, Node, Topology
+from still_running import StillRunning
 
 GIB = 1 << 30
 CAPTURED = Path(__file__).parent / "topologies"
@@ -42,6 +43,10 @@ CASES = [
         (1, "float32", 1, 4096, 1),
     ]
 ]
+
+
+def pytest_configure(config):
+    config.pluginmanager.register(StillRunning())
 
 
 @pytest.fixture(scope="session")

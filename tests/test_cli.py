@@ -1,4 +1,6 @@
 import json
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -78,7 +80,12 @@ def test_looking_and_planning_never_load_torch_or_numba():
 def test_dry_run_prints_commands_that_can_be_typed():
     lines = call("sweep", "--profile", "smoke", "--bindings", "c0m0", "--dry-run").stdout.splitlines()
     assert len(lines) == 2
-    assert all(line.startswith("numactl --cpunodebind=0 --membind=0 python -m papermill") for line in lines)
+    for line in lines:
+        assert line.startswith("numactl --cpunodebind=0 --membind=0 ")
+        program, _, module, measured = shlex.split(line)[3:7]
+        assert shutil.which(program)
+        assert module == "papermill"
+        assert Path(measured).is_file()
 
 
 def test_predict_says_how_fast_each_placement_may_be():

@@ -87,7 +87,7 @@ def _cpu_governor(machine: Machine) -> Finding | None:
         "cpu_governor",
         "; ".join(f"governor {governor} on CPUs {format_cpulist(cpus)}" for governor, cpus in slow.items()),
         "Cores that wait for memory look idle and are clocked down, so times depend on what ran before.",
-        "for governor in /sys/devices/system/cpu/cpu*/cpufreq/scaling_governor; do echo performance > $governor; done   # as root",
+        "echo performance | tee /sys/devices/system/cpu/cpu*/cpufreq/scaling_governor   # as root",
         "warning",
     )
 

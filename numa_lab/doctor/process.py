@@ -7,12 +7,8 @@ import os
 import re
 import shutil
 
+from numa_lab.commands import to_install
 from numa_lab.doctor.examination import Check, Finding, Machine
-
-_INSTALL = """\
-apt-get install numactl   # Debian, Ubuntu; as root
-dnf install numactl   # Fedora, RHEL; as root
-conda install -c conda-forge numactl"""
 
 
 def _libnuma(machine: Machine) -> Finding | None:
@@ -22,7 +18,7 @@ def _libnuma(machine: Machine) -> Finding | None:
         "libnuma",
         "libnuma.so.1 can't be loaded",
         "Without it memory policies can neither be set nor read back, and pages can't be located.",
-        _INSTALL,
+        to_install("numactl"),
         "problem",
     )
 
@@ -37,7 +33,7 @@ def _numactl(machine: Machine) -> Finding | None:
         "numactl",
         "numactl is not on the PATH",
         "A sweep starts each execution under numactl, so that everything is bound from its first instruction.",
-        _INSTALL,
+        to_install("numactl"),
         "problem",
     )
 
