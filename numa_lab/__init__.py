@@ -3,8 +3,8 @@
 The modules, from the machine up to the reader; each imports only from those above it in this list:
 
 - ``errors``: what goes wrong, in words
-- ``sysfs``, ``hardware``, ``simd``, ``topology``, ``libnuma``, ``mappings``, ``free_memory``: the machine, the kernel's
-  NUMA calls, what it tells of mappings, and what a node can still hold
+- ``sysfs``, ``hardware``, ``identity``, ``simd``, ``topology``, ``libnuma``, ``mappings``, ``free_memory``: the machine and
+  its name, the kernel's NUMA calls, what it tells of mappings, and what a node can still hold
 - ``timing``, ``ratios``, ``stats``: the clock, and honest comparison
 - ``measured``, ``mlc``, ``limits``: bandwidths and latencies between nodes, Intel MLC's output, and what they allow at once
 - ``overview``: the machine in words

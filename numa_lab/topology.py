@@ -21,15 +21,13 @@ from numa_lab.hardware import (
     Cache,
     Cpu,
     Gpu,
-    hypervisor,
-    is_emulated,
-    model_name,
     read_allowed,
     read_caches,
     read_cpus,
     read_gpus,
     read_memory,
 )
+from numa_lab.identity import hypervisor, is_emulated, model_name
 from numa_lab.sysfs import Tree, format_cpulist, parse_cpulist
 
 __all__ = ["Cache", "Cpu", "Gpu", "Node", "Topology", "format_cpulist", "parse_cpulist", "read_topology", "spread"]

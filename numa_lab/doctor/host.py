@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from numa_lab.doctor.examination import Check, Finding, Machine
+from numa_lab.identity import is_translated
 from numa_lab.sysfs import Tree, format_cpulist
 from numa_lab.topology import Node
 
@@ -21,9 +22,18 @@ def _emulated(machine: Machine) -> Finding | None:
         "emulated",
         f"software runs the instructions of this processor ({machine.topology.model_name})",
         "Placement is real here, but times mean nothing: all memory is equally far, and each instruction slow.",
-        "measure on real hardware, or start the guest with: qemu-system-x86_64 -accel kvm -cpu host",
+        _natively(machine.tree),
         "problem",
     )
+
+
+def _natively(tree: Tree) -> str:
+    info = tree.text("proc/cpuinfo")
+    arm = "CPU implementer" in info
+    if is_translated(tree, info):
+        return f"run programs of this processor's own architecture: docker run --platform linux/{'arm64' if arm else 'amd64'} ..."
+    guest = "qemu-system-aarch64 -machine virt" if arm else "qemu-system-x86_64"
+    return f"measure on real hardware, or start the guest with: {guest} -accel kvm -cpu host"
 
 
 def _numa_balancing(machine: Machine) -> Finding | None:
