@@ -4,9 +4,9 @@ The modules, from the machine up to the reader; each imports only from those abo
 
 - ``errors``: what goes wrong, in words
 - ``commands``, ``progress``: what is printed to be pasted into a shell, and bars whose clock goes on
-- ``sysfs``, ``hardware``, ``control_groups``, ``machine_files``, ``simd``, ``topology``, ``libnuma``, ``mappings``,
-  ``free_memory``: the machine and what of it this process may use, the kernel's NUMA calls, what it tells of mappings, and
-  what a node can still hold
+- ``sysfs``, ``hardware``, ``identity``, ``control_groups``, ``machine_files``, ``simd``, ``topology``, ``libnuma``, ``mappings``,
+  ``free_memory``: the machine, its name, and what of it this process may use, the kernel's NUMA calls, what it tells of
+  mappings, and what a node can still hold
 - ``timing``, ``ratios``, ``stats``: the clock, and honest comparison
 - ``measured``, ``mlc``, ``limits``: bandwidths and latencies between nodes, Intel MLC's output, and what they allow at once
 - ``overview``: the machine in words

@@ -122,7 +122,7 @@ def detect(as_json: bool, shape: str | None, refresh: bool) -> None:
 
 @main.command()
 @_as_json
-@click.option("--mlc", metavar="FILE", help="Output of Intel Memory Latency Checker, versions 3.1 to 3.11.")
+@click.option("--mlc", metavar="FILE", help="Output of Intel Memory Latency Checker (x86 only), versions 3.1 to 3.11.")
 @click.option(
     "--run", "run_dir", type=click.Path(path_type=Path), metavar="DIR", help="Run directory; its probes are taken."
 )

@@ -135,38 +135,3 @@ def read_gpus(tree: Tree, nodes: list[int]) -> tuple[Gpu, ...]:
             told = int(tree.text(folder / "numa_node") or -1)
             found[folder.name] = told if told in nodes else nodes[0] if len(nodes) == 1 else None
     return tuple(Gpu(pci, node) for pci, node in sorted(found.items()))
-
-
-def model_name(tree: Tree, info: str) -> str:
-    """The processor as cpuinfo names it; where it does not (64-bit ARM), the machine and its CPU part numbers."""
-    if named := re.search(r"^(?:[Mm]odel [Nn]ame|cpu|Processor|Hardware)\s*:[ \t]*(\S.*)$", info, re.MULTILINE):
-        return " ".join(named[1].split())
-    parts = sorted(set(re.findall(r"^CPU part\s*:\s*(\w+)", info, re.MULTILINE)))
-    return " ".join(filter(None, [_product(tree), *(f"part {part}" for part in parts)]))
-
-
-def _product(tree: Tree) -> str:
-    return " ".join(filter(None, (tree.text(f"sys/class/dmi/id/{name}") for name in ("sys_vendor", "product_name"))))
-
-
-def hypervisor(tree: Tree, info: str) -> str | None:
-    """From the CPU's own flag, else from the machine's name, which is what ARM guests have."""
-    product = _product(tree)
-    flagged = re.search(r"^flags\s*:.*\bhypervisor\b", info, re.MULTILINE)
-    if not flagged and not re.search("QEMU|KVM|VMware|VirtualBox|Virtual Machine|HVM domU", product):
-        return tree.text("sys/hypervisor/type") or None
-    clocks = tree.text("sys/devices/system/clocksource/clocksource0/available_clocksource")
-    return tree.text("sys/hypervisor/type") or product or ("KVM" if "kvm-clock" in clocks else "unknown")
-
-
-def is_emulated(tree: Tree, info: str) -> bool:
-    """Whether software runs the instructions, as far as it shows: QEMU without an accelerator (TCG).
-
-    The processor of ``-cpu max`` has TCG in its name. Under any other name a guest of QEMU without x2APIC is emulated:
-    under KVM it has one always, and TCG had none before QEMU 9.
-    """
-    if "TCG" in model_name(tree, info):
-        return True
-    flags = re.search(r"^flags\s*:(.*)", info, re.MULTILINE)
-    named = set(flags[1].split()) if flags else set()
-    return "hypervisor" in named and "x2apic" not in named and _product(tree).startswith("QEMU")

@@ -22,14 +22,12 @@ from numa_lab.hardware import (
     Cache,
     Cpu,
     Gpu,
-    hypervisor,
-    is_emulated,
-    model_name,
     read_caches,
     read_cpus,
     read_gpus,
     read_memory,
 )
+from numa_lab.identity import hypervisor, is_emulated, model_name
 from numa_lab.machine_files import MachineFiles
 from numa_lab.sysfs import format_cpulist, parse_cpulist
 

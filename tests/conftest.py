@@ -28,7 +28,8 @@ LOOKED_AT = re.compile(
     r"|cpufreq/(policy\d+/)?cpuinfo_max_freq"
     r"|topology/((thread_siblings|core_cpus)\w*|physical_package_id|core_id|die_id)"
     r"|cache/index\d+/(level|type|size|shared_cpu_\w+)|node\d+/(cpulist|cpumap|distance|meminfo)|initiators/node\d+"
-    r"|bus/pci/devices/.*|pci\w+:\w+/.*/(class|numa_node)|dmi/id/\w+|proc/(cpuinfo|meminfo|cmdline|self/.*))$"
+    r"|bus/pci/devices/.*|pci\w+:\w+/.*/(class|numa_node)|dmi/id/\w+|regs/identification/midr_el1"
+    r"|proc/(cpuinfo|meminfo|cmdline|self/.*))$"
 )
 
 CASES = [

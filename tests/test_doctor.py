@@ -66,7 +66,20 @@ def healthy(tmp_path):
 SIBLINGS = {CPU.format(cpu, "topology/thread_siblings_list"): f"{cpu % 2},{cpu % 2 + 2}" for cpu in CPUS}
 
 FAULTS = [  # name, files, environment, what the finding must have seen, what its fix must say for this machine
-    ("emulated", {"proc/cpuinfo": "model name : QEMU TCG CPU version 2.5+"}, {}, "QEMU TCG CPU", "-accel kvm"),
+    (
+        "emulated",
+        {"proc/cpuinfo": "model name : QEMU TCG CPU version 2.5+"},
+        {},
+        "QEMU TCG CPU",
+        "qemu-system-x86_64 -accel kvm",
+    ),
+    (
+        "emulated",
+        {"proc/cpuinfo": "CPU implementer : 0x00\nCPU part : 0x051\n"},
+        {},
+        "TCG CPU max",
+        "qemu-system-aarch64 -machine virt -accel kvm",
+    ),
     ("numactl", {}, {"PATH": "/opt/bin"}, "numactl", "apt-get install numactl"),
     ("cpuset", {"proc/thread-self/status": STATUS.format("0-3", "0")}, {}, "memory of nodes 1", "--cpuset-mems=0-1"),
     (

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from numa_lab import identity
 from numa_lab.errors import InvalidInput, NodeUnavailable
 from numa_lab.overview import overview
 from numa_lab.sysfs import Tree
@@ -340,8 +341,102 @@ def test_virtual_and_emulated_machines_are_told_apart(machine, files, hypervisor
     assert ("virtual machine" in overview(topology)) is bool(hypervisor)
 
 
-def test_a_processor_without_a_name_is_called_by_its_machine_and_parts(captured):
-    assert read_topology(captured("nvidia-dgx-gb10")).model_name == "NVIDIA NVIDIA_DGX_Spark part 0xd85 part 0xd87"
+def arm(*pairs):
+    """cpuinfo of 64-bit Arm: maker and part of each CPU."""
+    return "".join(
+        f"processor\t: {cpu}\nFeatures\t: fp asimd\nCPU implementer\t: 0x{maker:02x}\nCPU architecture: 8\n"
+        f"CPU variant\t: 0x1\nCPU part\t: 0x{part:03x}\nCPU revision\t: 0\n\n"
+        for cpu, (maker, part) in enumerate(pairs)
+    )
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "name"),
+    [
+        (arm((0x48, 0xD01), (0x48, 0xD01)), "HiSilicon Kunpeng 920"),
+        (arm((0x41, 0xD0C)), "Arm Neoverse N1"),
+        (arm((0x41, 0xD40)), "Arm Neoverse V1"),
+        (arm((0x41, 0xD49)), "Arm Neoverse N2"),
+        (arm((0x41, 0xD4F)), "Arm Neoverse V2"),
+        (arm((0xC0, 0xAC3)), "AmpereOne"),
+        (arm((0x46, 0x001)), "Fujitsu A64FX"),
+        (arm((0x41, 0xD03), (0x41, 0xD08), (0x41, 0xD03)), "Arm Cortex-A53 and Arm Cortex-A72"),
+        (arm((0x41, 0xFFE)), "Arm processor, part 0xffe"),
+        (arm((0x99, 0x123), (0x48, 0xD01)), "processor of implementer 0x99, part 0x123 and HiSilicon Kunpeng 920"),
+        ("model name\t: ARMv8 Processor rev 1 (v8l)\n" + arm((0x41, 0xD4F)), "Arm Neoverse V2"),  # a filled-in line
+        ("Processor\t: AArch64 Processor rev 4 (aarch64)\n" + arm((0x41, 0xD08)), "Arm Cortex-A72"),  # an old kernel
+        ("model name\t: Phytium,S2500/64 C00\n" + arm((0x70, 0x663)), "Phytium,S2500/64 C00"),
+        ("Processor\t: ARMv7 Processor rev 1 (v7l)\nHardware\t: Board\n", "ARMv7 Processor rev 1 (v7l)"),
+    ],
+)
+def test_a_processor_of_arm_is_named_after_its_numbers(machine, cpuinfo, name):
+    topology = read_topology(machine({"proc/cpuinfo": cpuinfo}))
+    assert topology.model_name == name
+    assert overview(topology).startswith(f"{name}: sockets")
+
+
+def test_the_numbers_come_from_the_registers_where_cpuinfo_has_none(machine, captured):
+    registers = "sys/devices/system/cpu/cpu{}/regs/identification/midr_el1"
+    changes = {registers.format(0): "0x00000000481fd010\n", registers.format(1): "0x00000000413fd0c1\n"}
+    topology = read_topology(machine({"proc/cpuinfo": None, **changes}))
+    assert topology.model_name == "HiSilicon Kunpeng 920 and Arm Neoverse N1"
+    assert read_topology(captured("nvidia-dgx-gb10")).model_name == "Arm Cortex-A725 and Arm Cortex-X925"
+
+
+DMI, BOARD = "sys/class/dmi/id/", "proc/device-tree/"
+
+
+@pytest.mark.parametrize(
+    ("files", "hypervisor"),
+    [
+        ({DMI + "sys_vendor": "Amazon EC2\n", DMI + "product_name": "m7g.4xlarge\n"}, "Amazon EC2 m7g.4xlarge"),
+        ({DMI + "sys_vendor": "Amazon EC2\n", DMI + "product_name": "c7g.metal\n"}, None),
+        ({DMI + "sys_vendor": "Amazon EC2\n", DMI + "product_name": "m7g.metal-48xl\n"}, None),
+        ({DMI + "sys_vendor": "Google\n", DMI + "product_name": "Google Compute Engine\n"}, "Google"),
+        ({DMI + "sys_vendor": "Alibaba Cloud\n", DMI + "product_name": "Alibaba Cloud ECS\n"}, "Alibaba Cloud"),
+        ({DMI + "sys_vendor": "OpenStack Foundation\n", DMI + "product_name": "OpenStack Nova\n"}, "OpenStack"),
+        ({DMI + "sys_vendor": "Microsoft Corporation\n", DMI + "product_name": "Virtual Machine\n"}, "Microsoft"),
+        ({DMI + "sys_vendor": "QEMU\n", DMI + "product_name": "QEMU Virtual Machine\n"}, "QEMU"),
+        ({DMI + "sys_vendor": "Huawei\n", DMI + "product_name": "TaiShan 200 (Model 2280)\n"}, None),
+        (
+            {BOARD + "fw-cfg@9020000/compatible": "qemu,fw-cfg-mmio\0", BOARD + "compatible": "linux,dummy-virt\0"},
+            "QEMU",
+        ),
+        ({"sys/firmware/devicetree/base/fw-cfg@9020000/reg": ""}, "QEMU"),
+        ({"sys/bus/platform/devices/9020000.fw-cfg/modalias": ""}, "QEMU"),  # a container hides the device tree
+        ({"sys/bus/acpi/devices/QEMU0002:00/hid": "QEMU0002\n"}, "QEMU"),
+        ({BOARD + "compatible": "linux,dummy-virt\0"}, "linux,dummy-virt"),  # Firecracker, crosvm
+        ({BOARD + "hypervisor/compatible": "xen,xen-4.17\0xen,xen\0"}, "xen,xen-4.17"),
+        ({BOARD + "compatible": "raspberrypi,4-model-b\0brcm,bcm2711\0"}, None),
+        ({"sys/firmware/dmi/entries/0-0/raw": "\0\x1a" + "\0" * 17 + "\x1c"}, "unknown"),
+        ({"sys/firmware/dmi/entries/0-0/raw": "\0\x1a" + "\0" * 17 + "\x0c"}, None),
+    ],
+)
+def test_virtual_machines_of_arm_are_recognised_without_a_flag(machine, files, hypervisor):
+    topology = read_topology(machine({"proc/cpuinfo": arm((0x41, 0xD0C)), **files}))
+    assert topology.hypervisor == hypervisor or topology.hypervisor.startswith(hypervisor)
+    assert not topology.emulated
+
+
+def test_on_x86_the_flag_tells_a_cloud_from_its_metal(machine):
+    ec2 = {DMI + "sys_vendor": "Amazon EC2\n", DMI + "product_name": "m5.large\n"}
+    cpuinfo = "model name: Intel(R) Xeon(R)\nflags: fpu x2apic{}\n"
+    assert read_topology(machine({"proc/cpuinfo": cpuinfo.format(""), **ec2})).hypervisor is None
+    assert (
+        read_topology(machine({"proc/cpuinfo": cpuinfo.format(" hypervisor"), **ec2})).hypervisor
+        == "Amazon EC2 m5.large"
+    )
+
+
+def test_the_emulated_processor_of_arm_and_programs_run_for_another_are_seen(machine, monkeypatch):
+    topology = read_topology(machine({"proc/cpuinfo": arm((0x00, 0x051))}))
+    assert (topology.model_name, topology.emulated) == ("QEMU TCG CPU max", True)
+    here, x86 = Tree(Path("/")), "model name: AMD EPYC\nflags: fpu\n"
+    for architecture, other, own in (("aarch64", x86, arm((0x41, 0xD0C))), ("x86_64", arm((0x41, 0xD0C)), x86)):
+        monkeypatch.setattr("platform.machine", lambda architecture=architecture: architecture)
+        assert identity.is_emulated(here, other)
+        assert not identity.is_emulated(here, own)
+        assert not identity.is_emulated(Tree(machine({"proc/cpuinfo": other})), other), "captured elsewhere"
 
 
 def test_the_fingerprint_is_the_hardware_alone(machine):

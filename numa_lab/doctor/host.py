@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from numa_lab.doctor.examination import Check, Finding, Machine
+from numa_lab.identity import is_translated
 from numa_lab.sysfs import Tree, format_cpulist
 from numa_lab.topology import Node
 
@@ -25,9 +26,18 @@ def _emulated(machine: Machine) -> Finding | None:
         "emulated",
         f"software runs the instructions of this processor ({machine.topology.model_name})",
         "Placement is real here, but times mean nothing: all memory is equally far, and each instruction slow.",
-        "qemu-system-x86_64 -accel kvm -cpu host   # starts the guest on the processor itself\nmeasure on real hardware",
+        _natively(machine.tree),
         "problem",
     )
+
+
+def _natively(tree: Tree) -> str:
+    info = tree.text("proc/cpuinfo")
+    arm = "CPU implementer" in info
+    if is_translated(tree, info):
+        return f"docker run --platform linux/{'arm64' if arm else 'amd64'} IMAGE   # the processor's own architecture"
+    guest = "qemu-system-aarch64 -machine virt" if arm else "qemu-system-x86_64"
+    return f"{guest} -accel kvm -cpu host   # starts the guest on the processor itself\nmeasure on real hardware"
 
 
 def _numa_balancing(machine: Machine) -> Finding | None:
@@ -87,7 +97,7 @@ def _cpu_governor(machine: Machine) -> Finding | None:
         "cpu_governor",
         "; ".join(f"governor {governor} on CPUs {format_cpulist(cpus)}" for governor, cpus in slow.items()),
         "Cores that wait for memory look idle and are clocked down, so times depend on what ran before.",
-        "echo performance | tee /sys/devices/system/cpu/cpu*/cpufreq/scaling_governor   # as root",
+        "for governor in /sys/devices/system/cpu/cpu*/cpufreq/scaling_governor; do echo performance > $governor; done   # as root",
         "warning",
     )
 
