@@ -5,6 +5,7 @@ The modules, from the machine up to the reader; each imports only from those abo
 - ``errors``: what goes wrong, in words
 - ``sysfs``, ``hardware``, ``simd``, ``topology``, ``libnuma``, ``mappings``, ``free_memory``: the machine, the kernel's
   NUMA calls, what it tells of mappings, and what a node can still hold
+- ``cache_folder``: where what can be made again is kept
 - ``timing``, ``ratios``, ``stats``: the clock, and honest comparison
 - ``measured``, ``mlc``, ``limits``: bandwidths and latencies between nodes, Intel MLC's output, and what they allow at once
 - ``overview``: the machine in words

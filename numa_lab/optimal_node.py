@@ -24,10 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import platformdirs
 import torch
 
-from numa_lab import libnuma, openmp, rankings, stats, team
+from numa_lab import cache_folder, libnuma, openmp, rankings, stats, team
 from numa_lab.attention.shapes import AttentionShape, preset
 from numa_lab.binding import Binding, MemPolicy, effective
 from numa_lab.errors import InvalidInput, NodeUnavailable
@@ -108,12 +107,12 @@ def rank_nodes(
     if len(nodes) == 1:
         return _rank(Visits(), topology)
     path = _cache_path(topology, chosen)
-    if not refresh and (kept := rankings.read(path, nodes)) is not None:
+    if path and not refresh and (kept := rankings.read(path, nodes)) is not None:
         return kept
     visit_seconds = VISIT_SECONDS if seconds is None else seconds / (BLOCKS * (len(nodes) + 1))
     visits = _visit(topology, chosen, visit_seconds)
     ranking = _rank(visits, topology)
-    if not (ranking["cause"].str.contains("other load|memory").any() or ranking["receipt"].any()):
+    if path and not (ranking["cause"].str.contains("other load|memory").any() or ranking["receipt"].any()):
         rankings.keep(path, ranking)
     return ranking
 
@@ -282,10 +281,11 @@ def _unmeasured(node: int, visits: Visits, topology: Topology) -> dict[str, Any]
     return {**nothing, "tie_group": 2, "cause": "; ".join(causes), "visits": 0, "receipt": ""}
 
 
-def _cache_path(topology: Topology, shape: AttentionShape) -> Path:
+def _cache_path(topology: Topology, shape: AttentionShape) -> Path | None:
+    folder = cache_folder.path()
     seen = [
         CACHE_VERSION, topology.fingerprint(), topology.allowed_cpus, topology.allowed_nodes, torch.__version__,
         repr(shape),
     ]  # fmt: skip
     key = hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:16]
-    return platformdirs.user_cache_path("numa_lab") / f"ranking-{key}.json"
+    return folder / f"ranking-{key}.json" if folder else None
