@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from numa_lab import libnuma
-from numa_lab.errors import InvalidInput, NodeUnavailable
+from numa_lab.errors import InvalidInput, MissingDependency, NodeUnavailable
 from numa_lab.sysfs import format_cpulist, parse_cpulist
 from numa_lab.topology import Topology
 
@@ -194,7 +194,8 @@ def effective(topology: Topology) -> Binding:
     cpu_nodes = tuple({topology.node_of_cpu(cpu) for cpu in os.sched_getaffinity(0)})
     try:
         mode, nodes = libnuma.get_mempolicy()
-    except PermissionError:  # seccomp profiles refuse it together with set_mempolicy: then nothing can have been set
+    except (PermissionError, MissingDependency):
+        # Profiles refuse it together with set_mempolicy: then this process can have set nothing, nor can it without libnuma.
         return Binding(cpu_nodes)
     policy = next((policy for policy, number in _MODES.items() if number == mode), MemPolicy.DEFAULT)
     return Binding(cpu_nodes, tuple(nodes) if policy is not MemPolicy.DEFAULT else (), policy)

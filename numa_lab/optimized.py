@@ -220,7 +220,8 @@ class NUMAOptimizedGQA:
             granted, threads, lost = proof.look(self._topology)
             before = next((b for _, b in reversed(_entered.stack) if b is not None), None)
         alive = tensors or {name: tensor for name, ref in self._own.seen.items() if (tensor := ref()) is not None}
-        pages = {name: memory.locate(tensor) for name, tensor in alive.items() if tensor.device.type == "cpu"}
+        seen = libnuma.available()  # else a note of `lost` says so
+        pages = {name: memory.locate(one) for name, one in alive.items() if seen and one.device.type == "cpu"}
         notes = [*lost, *([before.refusal] if before and before.refusal else [])]
         for name, found in pages.items():
             away = sum(count for node, count in found.items() if node not in (self.node, memory.UNTOUCHED))

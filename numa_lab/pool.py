@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from numa_lab import memory, proof
+from numa_lab import libnuma, memory, proof
 from numa_lab.attention.gqa import gqa_attention
 from numa_lab.binding import Binding, MemPolicy
 from numa_lab.errors import InvalidInput, NodeUnavailable
@@ -299,6 +299,8 @@ def node_of(args: Sequence[Any], nodes: Sequence[int], topology: Topology) -> in
 def _homes(args: Sequence[Any]) -> Homes:
     """The tensors among `args` that lie in this machine's memory, each with its node."""
     tensors = [one for one in args if isinstance(one, Tensor) and one.device.type == "cpu" and one.nbytes]
+    if not libnuma.available():  # then nothing tells
+        return [(tensor, None) for tensor in tensors]
     return list(zip(tensors, memory.homes(tensors), strict=True))
 
 

@@ -136,10 +136,11 @@ def _buffer(
     topology: Topology, node: int, cpus: Sequence[int], pages: dict[int, dict[int, int]], notes: list[str]
 ) -> torch.Tensor:
     """A buffer on the node, filled by a team on `cpus`; says where its pages lie, and where it is smaller than wanted."""
-    page = memory.HUGE_PAGE_BYTES
     available = topology.node(node).available_bytes
-    wanted = -(-_beyond_caches(topology, BUFFER_BYTES, CACHE_MULTIPLE) // page) * page
-    size = min(wanted, int(MEMORY_SHARE * available) // page * page)
+    wanted, most = _beyond_caches(topology, BUFFER_BYTES, CACHE_MULTIPLE), int(MEMORY_SHARE * available)
+    page = memory.page_unit(min(wanted, most))
+    wanted = -(-wanted // page) * page
+    size = min(wanted, most // page * page)
     if not size:
         raise NodeUnavailable(f"{available} bytes of it are available, too few to probe: free memory on it")
     with team.pinned_team(cpus):

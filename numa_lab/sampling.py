@@ -119,7 +119,8 @@ class KVPool:
     """
 
     def __init__(self, nbytes: int, node: int | None = None) -> None:
-        half = -(-nbytes // 2 // memory.HUGE_PAGE_BYTES) * memory.HUGE_PAGE_BYTES
+        page = memory.page_unit(nbytes // 2)
+        half = -(-nbytes // 2 // page) * page
         self.block = memory.empty((2 * half,), torch.uint8, node)
         self.keys, self.values = self.block[:half], self.block[half:]
         numbers = noise(torch.bfloat16)

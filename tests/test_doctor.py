@@ -45,6 +45,7 @@ def healthy(tmp_path):
         "sys/fs/cgroup/session/cpuset.cpus.effective": "0-3",
         "proc/sys/kernel/numa_balancing": "0\n",
         f"{THP}enabled": "always [madvise] never\n",
+        f"{THP}hpage_pmd_size": "2097152\n",
         f"{THP}hugepages-2048kB/enabled": "always [inherit] madvise never\n",
         "usr/bin/numactl": "",
     }
@@ -114,6 +115,13 @@ FAULTS = [  # name, files, environment, what the finding must have seen, what it
         {},
         "never",
         f"echo madvise > /{THP}enabled",
+    ),
+    (  # base pages of 64 KiB
+        "transparent_huge_pages",
+        {f"{THP}hpage_pmd_size": "536870912", f"{THP}hugepages-524288kB/enabled": "always inherit madvise [never]"},
+        {},
+        "hugepages-524288kB",
+        f"echo madvise > /{THP}hugepages-524288kB/enabled",
     ),
     (
         "transparent_huge_pages",
