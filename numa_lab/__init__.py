@@ -5,7 +5,8 @@ The modules, from the machine up to the reader; each imports only from those abo
 - ``errors``: what goes wrong, in words
 - ``sysfs``, ``hardware``, ``simd``, ``topology``, ``libnuma``, ``mappings``, ``free_memory``: the machine, the kernel's
   NUMA calls, what it tells of mappings, and what a node can still hold
-- ``cache_folder``: where what can be made again is kept
+- ``affinity``, ``cpu_quota``, ``cache_folder``: the mask of a thread, the time on CPUs that control groups grant, and where
+  what can be made again is kept
 - ``timing``, ``ratios``, ``stats``: the clock, and honest comparison
 - ``measured``, ``mlc``, ``limits``: bandwidths and latencies between nodes, Intel MLC's output, and what they allow at once
 - ``overview``: the machine in words
@@ -13,6 +14,7 @@ The modules, from the machine up to the reader; each imports only from those abo
 - ``binding``, ``memory``, ``gpus``, ``results``: place threads and pages, see where they are, keep rows
 - ``receipt``, ``team``, ``notebook``, ``reading``, ``stealing``: proof of placement; a team on its place; one notebook in a
   process of its own; timed reads; when a node should read what waits for another
+- ``replacement``: what becomes of a team whose CPUs are taken away
 - ``probes``, ``doctor``, ``attention``, ``proof``, ``node_team``: the limits of memory, what spoils them, what is computed,
   where a team is, and teams that stay on a node
 - ``workloads``, ``sampling``: which cases are measured, and one case with its receipt

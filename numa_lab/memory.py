@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from numa_lab import free_memory, libnuma, mappings
+from numa_lab import affinity, free_memory, libnuma, mappings
 from numa_lab.errors import NodeUnavailable, NotPermitted
 from numa_lab.mappings import PAGE_BYTES
 from numa_lab.topology import Topology, read_topology
@@ -61,7 +61,7 @@ def empty(
         The node does not exist, or has too little free memory; without `node`, the nodes to which the calling thread's
         memory is bound have. Who touches more than a bound node holds is killed.
     NotPermitted
-        The node has no CPUs, and both ``mbind`` and ``set_mempolicy`` are refused.
+        ``mbind`` is refused, and so is ``sched_setaffinity``, or the node has no CPUs and ``set_mempolicy`` is refused.
     MissingDependency
         A node is given, and libnuma is not installed.
     """
@@ -192,7 +192,9 @@ def _touch_from(weights: Mapping[int, int], block: mmap.mmap, offset: int, unit:
 
 def _touch(topology: Topology, node: int, pages: NDArray[np.uint8], mine: NDArray[np.bool_]) -> None:
     nearest = topology.nearest_cpu_node(node)
-    os.sched_setaffinity(0, topology.cpus_of([nearest]))
+    cpus = topology.cpus_of([nearest])
+    if not os.sched_getaffinity(0) <= set(cpus):  # who runs there alone need not ask a sandbox that refuses it
+        affinity.set_cpus(cpus)
     try:
         libnuma.set_mempolicy(libnuma.MPOL_BIND, [node])
     except PermissionError as error:

@@ -16,6 +16,7 @@ import math
 import random
 import threading
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,7 +30,7 @@ import torch
 from numa_lab import cache_folder, libnuma, openmp, rankings, stats, team
 from numa_lab.attention.shapes import AttentionShape, preset
 from numa_lab.binding import Binding, MemPolicy, effective
-from numa_lab.errors import InvalidInput, NodeUnavailable
+from numa_lab.errors import InvalidInput, NodeUnavailable, NotPermitted
 from numa_lab.rankings import COLUMNS
 from numa_lab.receipt import contradictions, last_cpu, schedstat
 from numa_lab.sampling import KVPool, pool_bytes, sample_case
@@ -62,7 +63,7 @@ def rank_nodes(
 
     The ranking is kept in the user's cache folder for this machine and this set of allowed CPUs and nodes, unless other
     load, nearly full memory or a receipt that contradicts was seen: those are of the moment. One node: nothing is
-    measured.
+    measured. Where a sandbox lets no thread be pinned nothing is measured either, and a warning says so.
 
     Parameters
     ----------
@@ -110,7 +111,11 @@ def rank_nodes(
     if path and not refresh and (kept := rankings.read(path, nodes)) is not None:
         return kept
     visit_seconds = VISIT_SECONDS if seconds is None else seconds / (BLOCKS * (len(nodes) + 1))
-    visits = _visit(topology, chosen, visit_seconds)
+    try:
+        visits = _visit(topology, chosen, visit_seconds)
+    except NotPermitted as error:  # a sandbox that lets no thread be placed: no node is shown to be worse
+        warnings.warn(f"nodes were not compared: {error}", RuntimeWarning, stacklevel=2)
+        return _rank(Visits(), topology).assign(tie_group=1)
     ranking = _rank(visits, topology)
     if path and not (ranking["cause"].str.contains("other load|memory").any() or ranking["receipt"].any()):
         rankings.keep(path, ranking)

@@ -10,7 +10,9 @@ must lie on the node come from ``empty``, ``create_tensors`` or ``memory_pool``,
 from __future__ import annotations
 
 import math
+import os
 import threading
+import warnings
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
@@ -19,12 +21,13 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from numa_lab import gpus, libnuma, memory, proof
+from numa_lab import gpus, libnuma, memory, proof, replacement
 from numa_lab.attention.gqa import gqa_attention
 from numa_lab.binding import Binding, MemPolicy
-from numa_lab.errors import InvalidInput
+from numa_lab.errors import InvalidInput, NodeUnavailable
 from numa_lab.optimal_node import get_optimal_numa_node
-from numa_lab.receipt import Receipt
+from numa_lab.receipt import Receipt, team_of
+from numa_lab.sysfs import format_cpulist
 from numa_lab.team import Before, Placement
 from numa_lab.topology import Topology, read_topology
 
@@ -121,7 +124,9 @@ class NUMAOptimizedGQA:
     def __enter__(self) -> NUMAOptimizedGQA:
         stack = _entered.stack
         again = bool(stack) and stack[-1][0] is self
-        stack.append((self, None if again else self._placement.enter()))
+        if again:
+            self._hold()
+        stack.append((self, None if again else self._go_there()))
         return self
 
     def __exit__(
@@ -130,6 +135,37 @@ class NUMAOptimizedGQA:
         _, before = _entered.stack.pop()
         if before is not None:
             self._placement.leave(before)
+
+    def _go_there(self) -> Before:
+        try:
+            return self._placement.enter()
+        except NodeUnavailable:  # the cpuset was rewritten since
+            old = self._placement
+            self._move_to(replacement.anew(old, self.node, os.sched_getaffinity(0)))
+            before = self._placement.enter()
+            warnings.warn(
+                f"CPUs {format_cpulist(old.cpus)} of node {self.node} may no longer be used by this process, as where a cpuset is "
+                f"rewritten: threads are placed on CPUs {format_cpulist(self.cpus)}",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+            return before
+
+    def _hold(self) -> None:
+        """Inside: place the team again where the kernel has moved it since it was placed."""
+        stack = _entered.stack
+        at = next(at for at in reversed(range(len(stack))) if stack[at][1] is not None)
+        before = stack[at][1]
+        assert before is not None
+        again, told = replacement.hold(before, self.node)
+        if again is not before:
+            stack[at] = self, again
+            self._move_to(again.placement)
+        if told:
+            warnings.warn(told, RuntimeWarning, stacklevel=4)
+
+    def _move_to(self, placement: Placement) -> None:
+        self._placement, self.cpus = placement, placement.cpus
 
     def compute(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
         """Attention on the node, entered for the call where the caller is outside.
@@ -229,7 +265,8 @@ class NUMAOptimizedGQA:
                 notes.append(f"{away} of {sum(found.values())} pages of {name} lie on other nodes than {self.node}")
         requested = Binding((self.node,), (self.node,), MemPolicy.PREFERRED)
         huge = {name: memory.huge_page_share(alive[name]) for name in pages}
-        return Receipt(requested, granted, threads, {}, pages, tuple(notes), huge)
+        team = team_of(self.threads, threads)
+        return Receipt(requested, granted, threads, {}, pages, tuple(notes), huge, team=team)
 
     def _normal(self, shape: Shape, dtype: torch.dtype | None) -> Tensor:
         with self:

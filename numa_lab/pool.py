@@ -30,7 +30,7 @@ from numa_lab.measured import Measured, socket_groups
 from numa_lab.node_team import NodeTeam
 from numa_lab.placement import usable
 from numa_lab.queues import NodeQueues
-from numa_lab.receipt import Receipt
+from numa_lab.receipt import Receipt, team_of
 from numa_lab.stealing import Reads
 from numa_lab.sysfs import format_cpulist
 from numa_lab.topology import Topology, read_topology
@@ -280,9 +280,11 @@ class NUMAThreadPool:
             refusals = (team.refusal for team in self._teams[node] if team.refusal)
             with self._lock:
                 told = [f"inputs {what}: {count}" for (at, what), count in sorted(self._inputs.items()) if at == node]
+            found = tuple(itertools.chain.from_iterable(threads))
             receipts[node] = Receipt(
-                Binding((node,), (node,), MemPolicy.PREFERRED), granted[0], tuple(itertools.chain.from_iterable(threads)),
+                Binding((node,), (node,), MemPolicy.PREFERRED), granted[0], found,
                 {}, {}, tuple(dict.fromkeys((*itertools.chain.from_iterable(notes), *refusals, *told))),
+                team=team_of(sum(len(team.cpus) for team in self._teams[node]), found),
             )  # fmt: skip
         return receipts
 

@@ -27,7 +27,7 @@ from numa_lab.binding import Binding, MemPolicy
 from numa_lab.errors import MissingDependency, NodeUnavailable, NotPermitted
 from numa_lab.mappings import PAGE_BYTES
 from numa_lab.pool import node_of
-from numa_lab.receipt import Receipt
+from numa_lab.receipt import Receipt, team_of
 from numa_lab.sysfs import format_cpulist
 from numa_lab.topology import read_topology
 
@@ -140,7 +140,8 @@ class NUMAProcessPool(Executor):
             granted, threads, notes = look.result()
             refusal = (self._refusals[node],) if node in self._refusals else ()
             requested = Binding((node,), (node,), MemPolicy.PREFERRED)
-            receipts[node] = Receipt(requested, granted, threads, {}, {}, (*notes, *refusal))
+            team = team_of(len(self._topology.cpus_for([node])), threads)
+            receipts[node] = Receipt(requested, granted, threads, {}, {}, (*notes, *refusal), team=team)
         return receipts
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:

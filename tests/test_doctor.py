@@ -98,6 +98,14 @@ FAULTS = [  # name, files, environment, what the finding must have seen, what it
         "OMP_PROC_BIND=close, OMP_PLACES=cores",
         "unset OMP_PROC_BIND OMP_PLACES",
     ),
+    ("short_teams", {}, {"OMP_THREAD_LIMIT": "3"}, "OMP_THREAD_LIMIT=3", "unset OMP_THREAD_LIMIT"),
+    (
+        "short_teams",
+        {},
+        {"KMP_ALL_THREADS": "1", "OMP_DYNAMIC": "TRUE"},
+        "OMP_DYNAMIC=TRUE",
+        "KMP_ALL_THREADS OMP_DYNAMIC",
+    ),
     ("thread_variables", {}, {"OMP_NUM_THREADS": "1"}, "OMP_NUM_THREADS=1", "export OMP_NUM_THREADS=4"),
     ("thread_variables", {}, {"MKL_NUM_THREADS": "64"}, "MKL_NUM_THREADS=64", "export MKL_NUM_THREADS=4"),
     (
@@ -215,6 +223,7 @@ HARMLESS = {
         },
         {},
     ),
+    "a limit of all cores": ({}, {"OMP_THREAD_LIMIT": "4", "OMP_DYNAMIC": "false"}),
     "no control groups": ({"proc/self/cgroup": ""}, {}),
     "a quota of all CPUs": ({"sys/fs/cgroup/session/cpu.max": "400000 100000"}, {}),
     "a little file cache on one node": ({NODE.format(1, "meminfo"): meminfo(1, free_gib=50, file_gib=12)}, {}),

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from numa_lab import libnuma
-from numa_lab.doctor import host, process
+from numa_lab.doctor import host, optional, process
 from numa_lab.doctor.examination import Finding, Machine
 from numa_lab.sysfs import Tree
 from numa_lab.topology import Topology, read_topology
@@ -65,8 +65,10 @@ def examine(
         environ=environ,
         has_libnuma=has_libnuma,
         refused=_refused_calls() if live and has_libnuma else {},
+        lacking=optional.refused_calls() if live else {},
+        live=live,
     )
-    findings = [finding for check in (*process.CHECKS, *host.CHECKS) if (finding := check(machine))]
+    findings = [finding for check in (*process.CHECKS, *optional.CHECKS, *host.CHECKS) if (finding := check(machine))]
     return sorted(findings, key=lambda finding: _SEVERITIES.index(finding.severity))
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Literal
 
+from numa_lab.cpu_quota import cpu_quota
 from numa_lab.sysfs import Tree, parse_cpulist
 from numa_lab.topology import Node, Topology
 
@@ -34,6 +34,8 @@ class Machine:
     environ: Mapping[str, str]
     has_libnuma: bool
     refused: Mapping[str, int]  # NUMA calls that the kernel refuses, with the errno
+    lacking: Mapping[str, int] = field(default_factory=dict)  # other calls that it refuses
+    live: bool = False  # whether this is the machine that the process runs on
 
     @property
     def memory_nodes(self) -> list[Node]:
@@ -57,15 +59,7 @@ class Machine:
     @property
     def cpu_quota(self) -> float:
         """How many CPUs' worth of time the control groups grant; infinity where none limits it."""
-        grants = [math.inf]
-        for group in self._control_groups("cpu"):
-            # Version 2 has both numbers in one file, "max" for no limit; version 1 has two files, -1 for no limit.
-            numbers = self.tree.text(f"{group}/cpu.max").split() or [
-                self.tree.text(f"{group}/cpu.cfs_{name}_us") for name in ("quota", "period")
-            ]
-            if all(number.isdecimal() for number in numbers):
-                grants.append(int(numbers[0]) / int(numbers[1]))
-        return min(grants)
+        return cpu_quota(self.tree)
 
     def _control_groups(self, controller: str) -> Iterator[str]:
         """Folders of the control groups in which this process is under a controller, the innermost first."""

@@ -1,0 +1,86 @@
+"""What is optional and missing here: places to keep things, shared memory, descriptors, huge pages, threads and their masks."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+
+from numa_lab import affinity
+from numa_lab.doctor.examination import Check, Finding, Machine
+from numa_lab.mappings import PAGE_BYTES
+from numa_lab.sysfs import format_cpulist
+
+
+def refused_calls() -> dict[str, int]:
+    """Try the calls that need no libnuma; those that the kernel refuses, with the errno. Nothing is changed."""
+    refused = {}
+    try:
+        os.sched_setaffinity(
+            0, []
+        )  # no CPU at all, which is EINVAL to the kernel where nothing refuses the call before
+    except OSError as error:
+        if error.errno in affinity.REFUSALS:
+            refused["sched_setaffinity"] = error.errno
+    with mmap.mmap(-1, PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as page:
+        try:
+            page.madvise(mmap.MADV_HUGEPAGE)
+        except OSError as error:
+            refused["madvise"] = error.errno or errno.EPERM
+    return refused
+
+
+def _affinity_refused(machine: Machine) -> Finding | None:
+    code = machine.lacking.get("sched_setaffinity")
+    if code is None:
+        return None
+    return Finding(
+        "affinity_refused",
+        f"the kernel refuses sched_setaffinity ({os.strerror(code)})",
+        "So no thread can be pinned: NUMAOptimizedGQA, NUMAThreadPool and NodeShardedKVCache say so and stop; attention itself runs, "
+        f"on CPUs {format_cpulist(machine.topology.allowed_cpus)}, as the process was started.",
+        affinity.ALLOW,
+        "problem",
+    )
+
+
+def _huge_pages_refused(machine: Machine) -> Finding | None:
+    code = machine.lacking.get("madvise")
+    if code is None:
+        return None
+    none = code == errno.EINVAL
+    return Finding(
+        "huge_pages_refused",
+        f"madvise(MADV_HUGEPAGE) is refused ({os.strerror(code)})"
+        + (": this kernel was built without transparent huge pages" if none else ""),
+        f"K and V then lie on pages of {PAGE_BYTES >> 10} KiB, and a long cache costs a page walk for each of them at every token.",
+        "boot a kernel with CONFIG_TRANSPARENT_HUGEPAGE=y (one with PREEMPT_RT may have none)"
+        if none
+        else "docker run --security-opt seccomp=unconfined ... (or a profile of your own that lists madvise)",
+        "info",
+    )
+
+
+def _short_teams(machine: Machine) -> Finding | None:
+    cores = len({cpu.core for cpu in machine.topology.cpus})
+    given = {name: machine.environ.get(name, "").strip() for name in (*_LIMITS, "OMP_DYNAMIC")}
+    short = {
+        name: value for name, value in given.items() if name in _LIMITS and value.isdecimal() and int(value) < cores
+    }
+    if given["OMP_DYNAMIC"].lower() in ("true", "1", "yes", "on"):
+        short["OMP_DYNAMIC"] = given["OMP_DYNAMIC"]
+    if not short:
+        return None
+    return Finding(
+        "short_teams",
+        ", ".join(f"{name}={value}" for name, value in short.items()),
+        f"OpenMP then gives fewer threads than are asked for, without a word ({cores} physical cores here; OMP_DYNAMIC gives fewer "
+        "the busier the machine is). Such rows contradict their receipts, and a sweep refuses them.",
+        f"unset {' '.join(short)}",
+        "warning",
+    )
+
+
+_LIMITS = ("OMP_THREAD_LIMIT", "KMP_DEVICE_THREAD_LIMIT", "KMP_ALL_THREADS")  # the latter two are LLVM's and Intel's
+
+CHECKS: tuple[Check, ...] = (_affinity_refused, _huge_pages_refused, _short_teams)
