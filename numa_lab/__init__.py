@@ -7,6 +7,7 @@ The modules, from the machine up to the reader; each imports only from those abo
   NUMA calls, what it tells of mappings, and what a node can still hold
 - ``affinity``, ``cpu_quota``, ``cache_folder``: the mask of a thread, the time on CPUs that control groups grant, and where
   what can be made again is kept
+- ``descriptors``, ``shared_memory``: limits of open files and of memory that processes share
 - ``timing``, ``ratios``, ``stats``: the clock, and honest comparison
 - ``measured``, ``mlc``, ``limits``: bandwidths and latencies between nodes, Intel MLC's output, and what they allow at once
 - ``overview``: the machine in words

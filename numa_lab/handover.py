@@ -22,7 +22,7 @@ from llvmlite import ir
 from numba import cfunc, types
 from numba.extending import intrinsic
 
-from numa_lab import openmp, simd
+from numa_lab import descriptors, openmp, simd
 
 Job = tuple[int, int, int]  # what openmp.run_on_team takes: function, data, threads
 Look = tuple[int, int, int]  # a compiled int64 function(int64, int64), and what it takes
@@ -38,7 +38,8 @@ class Desk:
     """Where a leader serves. All but ``serve`` is called by others, one at a time."""
 
     def __init__(self) -> None:
-        wake = os.eventfd(0)
+        with descriptors.told("a team's desk"):
+            wake = os.eventfd(0)
         weakref.finalize(self, os.close, wake)
         self._words = (ctypes.c_int64 * 12)()
         address = ctypes.addressof(self._words)

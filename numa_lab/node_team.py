@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from numa_lab import handover, libnuma, replacement
+from numa_lab import descriptors, handover, libnuma, replacement
 from numa_lab.errors import InvalidInput, NodeUnavailable, NumaLabError
 from numa_lab.handover import Desk, Job
 from numa_lab.team import Before, Placement
@@ -363,7 +363,8 @@ class _Ear:
     """Where a calling thread hears from leaders."""
 
     def __init__(self) -> None:
-        self.eventfd = os.eventfd(0)
+        with descriptors.told("a thread that calls teams"):
+            self.eventfd = os.eventfd(0)
         weakref.finalize(self, os.close, self.eventfd)
 
 

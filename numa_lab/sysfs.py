@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from numa_lab import descriptors
 from numa_lab.errors import InvalidInput
 
 
@@ -54,7 +55,8 @@ class Tree:
         """A file's text, empty where it is missing or can't be read (some sysfs files answer with an error)."""
         try:
             return (self.root / path).read_text(errors="replace").strip(" \t\n\0")
-        except OSError:
+        except OSError as error:
+            descriptors.refuse(error, f"{path} can't be read")  # else it would look as if it were missing
             return ""
 
     def cpu_list(self, folder: Path, map_name: str, list_name: str) -> tuple[int, ...]:

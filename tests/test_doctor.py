@@ -2,6 +2,7 @@ import errno
 import json
 import os
 import platform
+import resource
 import subprocess
 import sys
 import textwrap
@@ -12,6 +13,7 @@ import pytest
 
 import seccomp
 from numa_lab import doctor, libnuma
+from numa_lab.doctor import optional
 from numa_lab.errors import NotPermitted
 from numa_lab.topology import read_topology
 
@@ -294,6 +296,31 @@ def test_trying_the_calls_leaves_the_policy_of_the_thread():
 
     with ThreadPoolExecutor(1) as thread:
         assert thread.submit(policy_after).result() == (libnuma.MPOL_BIND, {node})
+
+
+@pytest.mark.usefixtures("willing_kernel")
+def test_what_is_optional_and_missing_is_found(monkeypatch, tmp_path):
+    def refuse(*_):
+        raise OSError(errno.EPERM, "refused")
+
+    names = {"affinity_refused", "huge_pages_refused", "cache_folder", "shared_memory", "open_files"}
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(os, "statvfs", lambda _path: os.statvfs_result((4096, 4096, *[1 << 20] * 8, 255)))
+    monkeypatch.setattr(resource, "getrlimit", lambda _which: (20000, 20000))
+    assert not names & set(live_findings())
+    (tmp_path / "numa_lab").write_text("")
+    monkeypatch.setattr(os, "statvfs", lambda _path: os.statvfs_result((4096, 4096, *[16384] * 8, 255)))
+    monkeypatch.setattr(resource, "getrlimit", lambda _which: (256, 20000))
+    monkeypatch.setattr(os, "sched_setaffinity", refuse)
+    monkeypatch.setattr(optional.mmap, "MADV_HUGEPAGE", -1)
+    found = live_findings()
+    assert names <= set(found)
+    assert "numa_lab is no folder" in found["cache_folder"].seen
+    assert "has 64 MiB" in found["shared_memory"].seen
+    assert "--shm-size" in found["shared_memory"].fix
+    assert "256 files" in found["open_files"].seen
+    assert "ulimit -n" in found["open_files"].fix
+    assert "CONFIG_TRANSPARENT_HUGEPAGE" in found["huge_pages_refused"].fix
 
 
 FILTERED = """

@@ -5,8 +5,9 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import resource
 
-from numa_lab import affinity
+from numa_lab import affinity, cache_folder
 from numa_lab.doctor.examination import Check, Finding, Machine
 from numa_lab.mappings import PAGE_BYTES
 from numa_lab.sysfs import format_cpulist
@@ -83,4 +84,62 @@ def _short_teams(machine: Machine) -> Finding | None:
 
 _LIMITS = ("OMP_THREAD_LIMIT", "KMP_DEVICE_THREAD_LIMIT", "KMP_ALL_THREADS")  # the latter two are LLVM's and Intel's
 
-CHECKS: tuple[Check, ...] = (_affinity_refused, _huge_pages_refused, _short_teams)
+
+def _cache_folder(machine: Machine) -> Finding | None:
+    why = cache_folder.unusable() if machine.live else ""
+    if not why:
+        return None
+    return Finding(
+        "cache_folder",
+        f"compiled kernels and rankings of nodes can't be kept: {why}",
+        "So each process compiles the decode kernel anew, which takes some seconds, and ranks the nodes anew.",
+        "export XDG_CACHE_HOME=FOLDER   (one that this user can write)",
+        "info",
+    )
+
+
+def _shared_memory(machine: Machine) -> Finding | None:
+    if not machine.live:
+        return None
+    try:
+        about = os.statvfs("/dev/shm")
+        size, has = about.f_blocks * about.f_frsize, f"has {about.f_blocks * about.f_frsize / 2**20:,.0f} MiB"
+    except OSError:
+        size, has = 0, "does not exist"
+    if size >= LEAST_SHARED_BYTES:
+        return None
+    return Finding(
+        "shared_memory",
+        f"/dev/shm {has}",
+        "NUMAProcessPool, and all else that passes tensors between processes of torch, shares them there; it refuses what finds no "
+        "room. Containers have 64 MiB by default.",
+        "docker run --shm-size=8g ... | Kubernetes: a volume emptyDir with medium Memory, mounted at /dev/shm | "
+        "mount -o remount,size=50% /dev/shm",
+        "info",
+    )
+
+
+def _open_files(machine: Machine) -> Finding | None:
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if not machine.live or soft == resource.RLIM_INFINITY or soft >= LEAST_FILES:
+        return None
+    return Finding(
+        "open_files",
+        f"this process may have {soft} files open",
+        "Each leader of a team, each process of a pool and each tensor that processes share takes some.",
+        f"ulimit -n {LEAST_FILES} | docker run --ulimit nofile={LEAST_FILES}:{LEAST_FILES} ...",
+        "info",
+    )
+
+
+LEAST_SHARED_BYTES = 1 << 30
+LEAST_FILES = 1024
+
+CHECKS: tuple[Check, ...] = (
+    _affinity_refused,
+    _huge_pages_refused,
+    _short_teams,
+    _cache_folder,
+    _shared_memory,
+    _open_files,
+)
