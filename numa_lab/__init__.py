@@ -7,6 +7,8 @@ The modules, from the machine up to the reader; each imports only from those abo
 - ``sysfs``, ``hardware``, ``identity``, ``control_groups``, ``machine_files``, ``simd``, ``topology``, ``libnuma``, ``mappings``,
   ``free_memory``: the machine, its name, and what of it this process may use, the kernel's NUMA calls, what it tells of
   mappings, and what a node can still hold
+- ``affinity``, ``cache_folder``, ``descriptors``, ``shared_memory``: the mask of a thread, where what can be made again is kept,
+  and limits of open files and of memory that processes share
 - ``timing``, ``ratios``, ``stats``: the clock, and honest comparison
 - ``measured``, ``mlc``, ``limits``: bandwidths and latencies between nodes, Intel MLC's output, and what they allow at once
 - ``overview``: the machine in words
@@ -15,6 +17,7 @@ The modules, from the machine up to the reader; each imports only from those abo
 - ``receipt``, ``team``, ``recycled``, ``parameters``, ``supervisor``, ``notebook``, ``reading``, ``stealing``: proof of placement;
   a team on its place; memory that malloc hands out again; what a notebook was given, one in a process of its own, and the end
   of all that it started; timed reads; when a node should read what waits for another
+- ``replacement``: what becomes of a team whose CPUs are taken away
 - ``probes``, ``doctor``, ``attention``, ``proof``, ``node_team``: the limits of memory, what spoils them, what is computed,
   where a team is, and teams that stay on a node
 - ``workloads``, ``sampling``: which cases are measured, and one case with its receipt

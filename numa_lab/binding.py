@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 
-from numa_lab import libnuma, mappings
+from numa_lab import affinity, libnuma, mappings
 from numa_lab.errors import InvalidInput, MissingDependency, NodeUnavailable
 from numa_lab.sysfs import format_cpulist, parse_cpulist
 from numa_lab.topology import Topology
@@ -236,19 +236,20 @@ class Binding:
         NodeUnavailable, InvalidInput, MissingDependency
             As ``require`` says; nothing has been changed then.
         NotPermitted
-            The kernel refuses ``set_mempolicy``; nothing is left changed.
+            The kernel refuses ``sched_setaffinity`` or ``set_mempolicy``; nothing is left changed.
         """
         self.require(topology)
-        affinity = os.sched_getaffinity(0)
+        cpus = os.sched_getaffinity(0)
         policy = libnuma.get_mempolicy(flags=True) if self.asked_of_kernel.policy is not MemPolicy.DEFAULT else None
+        if self.cpu_nodes:
+            affinity.set_cpus(topology.cpus_of(self.cpu_nodes))
         try:
-            if self.cpu_nodes:
-                os.sched_setaffinity(0, topology.cpus_of(self.cpu_nodes))
             if policy:
                 libnuma.set_mempolicy(_MODES[self.policy], self.mem_nodes)
             yield effective(topology)
         finally:
-            os.sched_setaffinity(0, affinity)
+            if self.cpu_nodes:
+                affinity.give_back(cpus)
             if policy:
                 libnuma.set_mempolicy(*policy)
 

@@ -1,4 +1,4 @@
-"""Control groups: in which of them this process is, and how much memory they leave it, by version 1 and 2.
+"""Control groups: in which of them this process is, and how much memory and time on CPUs they leave it, by version 1 and 2.
 
 Limits: only the groups that are mounted where this process sees them are read. Of version 1 the kernel tells the tightest limit
 of all levels, of version 2 those above a container stay hidden from it. Source: the kernel's
@@ -7,6 +7,7 @@ Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst, proc_pid_mount
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -53,6 +54,18 @@ class ControlGroups:
 
     def __init__(self, tree: Tree) -> None:
         self._tree = tree
+
+    def cpu_quota(self) -> float:
+        """How many CPUs' worth of time the groups grant; infinity where none limits it."""
+        grants = [math.inf]
+        for group in self.folders("cpu"):
+            # Version 2 has both numbers in one file, "max" for no limit; version 1 has two files, -1 for no limit.
+            numbers = self._tree.text(f"{group}/cpu.max").split() or [
+                self._tree.text(f"{group}/cpu.cfs_{name}_us") for name in ("quota", "period")
+            ]
+            if all(number.isdecimal() for number in numbers):
+                grants.append(int(numbers[0]) / int(numbers[1]))
+        return min(grants)
 
     @cached_property
     def _mounts(self) -> list[tuple[frozenset[str], str, str]]:

@@ -12,9 +12,20 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from numa_lab.sysfs import parse_cpulist
+from numa_lab.sysfs import Tree, parse_cpulist
 
 PAGE_BYTES = mmap.PAGESIZE
+HUGE_PAGES = "sys/kernel/mm/transparent_hugepage"
+
+
+def huge_page_bytes(tree: Tree | None = None, page_bytes: int = PAGE_BYTES) -> int:
+    """Bytes of a transparent huge page: 2 MiB with base pages of 4 KiB, 512 MiB with those of 64 KiB; 0 where the kernel has none."""
+    tree = tree or Tree(Path("/"))
+    if told := tree.text(f"{HUGE_PAGES}/hpage_pmd_size"):
+        return int(told)
+    if (tree.root / "sys/kernel/mm").is_dir() and not (tree.root / HUGE_PAGES).is_dir():
+        return 0
+    return page_bytes * page_bytes // 8  # before Linux 4.11, and without sysfs: what a page full of 8-byte entries maps
 
 
 def pages_per_node(first: int, last: int, numa_maps: str | None = None) -> dict[int, int]:

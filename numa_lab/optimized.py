@@ -14,6 +14,7 @@ until ``compute`` is given that, it lies elsewhere. Tensors of ``empty``, ``crea
 from __future__ import annotations
 
 import math
+import os
 import threading
 import warnings
 import weakref
@@ -26,12 +27,13 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from numa_lab import gpus, libnuma, memory, proof, recycled
+from numa_lab import gpus, libnuma, memory, proof, recycled, replacement
 from numa_lab.attention.gqa import gqa_attention
 from numa_lab.binding import Binding, MemPolicy
-from numa_lab.errors import InvalidInput
+from numa_lab.errors import InvalidInput, NodeUnavailable
 from numa_lab.optimal_node import get_optimal_numa_node
-from numa_lab.receipt import Receipt
+from numa_lab.receipt import Receipt, team_of
+from numa_lab.sysfs import format_cpulist
 from numa_lab.team import Before, Placement
 from numa_lab.topology import Topology, read_topology
 
@@ -165,12 +167,45 @@ class NUMAOptimizedGQA:
 
     def _enter(self) -> None:
         again = self._is_current()
-        _entered.stack.append((self, None if again else self._placement.enter()))
+        if again:
+            self._hold()
+        _entered.stack.append((self, None if again else self._go_there()))
 
     def _leave(self) -> None:
         _, before = _entered.stack.pop()
         if before is not None:
             self._placement.leave(before)
+
+    def _go_there(self) -> Before:
+        try:
+            return self._placement.enter()
+        except NodeUnavailable:  # the cpuset was rewritten since
+            old = self._placement
+            self._move_to(replacement.anew(old, self.node, os.sched_getaffinity(0)))
+            before = self._placement.enter()
+            warnings.warn(
+                f"CPUs {format_cpulist(old.cpus)} of node {self.node} may no longer be used by this process, as where a cpuset is "
+                f"rewritten: threads are placed on CPUs {format_cpulist(self.cpus)}",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+            return before
+
+    def _hold(self) -> None:
+        """Inside: place the team again where the kernel has moved it since it was placed."""
+        stack = _entered.stack
+        at = next(at for at in reversed(range(len(stack))) if stack[at][1] is not None)
+        before = stack[at][1]
+        assert before is not None
+        again, told = replacement.hold(before, self.node)
+        if again is not before:
+            stack[at] = self, again
+            self._move_to(again.placement)
+        if told:
+            warnings.warn(told, RuntimeWarning, stacklevel=4)
+
+    def _move_to(self, placement: Placement) -> None:
+        self._placement, self.cpus = placement, placement.cpus
 
     def compute(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
         """Attention on the node, entered for the call where the caller is outside.
@@ -295,7 +330,8 @@ class NUMAOptimizedGQA:
             granted, threads, lost = proof.look(self._topology)
             before = next((b for _, b in reversed(_entered.stack) if b is not None), None)
         alive = tensors or {name: tensor for name, ref in self._own.seen.items() if (tensor := ref()) is not None}
-        pages = {name: memory.locate(tensor) for name, tensor in alive.items() if tensor.device.type == "cpu"}
+        seen = libnuma.available()  # else a note of `lost` says so
+        pages = {name: memory.locate(one) for name, one in alive.items() if seen and one.device.type == "cpu"}
         notes = [*lost, *([before.refusal] if before and before.refusal else [])]
         for name, found in pages.items():
             away = sum(count for node, count in found.items() if node not in (self.node, memory.UNTOUCHED))
@@ -303,7 +339,8 @@ class NUMAOptimizedGQA:
                 notes.append(f"{away} of {sum(found.values())} pages of {name} lie on other nodes than {self.node}")
         requested = Binding((self.node,), (self.node,), MemPolicy.PREFERRED)
         huge = {name: memory.huge_page_share(alive[name]) for name in pages}
-        return Receipt(requested, granted, threads, {}, pages, tuple(notes), huge, (self.node,))
+        team = team_of(self.threads, threads)
+        return Receipt(requested, granted, threads, {}, pages, tuple(notes), huge, promised=(self.node,), team=team)
 
     def _normal(self, shape: Shape, dtype: torch.dtype | None) -> Tensor:
         with self._placed():

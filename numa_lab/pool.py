@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from numa_lab import memory, proof, recycled
+from numa_lab import libnuma, memory, proof, recycled
 from numa_lab.attention.gqa import gqa_attention
 from numa_lab.binding import Binding, MemPolicy
 from numa_lab.commands import to_paste
@@ -31,7 +31,7 @@ from numa_lab.measured import Measured, socket_groups
 from numa_lab.node_team import NodeTeam
 from numa_lab.placement import usable
 from numa_lab.queues import NodeQueues
-from numa_lab.receipt import Receipt
+from numa_lab.receipt import Receipt, team_of
 from numa_lab.stealing import Reads
 from numa_lab.sysfs import format_cpulist
 from numa_lab.topology import Topology, read_topology
@@ -291,9 +291,11 @@ class NUMAThreadPool:
             refusals = (team.refusal for team in self._teams[node] if team.refusal)
             with self._lock:
                 told = [f"inputs {what}: {count}" for (at, what), count in sorted(self._inputs.items()) if at == node]
+            found = tuple(itertools.chain.from_iterable(threads))
             receipts[node] = Receipt(
-                Binding((node,), (node,), MemPolicy.PREFERRED), granted[0], tuple(itertools.chain.from_iterable(threads)),
+                Binding((node,), (node,), MemPolicy.PREFERRED), granted[0], found,
                 {}, {}, tuple(dict.fromkeys((*itertools.chain.from_iterable(notes), *refusals, *told))),
+                team=team_of(sum(len(team.cpus) for team in self._teams[node]), found),
             )  # fmt: skip
         return receipts
 
@@ -310,6 +312,8 @@ def node_of(args: Sequence[Any], nodes: Sequence[int], topology: Topology) -> in
 def _homes(args: Sequence[Any]) -> Homes:
     """The tensors among `args` that lie in this machine's memory, each with its node."""
     tensors = [one for one in args if isinstance(one, Tensor) and one.device.type == "cpu" and one.nbytes]
+    if not libnuma.available():  # then nothing tells
+        return [(tensor, None) for tensor in tensors]
     return list(zip(tensors, memory.homes(tensors), strict=True))
 
 

@@ -149,10 +149,11 @@ def _buffer(
 
     `sharers` is how many such buffers there are at once.
     """
-    page = memory.HUGE_PAGE_BYTES
     available = topology.available_bytes([node], sharers)
-    wanted = -(-_beyond_caches(topology, BUFFER_BYTES, CACHE_MULTIPLE) // page) * page
-    size = min(wanted, int(MEMORY_SHARE * available) // page * page)
+    wanted, most = _beyond_caches(topology, BUFFER_BYTES, CACHE_MULTIPLE), int(MEMORY_SHARE * available)
+    page = memory.page_unit(min(wanted, most))
+    wanted = -(-wanted // page) * page
+    size = min(wanted, most // page * page)
     if not size:
         raise NodeUnavailable(f"{available} bytes of it are available, too few to probe: free memory on it")
     with team.pinned_team(cpus):

@@ -11,13 +11,14 @@ import math
 import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pandas as pd
 
 from numa_lab.binding import Binding, MemPolicy
-from numa_lab.sysfs import format_cpulist, parse_cpulist
+from numa_lab.control_groups import ControlGroups
+from numa_lab.sysfs import Tree, format_cpulist, parse_cpulist
 
 Pages = Mapping[str, Mapping[int, int]]  # tensor name -> node -> pages; node -1 counts pages that were never touched
 
@@ -97,12 +98,48 @@ def threads_now(team: Iterable[tuple[int, Iterable[int]]]) -> tuple[ThreadSeen, 
 
 
 @dataclass(frozen=True)
+class Team:
+    """How many threads were to compute, how many OpenMP gave, and how many CPUs' worth of time control groups grant them."""
+
+    asked: int
+    granted: int
+    quota: float = math.inf
+
+    def contradictions(self) -> list[str]:
+        """Each way in which it is smaller than was asked for, as a sentence."""
+        found = []
+        if self.granted < self.asked:
+            found.append(
+                f"{self.asked} threads were requested and {self.granted} computed: OpenMP granted no more "
+                "(OMP_THREAD_LIMIT, OMP_DYNAMIC)."
+            )
+        if self.quota < self.asked:
+            found.append(
+                f"{self.asked} threads were requested, and a control group grants the time of {self.quota:g} CPUs."
+            )
+        return found
+
+    def to_json(self) -> dict[str, float | None]:
+        """Plain JSON values; no limit is null."""
+        return {
+            "asked": self.asked,
+            "granted": self.granted,
+            "quota": self.quota if math.isfinite(self.quota) else None,
+        }
+
+
+def team_of(asked: int, threads: Collection[object]) -> Team | None:
+    """What was asked for, the threads of the team that were found, and the quota now; None where the team can't be seen."""
+    return Team(asked, len(threads), ControlGroups(Tree(Path("/"))).cpu_quota()) if threads else None
+
+
+@dataclass(frozen=True)
 class Receipt:
     """Proof of placement for one measured case.
 
     `pages_before` and `pages_after` give the pages of each tensor per node, around the timed region; `huge_pages` the
     share of each, 0 to 1, that lies on huge pages. `promised` names the nodes on which all tensors shall lie, where that is
-    more than the requested policy alone sees to.
+    more than the requested policy alone sees to. `team` is None where it is not known how many threads there were to be.
     """
 
     requested: Binding
@@ -113,13 +150,15 @@ class Receipt:
     notes: tuple[str, ...] = ()
     huge_pages: Mapping[str, float] = field(default_factory=dict)
     promised: tuple[int, ...] = ()
+    team: Team | None = None
 
     def __str__(self) -> str:
         """What was requested, granted and seen, in one line."""
         pages = {
             format_cpulist([node]) if node >= 0 else "none": n for node, n in sorted(self.pages_per_node().items())
         }
-        seen = f"{len(self.threads)} threads on CPUs {format_cpulist(self.observed_cpus) or 'none'}"
+        of = f" of {self.team.asked}" if self.team and self.team.granted < self.team.asked else ""
+        seen = f"{len(self.threads)}{of} threads on CPUs {format_cpulist(self.observed_cpus) or 'none'}"
         lie = ", ".join(f"node {node}: {count}" for node, count in pages.items()) or "none looked at"
         return f"requested {self.requested}, granted {self.effective}, seen {seen}, pages {lie}"
 
@@ -163,6 +202,8 @@ class Receipt:
             )
         if not self.threads:
             found.append("No thread was seen computing.")
+        if self.team:
+            found += self.team.contradictions()
         if outside := [thread for thread in self.threads if set(thread.seen) - set(cpus)]:
             who = f"Thread {outside[0].tid}" if len(outside) == 1 else f"{len(outside)} of {len(self.threads)} threads"
             seen = {cpu for thread in outside for cpu in thread.seen} - set(cpus)
@@ -210,6 +251,7 @@ class Receipt:
                     "notes": self.notes,
                     "huge_pages": self.huge_pages,
                     **({"promised": format_cpulist(self.promised)} if self.promised else {}),
+                    **({"team": self.team.to_json()} if self.team else {}),
                 }
             ),
         }
@@ -234,6 +276,7 @@ class Receipt:
             tuple(observed["notes"]),
             observed.get("huge_pages", {}),
             parse_cpulist(observed.get("promised", "")),
+            Team(told["asked"], told["granted"], told["quota"] or math.inf) if (told := observed.get("team")) else None,
         )
 
 
@@ -246,12 +289,15 @@ def least_huge_pages(observed: Iterable[str]) -> float:
 def contradictions(rows: pd.DataFrame, node_cpus: Mapping[int, Collection[int]]) -> list[str]:
     """What the receipts of tidy rows say against the bindings that were asked for, each sentence once.
 
-    `node_cpus` gives the CPUs of each node that the run was allowed to use.
+    `node_cpus` gives the CPUs of each node that the run was allowed to use. Receipts of older runs don't hold the size of the
+    team: there the threads that were seen are held against the column ``threads``.
     """
     found: dict[str, None] = {}
     names = ["requested", "effective", "observed"]
-    for columns in rows[names].drop_duplicates().itertuples(index=False):
+    for threads, *columns in rows[["threads", *names]].drop_duplicates().itertuples(index=False):
         receipt = Receipt.from_columns(dict(zip(names, columns, strict=True)))
+        team = receipt.team or Team(0, len(receipt.threads))
+        receipt = replace(receipt, team=replace(team, asked=max(int(threads), team.asked)))
         nodes = receipt.requested.cpu_nodes or tuple(node_cpus)
         cpus = {cpu for node in nodes for cpu in node_cpus.get(node, ())}
         found |= dict.fromkeys(receipt.contradictions(cpus, nodes))

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 
+from numa_lab import descriptors
 from numa_lab.errors import InvalidInput
 
 
@@ -65,7 +66,8 @@ class Tree:
         # A large machine has 100,000 small files, and pathlib's way to the text of one takes three times as long.
         try:
             descriptor = os.open(self._below(path), os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:
+        except OSError as error:
+            descriptors.refuse(error, f"{path} can't be read")  # else it would look as if it were missing
             return ""
         parts = []
         try:

@@ -2,6 +2,7 @@ import errno
 import json
 import os
 import platform
+import resource
 import subprocess
 import sys
 import textwrap
@@ -13,7 +14,7 @@ from click.testing import CliRunner
 
 import seccomp
 from numa_lab import cli, doctor, libnuma
-from numa_lab.doctor import load
+from numa_lab.doctor import load, optional
 from numa_lab.errors import NotPermitted
 from numa_lab.sysfs import Tree
 from numa_lab.topology import read_topology
@@ -48,6 +49,7 @@ def healthy(tmp_path):
         "sys/fs/cgroup/session/cpuset.cpus.effective": "0-3",
         "proc/sys/kernel/numa_balancing": "0\n",
         f"{THP}enabled": "always [madvise] never\n",
+        f"{THP}hpage_pmd_size": "2097152\n",
         f"{THP}hugepages-2048kB/enabled": "always [inherit] madvise never\n",
         "usr/bin/numactl": "",
     }
@@ -113,6 +115,14 @@ FAULTS = [  # name, files, environment, what the finding must have seen, what it
         "OMP_PROC_BIND=close, OMP_PLACES=cores",
         "unset OMP_PROC_BIND OMP_PLACES",
     ),
+    ("short_teams", {}, {"OMP_THREAD_LIMIT": "3"}, "OMP_THREAD_LIMIT=3", "unset OMP_THREAD_LIMIT"),
+    (
+        "short_teams",
+        {},
+        {"KMP_ALL_THREADS": "1", "OMP_DYNAMIC": "TRUE"},
+        "OMP_DYNAMIC=TRUE",
+        "KMP_ALL_THREADS OMP_DYNAMIC",
+    ),
     ("thread_variables", {}, {"OMP_NUM_THREADS": "1"}, "OMP_NUM_THREADS=1", "export OMP_NUM_THREADS=4"),
     ("thread_variables", {}, {"MKL_NUM_THREADS": "64"}, "MKL_NUM_THREADS=64", "export MKL_NUM_THREADS=4"),
     (
@@ -130,6 +140,13 @@ FAULTS = [  # name, files, environment, what the finding must have seen, what it
         {},
         "never",
         f"echo madvise > /{THP}enabled",
+    ),
+    (  # base pages of 64 KiB
+        "transparent_huge_pages",
+        {f"{THP}hpage_pmd_size": "536870912", f"{THP}hugepages-524288kB/enabled": "always inherit madvise [never]"},
+        {},
+        "hugepages-524288kB",
+        f"echo madvise > /{THP}hugepages-524288kB/enabled",
     ),
     (
         "transparent_huge_pages",
@@ -287,6 +304,7 @@ HARMLESS = {
         },
         {},
     ),
+    "a limit of all cores": ({}, {"OMP_THREAD_LIMIT": "4", "OMP_DYNAMIC": "false"}),
     "no control groups": ({"proc/self/cgroup": ""}, {}),
     "a quota of all CPUs": ({"sys/fs/cgroup/session/cpu.max": "400000 100000"}, {}),
     "limits of more than there is": (
@@ -377,6 +395,31 @@ def test_trying_the_calls_leaves_the_policy_of_the_thread():
 
     with ThreadPoolExecutor(1) as thread:
         assert thread.submit(policy_after).result() == (libnuma.MPOL_BIND, {node})
+
+
+@pytest.mark.usefixtures("willing_kernel")
+def test_what_is_optional_and_missing_is_found(monkeypatch, tmp_path):
+    def refuse(*_):
+        raise OSError(errno.EPERM, "refused")
+
+    names = {"affinity_refused", "huge_pages_refused", "cache_folder", "shared_memory", "open_files"}
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(os, "statvfs", lambda _path: os.statvfs_result((4096, 4096, *[1 << 20] * 8, 255)))
+    monkeypatch.setattr(resource, "getrlimit", lambda _which: (20000, 20000))
+    assert not names & set(live_findings())
+    (tmp_path / "numa_lab").write_text("")
+    monkeypatch.setattr(os, "statvfs", lambda _path: os.statvfs_result((4096, 4096, *[16384] * 8, 255)))
+    monkeypatch.setattr(resource, "getrlimit", lambda _which: (256, 20000))
+    monkeypatch.setattr(os, "sched_setaffinity", refuse)
+    monkeypatch.setattr(optional.mmap, "MADV_HUGEPAGE", -1)
+    found = live_findings()
+    assert names <= set(found)
+    assert "numa_lab is no folder" in found["cache_folder"].seen
+    assert "has 64 MiB" in found["shared_memory"].seen
+    assert "--shm-size" in found["shared_memory"].fix
+    assert "256 files" in found["open_files"].seen
+    assert "ulimit -n" in found["open_files"].fix
+    assert "CONFIG_TRANSPARENT_HUGEPAGE" in found["huge_pages_refused"].fix
 
 
 FILTERED = """

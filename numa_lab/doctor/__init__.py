@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from numa_lab import libnuma
-from numa_lab.doctor import given, host, load, process
+from numa_lab.doctor import given, host, load, optional, process
 from numa_lab.doctor.examination import Finding, Machine
 from numa_lab.sysfs import Tree
 from numa_lab.topology import Topology, read_topology
@@ -66,8 +66,9 @@ def examine(
         has_libnuma=has_libnuma,
         refused=_refused_calls() if tree.live and has_libnuma else {},
         load=load.look(tree, found.usable_cpus),
+        lacking=optional.refused_calls() if tree.live else {},
     )
-    checks = (*process.CHECKS, *given.CHECKS, *host.CHECKS)
+    checks = (*process.CHECKS, *optional.CHECKS, *given.CHECKS, *host.CHECKS)
     findings = [finding for check in checks if (finding := check(machine))]
     return sorted(findings, key=lambda finding: _SEVERITIES.index(finding.severity))
 

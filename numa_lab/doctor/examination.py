@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
@@ -45,6 +44,7 @@ class Machine:
     has_libnuma: bool
     refused: Mapping[str, int]  # NUMA calls that the kernel refuses, with the errno
     load: Load
+    lacking: Mapping[str, int] = field(default_factory=dict)  # other calls that it refuses
 
     @property
     def memory_nodes(self) -> list[Node]:
@@ -73,15 +73,7 @@ class Machine:
     @property
     def cpu_quota(self) -> float:
         """How many CPUs' worth of time the control groups grant; infinity where none limits it."""
-        grants = [math.inf]
-        for group in self._groups.folders("cpu"):
-            # Version 2 has both numbers in one file, "max" for no limit; version 1 has two files, -1 for no limit.
-            numbers = self.tree.text(f"{group}/cpu.max").split() or [
-                self.tree.text(f"{group}/cpu.cfs_{name}_us") for name in ("quota", "period")
-            ]
-            if all(number.isdecimal() for number in numbers):
-                grants.append(int(numbers[0]) / int(numbers[1]))
-        return min(grants)
+        return self._groups.cpu_quota()
 
     @cached_property
     def _groups(self) -> ControlGroups:

@@ -6,6 +6,7 @@ import re
 
 from numa_lab.doctor.examination import Check, Finding, Machine
 from numa_lab.identity import is_translated
+from numa_lab.mappings import HUGE_PAGES, huge_page_bytes
 from numa_lab.sysfs import Tree, format_cpulist
 from numa_lab.topology import Node
 
@@ -54,8 +55,8 @@ def _numa_balancing(machine: Machine) -> Finding | None:
 
 
 def _transparent_huge_pages(machine: Machine) -> Finding | None:
-    folder = "sys/kernel/mm/transparent_hugepage"
-    for name in ("hugepages-2048kB/enabled", "enabled"):  # the size's own setting stands above the general one
+    folder, size = HUGE_PAGES, huge_page_bytes(machine.tree)
+    for name in (f"hugepages-{size >> 10}kB/enabled", "enabled"):  # the size's own setting stands above the general one
         chosen = re.search(r"\[(\w+)\]", machine.tree.text(f"{folder}/{name}"))
         if chosen and chosen[1] != "inherit":
             break
@@ -64,7 +65,7 @@ def _transparent_huge_pages(machine: Machine) -> Finding | None:
     return Finding(
         "transparent_huge_pages",
         f"/{folder}/{name} is never",
-        "K and V then lie on 4 KiB pages, and a long cache costs a page walk for each of them at every token.",
+        "K and V then lie on base pages, and a long cache costs a page walk for each of them at every token.",
         f"echo madvise > /{folder}/{name}   # as root; numa_lab asks for huge pages by madvise",
         "warning",
     )
