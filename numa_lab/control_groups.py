@@ -73,7 +73,7 @@ class ControlGroups:
         found = []
         for line in self._tree.text("proc/self/mountinfo").splitlines():
             mount, _, file_system = line.partition(" - ")
-            if file_system.startswith(("cgroup ", "cgroup2 ")):
+            if file_system.startswith(("cgroup ", "cgroup2 ")) and len(mount.split(" ")) > 4:
                 version_1 = file_system.startswith("cgroup ")
                 controllers = frozenset(file_system.split(" ")[-1].split(",") if version_1 else ())
                 root, point = map(_unescaped, mount.split(" ")[3:5])
@@ -83,8 +83,9 @@ class ControlGroups:
     def folders(self, controller: str) -> Iterator[str]:
         """The groups under a controller, the innermost first, then every level above that can be seen."""
         for line in self._tree.text("proc/self/cgroup").splitlines():
-            _, controllers, path = line.split(":", 2)
-            if controllers and controller not in controllers.split(","):
+            _, _, told = line.partition(":")
+            controllers, _, path = told.partition(":")
+            if not path or (controllers and controller not in controllers.split(",")):
                 continue
             mounts = [
                 (root, point)

@@ -111,11 +111,12 @@ def measure(
     """
     timing.require_seconds(seconds)
     largest = max(cell.case.shape.kv_bytes for cell in todo)
-    pools = {}
-    for node in {cell.memory_node for cell in todo}:
+    pools: dict[int, KVPool] = {}
+    nodes = {cell.memory_node for cell in todo}
+    for node in nodes:
         cpus = topology.cpus_for([node])
         with team.pinned_team(cpus):
-            pools[node] = KVPool(pool_bytes(topology, cpus, largest), node)
+            pools[node] = KVPool(pool_bytes(topology, cpus, largest, len(nodes)), node)
     rows: list[dict[str, object]] = []
     total, done, end = BLOCKS * len(todo), 0, time.perf_counter() + seconds
     for block in range(BLOCKS):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 
@@ -91,7 +92,8 @@ class MachineFiles(Tree):
             for option in re.findall(
                 rf"(?<!\S)(?:isolcpus={flags}|nohz_full=)(\d[\d,-]*)(?!\S)", self.text("proc/cmdline")
             ):
-                found.update(parse_cpulist(option))
+                with suppress(InvalidInput):  # what the kernel could not read either
+                    found.update(parse_cpulist(option))
         return tuple(cpu for cpu in self.online if cpu in found)
 
     @cached_property

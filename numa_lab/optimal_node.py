@@ -170,7 +170,7 @@ def _visit(topology: Topology, shape: AttentionShape, seconds: float) -> Visits:
     """Visit every effective node once per block, in random order, and the first of them twice."""
     visits = Visits()
     cpus = {node: topology.cpus_for([node]) for node in topology.effective_nodes}
-    size = max(pool_bytes(topology, of, shape.kv_bytes) for of in cpus.values())
+    size = max(pool_bytes(topology, of, shape.kv_bytes, len(cpus) + 1) for of in cpus.values())  # one node has two
     order = random.Random(time.time_ns())
     pools: dict[str, tuple[int, KVPool]] = {}
     for block in range(BLOCKS):

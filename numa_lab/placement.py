@@ -15,6 +15,7 @@ from numa_lab.attention.shapes import AttentionShape
 from numa_lab.binding import Binding, MemPolicy
 from numa_lab.commands import to_paste
 from numa_lab.errors import InvalidInput, RunDirectoryError
+from numa_lab.limits import Limits
 from numa_lab.measured import PROBES, Groups, Measured, socket_groups
 from numa_lab.ratios import LARGEST_TIE
 from numa_lab.results import load_machine, read_json
@@ -162,6 +163,7 @@ def predict_bindings(
     """
     facts = topology.to_json() if isinstance(topology, Topology) else topology
     measured, socket_of, memory_bytes = usable(facts, measured)
+    limits, limit_bytes = Limits(measured, socket_groups(measured, socket_of)), _limit_bytes(facts)
     found: list[Strategy | None] = []
     for binding, shape in wanted:
         mems = binding.mem_nodes or binding.cpu_nodes
@@ -177,10 +179,10 @@ def predict_bindings(
                 measured,
                 cpus,
                 mems,
-                socket_of=socket_of,
                 memory_bytes=memory_bytes,
-                limit_bytes=_limit_bytes(facts),
+                limit_bytes=limit_bytes,
                 weights=by_weight,
+                limits=limits,
             )
         )
     return found

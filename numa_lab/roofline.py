@@ -121,13 +121,14 @@ def predict_binding(
     memory_bytes: Mapping[int, int] | None = None,
     limit_bytes: float = math.inf,
     weights: Mapping[int, float] | None = None,
+    limits: Limits | None = None,
 ) -> Strategy | None:
     """Predict a binding: the CPUs of some nodes share the work evenly, and pages lie on some memory nodes in turn.
 
-    `weights` say how many pages in turn a node gets, where that is not one. None where a node's CPUs or memory were not
-    measured. Other parameters and errors are those of ``predict``.
+    `weights` say how many pages in turn a node gets, where that is not one, and `limits` those of the machine, for who asks for
+    many bindings. None where a node's CPUs or memory were not measured. Other parameters and errors are those of ``predict``.
     """
-    roofline = _roofline(shape, measured, socket_of, memory_bytes, limit_bytes)
+    roofline = _roofline(shape, measured, socket_of, memory_bytes, limit_bytes, limits)
     if not set(cpu_nodes) <= set(measured.cpu_nodes) or not set(mem_nodes) <= set(measured.mem_nodes):
         return None
     return roofline.spread(tuple(cpu_nodes), {node: weights[node] if weights else 1.0 for node in mem_nodes})
@@ -166,6 +167,7 @@ def _roofline(
     socket_of: Mapping[int, int] | None,
     memory_bytes: Mapping[int, int] | None,
     limit_bytes: float = math.inf,
+    limits: Limits | None = None,
 ) -> _Roofline:
     if shape.phase != "decode":
         raise InvalidInput(
@@ -175,7 +177,8 @@ def _roofline(
         raise InvalidInput(
             f"no bandwidth was measured between nodes that may be used: see the notes of `{to_paste('numa-lab', 'probe')}`"
         )
-    return _Roofline(shape, Limits(measured, socket_groups(measured, socket_of)), memory_bytes or {}, limit_bytes)
+    limits = limits or Limits(measured, socket_groups(measured, socket_of))
+    return _Roofline(shape, limits, memory_bytes or {}, limit_bytes)
 
 
 @dataclass(frozen=True)

@@ -319,6 +319,7 @@ HARMLESS = {
         },
         {},
     ),
+    "time stolen from a machine that has done nothing": ({"proc/stat": "cpu  7 9 157 53181946 11 11 0 115 0\n"}, {}),
     "a machine that idles": (
         {
             "proc/loadavg": "0.31 0.20 0.10 2/98 8396\n",
@@ -547,10 +548,10 @@ def test_load_on_emulated_cpus_is_their_own(healthy, monkeypatch):
 def test_ticks_are_those_of_the_cpus_that_count(tmp_path):
     stat = "cpu  90 0 0 0 0 0 0 9 0 0\ncpu0 10 1 2 100 50 3 4 5 6 7\ncpu1 80 0 0 0 0 0 0 4 0 0\n"
     tree = Tree(plant(tmp_path, {"proc/stat": stat}))
-    assert load._ticks(tree, [0]) == (10 + 1 + 2 + 3 + 4, 5)
-    assert load._ticks(tree, [0, 1]) == (100, 9)
-    assert load._ticks(tree, [8, 9]) == (90, 9), "a container that is shown CPUs of other numbers"
-    assert load._ticks(Tree(tmp_path / "nowhere"), [0]) == (0, 0)
+    assert load._ticks(tree, [0]) == (10 + 1 + 2 + 3 + 4, 5, 150)
+    assert load._ticks(tree, [0, 1]) == (100, 9, 150)
+    assert load._ticks(tree, [8, 9]) == (90, 9, 0), "a container that is shown CPUs of other numbers"
+    assert load._ticks(Tree(tmp_path / "nowhere"), [0]) == (0, 0, 0)
 
 
 def test_every_way_to_fix_it_is_a_line_of_its_own(healthy):

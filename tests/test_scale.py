@@ -9,8 +9,10 @@ import time
 
 import pytest
 
-from numa_lab import notebook, plan, receipt, stats
+from numa_lab import notebook, placement, plan, receipt, stats
+from numa_lab.attention.shapes import preset
 from numa_lab.binding import Binding
+from numa_lab.measured import Measured
 from numa_lab.overview import overview
 from numa_lab.report import figures, verdicts
 from numa_lab.results import load_machine, load_run
@@ -91,8 +93,16 @@ def test_72_nodes_with_4608_cpus_are_read_and_planned(largest, monkeypatch):
     )
     planned = time.process_time() - begin - read
     assert len(made.executions) == 5 * (NODES * NODES + 1)
+    rows = tuple(tuple(9e10 if cpu == mem else 2e10 + cpu for mem in range(NODES)) for cpu in range(NODES))
+    measured = Measured(topology.node_ids, rows, None, None)
+    shape = preset("llama-3-8b")
+    predicted = placement.predict_bindings(
+        [(binding, shape) for binding in chosen for _ in range(9)], topology, measured
+    )
+    assert predicted[0].limit == "memory of node 0, 90.0 GB/s"
     assert read < 4
     assert planned < 15
+    assert time.process_time() - begin - read - planned < 15, "as many predictions as a profile has decode cases"
 
 
 def test_a_run_on_16_nodes_is_judged_and_drawn(synthetic_rows, synthetic_run):

@@ -248,7 +248,7 @@ def test_isolated_cpus_are_left_alone_unless_they_are_all_there_is(machine):
         ("isolcpus=managed_irq,domain,2-3 nohz_full=1", (1, 2, 3)),
         ("isolcpus=managed_irq,2", ()),  # kept free of interrupts alone
         ("nohz_full=all rcu_nocbs=1", ()),
-        ("xisolcpus=1", ()),
+        ("xisolcpus=1 isolcpus=3-1", ()),
     ],
 )
 def test_without_the_list_the_command_line_of_the_kernel_tells_isolated_cpus(machine, cmdline, isolated):

@@ -63,11 +63,11 @@ class Machine:
 
     @property
     def cpuset_cpus(self) -> set[int]:
-        """CPUs of the innermost control group that limits them; all that are online where none is told."""
+        """CPUs of the innermost control group that limits them, with what the kernel grants; all online ones where none is told."""
         for group in self._groups.folders("cpuset"):
             for name in ("cpuset.cpus.effective", "cpuset.effective_cpus"):
                 if listed := self.tree.text(f"{group}/{name}"):
-                    return set(parse_cpulist(listed)) & self.online
+                    return set(parse_cpulist(listed)) & self.online | set(self.topology.allowed_cpus)
         return self.online
 
     @property

@@ -19,9 +19,8 @@ from numa_lab.sysfs import Tree
 
 SAMPLE_SECONDS = 0.4
 LOOKS = 4  # at the run queue, within the sample
-ENOUGH_TICKS = (
-    50  # of CPU time that was wanted within the sample: then it tells what is stolen, else all since boot does
-)
+ENOUGH_TICKS = 50  # that were wanted within the sample: then it tells what is stolen, else all since boot does
+ENOUGH_SHARE = 0.01  # of the time since boot that was wanted: a machine that has done nothing tells nothing
 
 
 @dataclass(frozen=True)
@@ -50,12 +49,12 @@ def look(tree: Tree, cpus: Collection[int]) -> Load:
 
     `cpus` are those that matter to this process.
     """
-    averages = tree.text("proc/loadavg").split()
+    average = re.match(r"[\d.]+", tree.text("proc/loadavg"))
     waited = re.search(r"^some avg10=([\d.]+)", tree.text("proc/pressure/cpu"))
-    kept = Load(average=float(averages[0]) if averages else None, waited=float(waited[1]) / 100 if waited else None)
+    kept = Load(average=float(average[0]) if average else None, waited=float(waited[1]) / 100 if waited else None)
     before = _ticks(tree, cpus)
     if not tree.live:
-        return replace(kept, stolen=_stolen(*before))
+        return replace(kept, stolen=_stolen_since_boot(*before))
     this, began, ran, queued = psutil.Process(), time.monotonic(), _seconds_by_pid(), []
     own = sum(this.cpu_times()[:2])
     for _ in range(LOOKS):
@@ -66,7 +65,7 @@ def look(tree: Tree, cpus: Collection[int]) -> Load:
     own = sum(this.cpu_times()[:2]) - own
     took = {pid: (name, now - ran[pid][1]) for pid, (name, now) in _seconds_by_pid().items() if pid in ran}
     busiest = sorted((Busy(pid, name, used / seconds) for pid, (name, used) in took.items()), key=lambda one: -one.cpus)
-    used, stolen = (now - then for now, then in zip(after, before, strict=True))
+    used, stolen, _ = (now - then for now, then in zip(after, before, strict=True))
     per_tick = os.sysconf("SC_CLK_TCK")
     seen = sum(one.cpus for one in busiest)
     return replace(
@@ -74,12 +73,12 @@ def look(tree: Tree, cpus: Collection[int]) -> Load:
         others=max(seen, (used / per_tick - own) / seconds),
         busiest=tuple(one for one in busiest[:3] if one.cpus > 0),
         queued=sum(queued) / len(queued) if queued else None,
-        stolen=_stolen(used, stolen) if used + stolen >= ENOUGH_TICKS else _stolen(*after),
+        stolen=stolen / (used + stolen) if used + stolen >= ENOUGH_TICKS else _stolen_since_boot(*after),
     )
 
 
-def _ticks(tree: Tree, cpus: Collection[int]) -> tuple[int, int]:
-    """Ticks since boot in which these CPUs worked, and in which they could not since the host ran something else.
+def _ticks(tree: Tree, cpus: Collection[int]) -> tuple[int, int, int]:
+    """Ticks since boot in which these CPUs worked, could not since the host ran something else, and had nothing to do.
 
     Where a container is shown CPUs that are numbered otherwise, all of them count.
     """
@@ -90,12 +89,16 @@ def _ticks(tree: Tree, cpus: Collection[int]) -> tuple[int, int]:
     names = [f"cpu{cpu}" for cpu in cpus]
     chosen = [lines[name] for name in names] if lines.keys() >= set(names) else [lines["cpu"]] if "cpu" in lines else []
     # user, nice, system, idle, iowait, irq, softirq, steal; those after it are part of the first two
-    worked = sum(sum(ticks[:3]) + sum(ticks[5:7]) for ticks in chosen)
-    return worked, sum(sum(ticks[7:8]) for ticks in chosen)
+    worked, stolen, idle = (
+        sum(sum(ticks[first:end]) for ticks in chosen for first, end in spans)
+        for spans in (((0, 3), (5, 7)), ((7, 8),), ((3, 5),))
+    )
+    return worked, stolen, idle
 
 
-def _stolen(worked: int, stolen: int) -> float | None:
-    return stolen / (worked + stolen) if worked + stolen else None
+def _stolen_since_boot(worked: int, stolen: int, idle: int) -> float | None:
+    wanted = worked + stolen
+    return stolen / wanted if wanted > ENOUGH_SHARE * (wanted + idle) else None
 
 
 def _seconds_by_pid() -> dict[int, tuple[str, float]]:

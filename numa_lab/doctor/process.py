@@ -40,7 +40,7 @@ def _numactl(machine: Machine) -> Finding | None:
 
 _LOST = {
     "set_mempolicy": "memory is placed by first touch alone",
-    "get_mempolicy": "the policy in force can't be read back",
+    "get_mempolicy": "the policy in force is read from numa_maps, without its flags",
     "mbind": "a tensor is placed by first touch of threads pinned to its node",
     "move_pages": "pages are counted from numa_maps, which knows whole mappings only",
 }
