@@ -264,7 +264,8 @@ class NUMAOptimizedGQA:
             if away:
                 notes.append(f"{away} of {sum(found.values())} pages of {name} lie on other nodes than {self.node}")
         requested = Binding((self.node,), (self.node,), MemPolicy.PREFERRED)
-        huge = {name: memory.huge_page_share(alive[name]) for name in pages}
+        shares = {name: memory.huge_page_share(alive[name]) for name in pages}
+        huge = {name: share for name, share in shares.items() if not math.isnan(share)}
         team = team_of(self.threads, threads)
         return Receipt(requested, granted, threads, {}, pages, tuple(notes), huge, team=team)
 
