@@ -280,8 +280,11 @@ def migrate(tensor: torch.Tensor, node: int) -> dict[int, int]:
     pages = _pages(tensor)
     if not len(pages):
         return {}
-    elsewhere = sum(count for other, count in locate(tensor).items() if other not in (node, UNTOUCHED))
+    located = locate(tensor)
+    elsewhere = sum(count for other, count in located.items() if other not in (node, UNTOUCHED))
     free_memory.require(elsewhere * PAGE_BYTES, {node: 1})
+    if located and not elsewhere:  # where moving is refused, there is nothing to ask for
+        return located
     if locator() == "numa_maps":
         nbytes = len(pages) * PAGE_BYTES
         libnuma.mbind(int(pages[0]), nbytes, libnuma.MPOL_BIND, [node], move=True)

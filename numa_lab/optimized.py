@@ -10,7 +10,6 @@ must lie on the node come from ``empty``, ``create_tensors`` or ``memory_pool``,
 from __future__ import annotations
 
 import math
-import os
 import threading
 import warnings
 import weakref
@@ -141,7 +140,7 @@ class NUMAOptimizedGQA:
             return self._placement.enter()
         except NodeUnavailable:  # the cpuset was rewritten since
             old = self._placement
-            self._move_to(replacement.anew(old, self.node, os.sched_getaffinity(0)))
+            self._move_to(replacement.anew(old, self.node))
             before = self._placement.enter()
             warnings.warn(
                 f"CPUs {format_cpulist(old.cpus)} of node {self.node} may no longer be used by this process, as where a cpuset is "
@@ -157,7 +156,9 @@ class NUMAOptimizedGQA:
         at = next(at for at in reversed(range(len(stack))) if stack[at][1] is not None)
         before = stack[at][1]
         assert before is not None
-        again, told = replacement.hold(before, self.node)
+        again, told = replacement.hold(
+            before, self.node, count=False
+        )  # how many threads compute inside is the caller's to say
         if again is not before:
             stack[at] = self, again
             self._move_to(again.placement)

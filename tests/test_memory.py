@@ -103,11 +103,13 @@ def test_migrate_asks_again_for_busy_pages_and_leaves_untouched_ones(monkeypatch
     assert asked[1:] == [[busy], [busy]]
 
 
-def test_what_is_there_already_stays_and_a_full_node_is_refused():
+def test_what_is_there_already_stays_and_a_full_node_is_refused(monkeypatch):
     node = read_topology().effective_nodes[0]
     tensor = memory.empty((4 * MIB,), torch.uint8).fill_(1)
     located = memory.locate(tensor)
-    assert memory.migrate(tensor, node) == located
+    with monkeypatch.context() as patch:
+        patch.setattr(libnuma, "move_pages", lambda *_: pytest.fail("there was nothing to move"))
+        assert memory.migrate(tensor, node) == located
     with pytest.raises(NodeUnavailable, match="77"):
         memory.migrate(tensor, 77)
     assert memory.migrate(torch.empty(0), node) == {}
