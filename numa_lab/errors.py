@@ -25,7 +25,7 @@ class MissingDependency(NumaLabError):
 
 
 class LimitReached(NumaLabError):
-    """A limit of this process or container leaves too little: shared memory, or open files."""
+    """A limit of this process or container leaves too little: shared memory, open files, or address space."""
 
 
 class RunDirectoryError(NumaLabError):

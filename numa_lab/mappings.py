@@ -6,6 +6,7 @@ the range that is asked for may be counted too. Source: numa(7) and proc(5).
 
 from __future__ import annotations
 
+import math
 import mmap
 import re
 from collections import Counter
@@ -15,6 +16,7 @@ from pathlib import Path
 from numa_lab.sysfs import Tree, parse_cpulist
 
 PAGE_BYTES = mmap.PAGESIZE
+_PROC = Tree(Path("/proc"))  # some of it is missing without CONFIG_NUMA and CONFIG_PROC_PAGE_MONITOR, and in gVisor
 HUGE_PAGES = "sys/kernel/mm/transparent_hugepage"
 
 
@@ -29,11 +31,11 @@ def huge_page_bytes(tree: Tree | None = None, page_bytes: int = PAGE_BYTES) -> i
 
 
 def pages_per_node(first: int, last: int, numa_maps: str | None = None) -> dict[int, int]:
-    """Base pages on each node, of the mappings that hold bytes from `first` to before `last`."""
-    mappings = list(_numa_maps(Path("/proc/self/numa_maps").read_text() if numa_maps is None else numa_maps))
+    """Base pages on each node, of the mappings that hold bytes from `first` to before `last`; none where the kernel does not tell."""
+    mappings = list(_numa_maps(_PROC.text("self/numa_maps") if numa_maps is None else numa_maps))
     ends = [start for start, _ in mappings[1:]] + [1 << 64]
     found: Counter[int] = Counter()
-    for (start, pages), end in zip(mappings, ends, strict=True):
+    for (start, pages), end in zip(mappings, ends, strict=bool(mappings)):
         if start < last and end > first:
             found += pages
     return dict(sorted(found.items()))
@@ -64,11 +66,15 @@ def thread_policy(numa_maps: str | None = None) -> tuple[str, tuple[int, ...]]:
 def huge_page_share(first: int, last: int, smaps: str | None = None) -> float:
     """Share of the resident bytes that lie on huge pages, 0 to 1, of the mappings from `first` to before `last`.
 
-    smaps counts what is mapped by a single entry; numa_maps names the base page size for transparent huge pages too.
+    NaN where the kernel does not tell. smaps counts what is mapped by a single entry; numa_maps names the base page size for
+    transparent huge pages too.
     """
+    text = _PROC.text("self/smaps") if smaps is None else smaps
+    if not text:
+        return math.nan
     resident = huge = 0
     inside = False
-    for line in (Path("/proc/self/smaps").read_text() if smaps is None else smaps).splitlines():
+    for line in text.splitlines():
         if bounds := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
             inside = int(bounds[1], 16) < last and int(bounds[2], 16) > first
         elif inside and (amount := re.match(r"(Rss|AnonHugePages|(?:Private|Shared)_Hugetlb):\s+(\d+) kB", line)):
@@ -78,6 +84,6 @@ def huge_page_share(first: int, last: int, smaps: str | None = None) -> float:
 
 
 def kernel_moves() -> int:
-    """Pages that the kernel's NUMA balancing has moved on this machine since it was booted; 0 where it never can."""
-    counted = re.search(r"^numa_pages_migrated (\d+)$", Path("/proc/vmstat").read_text(), re.MULTILINE)
+    """Pages that the kernel's NUMA balancing has moved on this machine since it was booted; 0 where it never can, or does not tell."""
+    counted = re.search(r"^numa_pages_migrated (\d+)$", _PROC.text("vmstat"), re.MULTILINE)
     return int(counted[1]) if counted else 0

@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 
 from numa_lab import affinity, free_memory, libnuma, mappings
-from numa_lab.errors import NodeUnavailable, NotPermitted
+from numa_lab.errors import LimitReached, NodeUnavailable, NotPermitted
 from numa_lab.mappings import PAGE_BYTES
 from numa_lab.topology import Topology, read_topology
 
@@ -60,6 +60,8 @@ def empty(
     NodeUnavailable
         The node does not exist, or has too little free memory; without `node`, the nodes to which the calling thread's
         memory is bound have. Who touches more than a bound node holds is killed.
+    LimitReached
+        The kernel refuses so much address space.
     NotPermitted
         ``mbind`` is refused, and so is ``sched_setaffinity``, or the node has no CPUs and ``set_mempolicy`` is refused.
     MissingDependency
@@ -126,7 +128,13 @@ def _allocate(
     unit = page_unit(nbytes, sum(weights.values()) or 1) if huge_pages else PAGE_BYTES
     huge = unit > PAGE_BYTES
     padded = -(-nbytes // unit) * unit + unit if huge else nbytes
-    block = mmap.mmap(-1, padded, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        block = mmap.mmap(-1, padded, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise LimitReached(
+            f"the kernel gives no {padded / 2**20:,.0f} MiB of address space ({os.strerror(error.errno or 0)}): raise the limit "
+            "(`ulimit -v unlimited`), or let more be promised than there is (sysctl vm.overcommit_memory=0)"
+        ) from error
     start = ctypes.addressof(ctypes.c_char.from_buffer(block))
     # Kernels before 6.7 start a mapping at any page, and a huge page only fits on its own boundary.
     offset = -start % unit
@@ -272,8 +280,11 @@ def migrate(tensor: torch.Tensor, node: int) -> dict[int, int]:
     pages = page_addresses(tensor)
     if not len(pages):
         return {}
-    elsewhere = sum(count for other, count in locate(tensor).items() if other not in (node, UNTOUCHED))
+    located = locate(tensor)
+    elsewhere = sum(count for other, count in located.items() if other not in (node, UNTOUCHED))
     free_memory.require(elsewhere * PAGE_BYTES, {node: 1})
+    if located and not elsewhere:  # where moving is refused, there is nothing to ask for
+        return located
     if locator() == "numa_maps":
         nbytes = len(pages) * PAGE_BYTES
         libnuma.mbind(int(pages[0]), nbytes, libnuma.MPOL_BIND, [node], move=True)
@@ -292,7 +303,7 @@ def migrate(tensor: torch.Tensor, node: int) -> dict[int, int]:
 def huge_page_share(tensor: torch.Tensor) -> float:
     """Share of the tensor's resident memory that lies on huge pages, 0 to 1, as ``/proc/self/smaps`` counts it.
 
-    Limits: smaps speaks of whole mappings, so neighbours in the same mapping count too.
+    NaN where there is no such file. Limits: smaps speaks of whole mappings, so neighbours in the same mapping count too.
     """
     return mappings.huge_page_share(*_span(tensor))
 
@@ -319,6 +330,8 @@ def lost() -> tuple[str, ...]:
         notes.append("mbind was refused: tensors were placed by first touch of pinned threads")
     if locator() != "move_pages":
         notes.append("move_pages was refused: pages are those of whole mappings in numa_maps")
+        if not os.access("/proc/self/numa_maps", os.R_OK):
+            notes.append("there is no numa_maps: no pages were looked at")
     return tuple(notes)
 
 

@@ -14,7 +14,6 @@ until ``compute`` is given that, it lies elsewhere. Tensors of ``empty``, ``crea
 from __future__ import annotations
 
 import math
-import os
 import threading
 import warnings
 import weakref
@@ -181,7 +180,7 @@ class NUMAOptimizedGQA:
             return self._placement.enter()
         except NodeUnavailable:  # the cpuset was rewritten since
             old = self._placement
-            self._move_to(replacement.anew(old, self.node, os.sched_getaffinity(0)))
+            self._move_to(replacement.anew(old, self.node))
             before = self._placement.enter()
             warnings.warn(
                 f"CPUs {format_cpulist(old.cpus)} of node {self.node} may no longer be used by this process, as where a cpuset is "
@@ -197,7 +196,9 @@ class NUMAOptimizedGQA:
         at = next(at for at in reversed(range(len(stack))) if stack[at][1] is not None)
         before = stack[at][1]
         assert before is not None
-        again, told = replacement.hold(before, self.node)
+        again, told = replacement.hold(
+            before, self.node, count=False
+        )  # how many threads compute inside is the caller's to say
         if again is not before:
             stack[at] = self, again
             self._move_to(again.placement)
@@ -338,7 +339,8 @@ class NUMAOptimizedGQA:
             if away:
                 notes.append(f"{away} of {sum(found.values())} pages of {name} lie on other nodes than {self.node}")
         requested = Binding((self.node,), (self.node,), MemPolicy.PREFERRED)
-        huge = {name: memory.huge_page_share(alive[name]) for name in pages}
+        shares = {name: memory.huge_page_share(alive[name]) for name in pages}
+        huge = {name: share for name, share in shares.items() if not math.isnan(share)}
         team = team_of(self.threads, threads)
         return Receipt(requested, granted, threads, {}, pages, tuple(notes), huge, promised=(self.node,), team=team)
 

@@ -16,6 +16,7 @@ from numa_lab import memory, openmp, team
 from numa_lab.errors import InvalidInput, NodeUnavailable, NumaLabError
 from numa_lab.measured import Matrix, Measured
 from numa_lab.reading import LINE_WORDS, cycle_through, read_bandwidth, read_latency
+from numa_lab.receipt import team_of
 from numa_lab.simd import LINE_BYTES
 from numa_lab.sysfs import format_cpulist
 from numa_lab.topology import Topology
@@ -107,7 +108,10 @@ def probe_nodes(topology: Topology, *, seconds: float = 10.0, progress: Progress
             share = next_cell(f"c{cpu}m{mem}")
             # Each CPU node chases through lines of its own, which no other has brought into its caches.
             start_line = len(following) // LINE_WORDS * i // len(cpu_nodes)
-            with team.pinned_team(cores[cpu]):
+            with team.pinned_team(cores[cpu]) as pinned:
+                size = team_of(len(cores[cpu]), pinned)
+                told = [f"Node {cpu}: {sentence}" for sentence in (size.contradictions() if size else ())]
+                notes += [note for note in told if note not in notes]
                 bandwidth[cpu, mem] = read_bandwidth(buffer, len(cores[cpu]), seconds=0.8 * share)
                 latency[cpu, mem] = 1e9 * read_latency(following, start_line=start_line)
             done += 1

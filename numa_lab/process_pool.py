@@ -176,6 +176,7 @@ class NUMAProcessPool(Executor):
     def _start(self, node: int) -> ProcessPoolExecutor:
         """Start a process under its binding: what it inherits from the thread that starts it holds from its first instruction."""
         threads = len(self._topology.cpus_for([node]))
+        shared_memory.require(PAGE_BYTES, 0)  # for the locks of its queues
         descriptors.require(FILES, f"a process on node {node}")
         resource_tracker.ensure_running()  # or it would be bound, too
         process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), torch.set_num_threads, (threads,))

@@ -14,11 +14,12 @@ from collections.abc import Collection, Sequence
 from numa_lab import affinity
 from numa_lab.errors import NodeUnavailable
 from numa_lab.sysfs import format_cpulist
-from numa_lab.team import Before, Placement
+from numa_lab.team import Before, Placement, cpus_outside
+from numa_lab.thread_state import ENDED
 from numa_lab.topology import Topology, read_topology
 
 
-def hold(before: Before, node: int) -> tuple[Before, str]:
+def hold(before: Before, node: int, *, count: bool = True) -> tuple[Before, str]:
     """Place the calling thread's team again if it is not where it was placed.
 
     Parameters
@@ -27,6 +28,8 @@ def hold(before: Before, node: int) -> tuple[Before, str]:
         Of the placement that the thread entered last.
     node
         Whose CPUs it shall have.
+    count
+        Whether to replace threads that have ended, as where ``torch.set_num_threads`` made the team smaller meanwhile.
 
     Returns
     -------
@@ -40,24 +43,26 @@ def hold(before: Before, node: int) -> tuple[Before, str]:
     NodeUnavailable
         No CPU of the node may be used any more.
     """
-    if not before.moved():
+    seen = before.look()
+    if not seen or (seen == ENDED and not count):
         return before, ""
     masks = before.where()
     old = before.placement.cpus
-    placement = anew(before.placement, node, before.cpus_outside())
+    placement = anew(before.placement, node)
     again = before.go_on(placement)
     found = {cpu for place, mask in masks.items() if mask != before.given(place) for cpu in mask}
     return again, _sentence(node, old, found, placement.cpus) if found else ""
 
 
-def anew(placement: Placement, node: int, outside: Collection[int]) -> Placement:
-    """A placement like this one, on what the process may use of the node now.
+def anew(placement: Placement, node: int) -> Placement:
+    """A placement like this one, on what the calling thread may use of the node now.
 
     Raises
     ------
     NodeUnavailable
         That is nothing.
     """
+    outside = cpus_outside()
     with affinity.widened() as reachable:
         topology = read_topology()
     cpus = cpus_now(topology, node, placement.cpus, outside)

@@ -135,7 +135,8 @@ class KVPool:
     @cached_property
     def huge_pages(self) -> dict[str, float]:
         """Share of keys and of values on huge pages: looked up once, since the kernel writes out all mappings for it."""
-        return dict.fromkeys(("key", "value"), memory.huge_page_share(self.block))
+        share = memory.huge_page_share(self.block)
+        return {} if math.isnan(share) else dict.fromkeys(("key", "value"), share)
 
     def layers(self, shape: AttentionShape) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """As many K and V of this shape as fit."""

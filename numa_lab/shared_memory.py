@@ -33,7 +33,7 @@ def require(nbytes: int, tensors: int) -> None:
     if nbytes:
         free = _free_bytes()
         if free is None or nbytes > free:
-            there = "does not exist" if free is None else f"has {free / 2**20:,.0f} MiB free"
+            there = "can't be written" if free is None else f"has {free / 2**20:,.0f} MiB free"
             gib = -(-2 * nbytes // 2**30)
             raise LimitReached(
                 f"{nbytes / 2**20:,.0f} MiB of shared memory are needed, and {FOLDER} {there}: start the container with more "
@@ -45,10 +45,12 @@ def require(nbytes: int, tensors: int) -> None:
 
 
 def _free_bytes() -> int | None:
-    """What /dev/shm can still hold; None where there is none."""
+    """What /dev/shm can still hold; None where there is none that can be written."""
     try:
         about = os.statvfs(FOLDER)
     except OSError:
+        return None
+    if not os.access(FOLDER, os.W_OK | os.X_OK):
         return None
     return about.f_bavail * about.f_frsize
 
@@ -103,7 +105,7 @@ def told() -> Iterator[None]:
             raise LimitReached(f"sharing a tensor: {text}. Raise `ulimit -n`") from error
         if "shared memory" in text or "No space left" in text:
             free = _free_bytes()
-            there = "does not exist" if free is None else f"has {free / 2**20:,.0f} MiB free"
+            there = "can't be written" if free is None else f"has {free / 2**20:,.0f} MiB free"
             raise LimitReached(f"{FOLDER} {there} ({text}): docker run --shm-size=... makes it larger") from error
         raise
 

@@ -15,7 +15,7 @@ import os
 import threading
 import warnings
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -41,30 +41,26 @@ class Before:
     refusal: str  # why the memory policy was not set; empty where it was, or where none was asked for
     granted: int  # threads that OpenMP gave, and that were placed
 
-    def moved(self) -> bool:
-        """Whether a thread of the team has another mask now than it was given here, or has ended.
+    def look(self) -> int:
+        """``Exchange.look``: whether threads of the team have other masks now than they were given here, or have ended.
 
-        False while the calling thread is in another placement. It takes some tenths of a microsecond for each thread.
+        0 while the calling thread is in another placement. It takes some tenths of a microsecond for each thread.
         """
-        return self is _of_thread.innermost and self.exchange is not None and bool(self.exchange.look())
+        return self.exchange.look() if self.exchange and self is _of_thread.innermost else 0
 
     def where(self) -> dict[int, frozenset[int]]:
         """The mask that each thread has now, by its place in the team; threads that have ended left out."""
         found = {}
         for place, tid in enumerate(self.exchange.thread_ids() if self.exchange else ()):
-            if os.path.exists(f"/proc/self/task/{tid}"):
-                found[place] = frozenset(os.sched_getaffinity(tid))
+            with suppress(ProcessLookupError):
+                if os.path.exists(f"/proc/self/task/{tid}"):  # the id may be that of another process by now
+                    found[place] = frozenset(os.sched_getaffinity(tid))
         return found
 
     def given(self, place: int) -> frozenset[int]:
         """The mask that a thread was given."""
         assert self.exchange is not None
         return frozenset(thread_state.bits(self.exchange.given[place, : thread_state.CPU_WORDS]))
-
-    def cpus_outside(self) -> frozenset[int]:
-        """What the calling thread could use before."""
-        assert self.exchange is not None
-        return frozenset(thread_state.bits(self.exchange.old[0, : thread_state.CPU_WORDS]))
 
     def go_on(self, placement: Placement) -> Before:
         """Move the team to another placement, by which it then leaves to where it was before this one."""
@@ -86,6 +82,15 @@ class _OfThread(threading.local):
 
 
 _of_thread = _OfThread()
+
+
+def cpus_outside() -> frozenset[int]:
+    """What the calling thread may use outside of all placements."""
+    before = _of_thread.innermost
+    while before and before.outer:
+        before = before.outer
+    rows = None if before is None else before.alone if before.exchange is None else before.exchange.old
+    return frozenset(os.sched_getaffinity(0) if rows is None else thread_state.bits(rows[0, : thread_state.CPU_WORDS]))
 
 
 class Placement:

@@ -1,6 +1,8 @@
 import errno
+import math
 import mmap
 import os
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +10,9 @@ import psutil
 import pytest
 import torch
 
-from numa_lab import libnuma, memory
-from numa_lab.errors import MissingDependency, NodeUnavailable, NotPermitted
+from numa_lab import libnuma, mappings, memory
+from numa_lab.errors import LimitReached, MissingDependency, NodeUnavailable, NotPermitted
+from numa_lab.sysfs import Tree
 from numa_lab.topology import read_topology
 
 MIB = 1 << 20
@@ -100,11 +103,13 @@ def test_migrate_asks_again_for_busy_pages_and_leaves_untouched_ones(monkeypatch
     assert asked[1:] == [[busy], [busy]]
 
 
-def test_what_is_there_already_stays_and_a_full_node_is_refused():
+def test_what_is_there_already_stays_and_a_full_node_is_refused(monkeypatch):
     node = read_topology().effective_nodes[0]
     tensor = memory.empty((4 * MIB,), torch.uint8).fill_(1)
     located = memory.locate(tensor)
-    assert memory.migrate(tensor, node) == located
+    with monkeypatch.context() as patch:
+        patch.setattr(libnuma, "move_pages", lambda *_: pytest.fail("there was nothing to move"))
+        assert memory.migrate(tensor, node) == located
     with pytest.raises(NodeUnavailable, match="77"):
         memory.migrate(tensor, 77)
     assert memory.migrate(torch.empty(0), node) == {}
@@ -229,6 +234,29 @@ def test_where_move_pages_is_refused_numa_maps_tells(monkeypatch):
     located = memory.locate(tensor)
     assert set(located) == {node}
     assert located[node] >= 64 * MIB // memory.PAGE_BYTES
+
+
+def test_where_the_kernel_tells_nothing_of_pages_no_pages_are_claimed(monkeypatch, tmp_path):
+    tensor = torch.zeros(9)
+    monkeypatch.setattr(mappings, "_PROC", Tree(tmp_path))  # a kernel without CONFIG_NUMA, or gVisor
+    monkeypatch.setattr(memory, "locator", lambda: "numa_maps")
+    assert memory.locate(tensor) == {}
+    assert memory.home(tensor) is None
+    assert math.isnan(memory.huge_page_share(tensor))
+    assert mappings.kernel_moves() == 0
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert memory.lost()[-1] == "there is no numa_maps: no pages were looked at"
+
+
+def test_a_limit_of_address_space_is_told():
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    used = psutil.Process().memory_info().vms
+    resource.setrlimit(resource.RLIMIT_AS, (used + 64 * MIB, before[1]))
+    try:
+        with pytest.raises(LimitReached, match=r"gives no 258 MiB of address space .*ulimit -v"):
+            memory.empty((256 * MIB,), torch.uint8)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 def test_a_strided_view_counts_the_pages_that_it_spans():

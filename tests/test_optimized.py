@@ -8,7 +8,7 @@ import torch
 
 from numa_lab import libnuma, memory, openmp, optimized
 from numa_lab.attention.reference import attention as reference
-from numa_lab.errors import InvalidInput, NodeUnavailable
+from numa_lab.errors import InvalidInput, MissingDependency, NodeUnavailable
 from numa_lab.hardware import Gpu
 from numa_lab.optimized import NUMAOptimizedGQA, scaled_dot_product_attention_gqa
 from numa_lab.topology import read_topology
@@ -24,6 +24,10 @@ def state():
 
     threads = torch.get_num_threads()
     return threads, openmp.run_on_each(look, threads)
+
+
+def masks():
+    return openmp.run_on_each(lambda _number: os.sched_getaffinity(0), torch.get_num_threads())
 
 
 def inputs(dtype=torch.float32, q_len=1, kv_len=40):
@@ -141,6 +145,25 @@ def test_tensors_lie_on_the_node_and_the_receipt_says_so():
     assert [
         note for note in receipt.notes if not note.endswith(f"pages of output lie on other nodes than {NODE}")
     ] == []
+
+
+def test_without_libnuma_threads_are_pinned_and_the_receipt_says_what_is_lost(monkeypatch):
+    def absent():
+        raise MissingDependency("libnuma.so.1 is not installed")
+
+    monkeypatch.setattr(libnuma, "library", absent)
+    outside, helper = masks(), NUMAOptimizedGQA(NODE)
+    with helper:
+        output = helper.compute(*inputs())
+        assert masks()[1:] == [{cpu} for cpu in helper.cpus[1:]]
+    assert masks() == outside
+    assert output.shape == (2, 8, 1, 64)
+    receipt = helper.receipt()
+    assert receipt.pages_after == {}
+    assert any("libnuma is not installed" in note for note in receipt.notes)
+    assert "Memory policy" in " ".join(receipt.contradictions(helper.cpus, [NODE]))
+    with pytest.raises(MissingDependency):
+        helper.empty((9,))
 
 
 def test_the_memory_pool_hands_the_same_touched_memory_out_again():

@@ -87,6 +87,17 @@ def test_a_team_whose_threads_a_task_has_replaced_is_placed_again_without_a_word
         assert [thread.cpus for thread in pool.execute_on_numa(openmp.team, numa_node=NODE)] == placed
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+def test_how_many_threads_compute_inside_the_helper_is_the_callers_to_say(threads):
+    helper, outside = NUMAOptimizedGQA(NODE), masks()
+    with helper:
+        for count in (5, threads):  # the second ends threads of the first
+            torch.set_num_threads(count)
+            helper.compute(*inputs())
+            assert len(openmp.team()) == count
+    assert masks() == outside
+
+
 def test_a_placement_inside_is_no_move():
     helper = NUMAOptimizedGQA(NODE)
     with helper, team.pinned_team([CPUS[-1]]):

@@ -43,8 +43,10 @@ def test_what_finds_no_room_is_refused_with_the_numbers_and_the_fix():
 
 def test_without_any_shared_memory_it_is_refused_too(monkeypatch, tmp_path):
     monkeypatch.setattr(shared_memory, "FOLDER", tmp_path / "none")
-    with pytest.raises(LimitReached, match="does not exist: start the container"):
+    with pytest.raises(LimitReached, match="can't be written: start the container"):
         shared_memory.require(1, 1)
+    with pytest.raises(LimitReached, match="can't be written"):
+        NUMAProcessPool()
 
 
 @pytest.mark.usefixtures("few_files")
