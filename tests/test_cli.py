@@ -8,7 +8,9 @@ import pytest
 from click.testing import CliRunner
 
 from numa_lab import mlc
+from numa_lab.binding import Binding
 from numa_lab.cli import main
+from numa_lab.topology import read_topology
 
 
 def call(*words):
@@ -78,7 +80,8 @@ def test_looking_and_planning_never_load_torch_or_numba():
 def test_dry_run_prints_commands_that_can_be_typed():
     lines = call("sweep", "--profile", "smoke", "--bindings", "c0m0", "--dry-run").stdout.splitlines()
     assert len(lines) == 2
-    assert all(line.startswith("numactl --cpunodebind=0 --membind=0 python -m papermill") for line in lines)
+    bound = " ".join(Binding.parse("c0m0").numactl(read_topology()))
+    assert all(line.startswith(f"{bound} python -m papermill") for line in lines)
 
 
 def test_predict_says_how_fast_each_placement_may_be():
