@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -11,6 +12,8 @@ from typing import Any
 
 import click
 
+from numa_lab import __version__
+from numa_lab.commands import to_paste
 from numa_lab.errors import InvalidInput, NumaLabError, UntrustedResult
 
 
@@ -29,7 +32,7 @@ class _Group(click.Group):
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="numa_lab")
+@click.version_option(__version__)
 def main() -> None:
     """Measure what NUMA placement does to attention on this machine, prove it, and say what to do."""
 
@@ -41,9 +44,14 @@ def _print_json(value: object) -> None:
     click.echo(json.dumps(value, indent=1, allow_nan=False))
 
 
+_root = click.option(
+    "--root", default="/", show_default=True, metavar="DIR", help="Read sysfs and procfs below this folder."
+)
+
+
 @main.command()
 @_as_json
-@click.option("--root", default="/", show_default=True, metavar="DIR", help="Read sysfs and procfs below this folder.")
+@_root
 def topology(as_json: bool, root: str) -> None:
     """Nodes, CPUs, memory, distances, caches and GPUs, and what this process may use."""
     from numa_lab.overview import overview
@@ -58,11 +66,12 @@ def topology(as_json: bool, root: str) -> None:
 
 @main.command()
 @_as_json
-def doctor(as_json: bool) -> None:
-    """What on this machine spoils NUMA performance, and the exact fix."""
+@_root
+def doctor(as_json: bool, root: str) -> None:
+    """What on this machine spoils NUMA performance, and the exact fix; by --root on a captured one."""
     from numa_lab import doctor as checks
 
-    findings = checks.examine()
+    findings = checks.examine(root)
     if as_json:
         _print_json(checks.to_json(findings))
     else:
@@ -113,7 +122,7 @@ def detect(as_json: bool, shape: str | None, refresh: bool) -> None:
 
 @main.command()
 @_as_json
-@click.option("--mlc", metavar="FILE", help="Output of Intel Memory Latency Checker, versions 3.1 to 3.11.")
+@click.option("--mlc", metavar="FILE", help="Output of Intel Memory Latency Checker (x86 only), versions 3.1 to 3.11.")
 @click.option(
     "--run", "run_dir", type=click.Path(path_type=Path), metavar="DIR", help="Run directory; its probes are taken."
 )
@@ -222,8 +231,9 @@ def sweep(
             executions=executions or 0,
         )
     if dry_run:
+        places = {"notebooks": measured.parent, f"notebooks/{measured.name}": measured}
         for planned in plans.missing(plan, run_dir):
-            click.echo(planned.command)
+            click.echo(to_paste(*(places.get(word, word) for word in shlex.split(planned.command))))
         click.echo(
             f"{len(plan.executions)} executions, about {plan.estimated_seconds:.0f} s; nothing was started", err=True
         )
@@ -261,11 +271,12 @@ def _run(plan: Any, run_dir: Path, machine: Any, measured: Path, *, probes: bool
     from numa_lab import plan as plans
     from numa_lab import sweep as sweeps
     from numa_lab.measured import PROBES
+    from numa_lab.progress import ticking
 
     todo = plans.missing(plan, run_dir)
     failed = 0
     probes = probes and not (run_dir / PROBES).exists()
-    with tqdm(total=len(todo) + probes, unit="execution", desc="measuring") as bar:
+    with tqdm(total=len(todo) + probes, unit="execution", desc="measuring") as bar, ticking(bar):
         try:
             if probes:
                 for reason in sweeps.measure_machine(run_dir):

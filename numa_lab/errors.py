@@ -24,6 +24,10 @@ class MissingDependency(NumaLabError):
     """A system tool or library is not installed; the message holds the line to type."""
 
 
+class LimitReached(NumaLabError):
+    """A limit of this process or container leaves too little: shared memory, or open files."""
+
+
 class RunDirectoryError(NumaLabError):
     """A run directory is empty, half written, of another schema version, or can't be written."""
 

@@ -64,7 +64,8 @@ def guide_shape(topology: Topology, *, full: bool = False) -> tuple[AttentionSha
     A batch of 512 where `full` is asked for, else of 8.
     """
     shape = preset("guide") if full else preset("guide", batch=SMALL_BATCH)
-    room = min((topology.node(node).available_bytes for node in topology.effective_nodes), default=0)
+    nodes = topology.effective_nodes
+    room = min((topology.available_bytes([node], len(nodes)) for node in nodes), default=0)
     # Standard attention has as many KV heads as query heads, and every node's memory is in use at once.
     return fit(shape, int(MEMORY_SHARE * room / shape.group))
 

@@ -24,7 +24,7 @@ from numa_lab.binding import Binding, MemPolicy
 from numa_lab.errors import InvalidInput
 from numa_lab.kv_layout import Layout, Segment
 from numa_lab.node_team import NodeTeam
-from numa_lab.receipt import Receipt
+from numa_lab.receipt import Receipt, team_of
 from numa_lab.sharded import Piece, attend
 from numa_lab.topology import read_topology
 
@@ -237,7 +237,9 @@ class NodeShardedKVCache:
             by = self._teams[node].node  # another one where the node has memory alone
             requested = Binding((by,), (by,), MemPolicy.PREFERRED)
             refusal = self._teams[node].refusal
-            found[node] = Receipt(requested, granted, threads, {}, pages, (*notes, refusal) if refusal else notes)
+            notes = (*notes, refusal) if refusal else notes
+            team = team_of(len(self._teams[node].cpus), threads)
+            found[node] = Receipt(requested, granted, threads, {}, pages, notes, promised=(node,), team=team)
         return found
 
     def _per_sequence(

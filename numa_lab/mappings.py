@@ -12,7 +12,20 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+from numa_lab.sysfs import Tree, parse_cpulist
+
 PAGE_BYTES = mmap.PAGESIZE
+HUGE_PAGES = "sys/kernel/mm/transparent_hugepage"
+
+
+def huge_page_bytes(tree: Tree | None = None, page_bytes: int = PAGE_BYTES) -> int:
+    """Bytes of a transparent huge page: 2 MiB with base pages of 4 KiB, 512 MiB with those of 64 KiB; 0 where the kernel has none."""
+    tree = tree or Tree(Path("/"))
+    if told := tree.text(f"{HUGE_PAGES}/hpage_pmd_size"):
+        return int(told)
+    if (tree.root / "sys/kernel/mm").is_dir() and not (tree.root / HUGE_PAGES).is_dir():
+        return 0
+    return page_bytes * page_bytes // 8  # before Linux 4.11, and without sysfs: what a page full of 8-byte entries maps
 
 
 def pages_per_node(first: int, last: int, numa_maps: str | None = None) -> dict[int, int]:
@@ -35,6 +48,17 @@ def _numa_maps(text: str) -> Iterator[tuple[int, Counter[int]]]:
             int(line.split(maxsplit=1)[0], 16),
             Counter({int(node): int(pages) * scale for node, pages in re.findall(r"\bN(\d+)=(\d+)", line)}),
         )
+
+
+def thread_policy(numa_maps: str | None = None) -> tuple[str, tuple[int, ...]]:
+    """The calling thread's memory policy in the kernel's words, and its nodes, by its stack, which has no policy of its own.
+
+    What the kernel lets a process look at where it refuses ``get_mempolicy``. "default" where it has no NUMA.
+    """
+    path = Path("/proc/thread-self/numa_maps")
+    text = numa_maps if numa_maps is not None else path.read_text() if path.exists() else ""
+    told = re.search(r"^[0-9a-f]+ ([^=:\n]+?)(?:=[^:\s]*)?(?::([\d,-]+))? stack\b", text, re.MULTILINE)
+    return (told[1], parse_cpulist(told[2] or "")) if told else ("default", ())
 
 
 def huge_page_share(first: int, last: int, smaps: str | None = None) -> float:

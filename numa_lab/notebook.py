@@ -26,6 +26,7 @@ import nbformat
 import yaml
 
 from numa_lab.binding import Binding, MemPolicy
+from numa_lab.commands import to_install
 from numa_lab.errors import InvalidInput, MissingDependency
 from numa_lab.parameters import wrong_type
 from numa_lab.topology import Topology, read_topology
@@ -208,19 +209,22 @@ def require_tools(binding: Binding | None = None) -> None:
         numactl is not installed, or too old for the binding.
     """
     if binding and binding.numactl() and not shutil.which("numactl"):
-        raise MissingDependency(
-            "numactl is not installed: apt-get install numactl | dnf install numactl | conda install -c conda-forge numactl"
-        )
-    if binding and binding.policy is MemPolicy.WEIGHTED_INTERLEAVE and not _numactl_knows_weights():
+        raise MissingDependency(f"numactl is not installed; type the line for this system:\n{to_install('numactl')}")
+    if binding and binding.policy is MemPolicy.WEIGHTED_INTERLEAVE and not _numactl_knows(binding.policy):
         raise MissingDependency(
             f"binding {binding}: numactl 2.0.19 or later is needed for --weighted-interleave, and this one does not know it: "
             "conda install -c conda-forge 'numactl>=2.0.19', or interleave without weights (i instead of w)"
         )
+    if binding and binding.policy is MemPolicy.PREFERRED_MANY and not _numactl_knows(binding.policy):
+        raise MissingDependency(
+            f"binding {binding}: numactl 2.0.15 or later is needed for --preferred-many, and this one does not know it: "
+            "conda install -c conda-forge 'numactl>=2.0.15', or prefer a single node (p instead of P)"
+        )
 
 
-def _numactl_knows_weights() -> bool:
+def _numactl_knows(policy: MemPolicy) -> bool:
     usage = subprocess.run(["numactl", "--help"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout
-    return "weighted-interleave" in usage
+    return policy.value in usage
 
 
 def failure(outcome: Outcome, log: Path) -> str:

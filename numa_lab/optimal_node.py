@@ -16,6 +16,7 @@ import math
 import random
 import threading
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,13 +25,12 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import platformdirs
 import torch
 
-from numa_lab import libnuma, openmp, rankings, stats, team
+from numa_lab import cache_folder, libnuma, openmp, rankings, stats, team
 from numa_lab.attention.shapes import AttentionShape, preset
 from numa_lab.binding import Binding, MemPolicy, effective
-from numa_lab.errors import InvalidInput, NodeUnavailable
+from numa_lab.errors import InvalidInput, NodeUnavailable, NotPermitted
 from numa_lab.rankings import COLUMNS
 from numa_lab.receipt import contradictions, last_cpu, schedstat
 from numa_lab.sampling import KVPool, pool_bytes, sample_case
@@ -63,7 +63,7 @@ def rank_nodes(
 
     The ranking is kept in the user's cache folder for this machine and this set of allowed CPUs and nodes, unless other
     load, nearly full memory or a receipt that contradicts was seen: those are of the moment. One node: nothing is
-    measured.
+    measured. Where a sandbox lets no thread be pinned nothing is measured either, and a warning says so.
 
     Parameters
     ----------
@@ -108,12 +108,16 @@ def rank_nodes(
     if len(nodes) == 1:
         return _rank(Visits(), topology)
     path = _cache_path(topology, chosen)
-    if not refresh and (kept := rankings.read(path, nodes)) is not None:
+    if path and not refresh and (kept := rankings.read(path, nodes)) is not None:
         return kept
     visit_seconds = VISIT_SECONDS if seconds is None else seconds / (BLOCKS * (len(nodes) + 1))
-    visits = _visit(topology, chosen, visit_seconds)
+    try:
+        visits = _visit(topology, chosen, visit_seconds)
+    except NotPermitted as error:  # a sandbox that lets no thread be placed: no node is shown to be worse
+        warnings.warn(f"nodes were not compared: {error}", RuntimeWarning, stacklevel=2)
+        return _rank(Visits(), topology).assign(tie_group=1)
     ranking = _rank(visits, topology)
-    if not (ranking["cause"].str.contains("other load|memory").any() or ranking["receipt"].any()):
+    if path and not (ranking["cause"].str.contains("other load|memory").any() or ranking["receipt"].any()):
         rankings.keep(path, ranking)
     return ranking
 
@@ -283,10 +287,11 @@ def _unmeasured(node: int, visits: Visits, topology: Topology) -> dict[str, Any]
     return {**nothing, "tie_group": 2, "cause": "; ".join(causes), "visits": 0, "receipt": ""}
 
 
-def _cache_path(topology: Topology, shape: AttentionShape) -> Path:
+def _cache_path(topology: Topology, shape: AttentionShape) -> Path | None:
+    folder = cache_folder.path()
     seen = [
         CACHE_VERSION, topology.fingerprint(), topology.allowed_cpus, topology.allowed_nodes, torch.__version__,
         repr(shape),
     ]  # fmt: skip
     key = hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:16]
-    return platformdirs.user_cache_path("numa_lab") / f"ranking-{key}.json"
+    return folder / f"ranking-{key}.json" if folder else None

@@ -20,6 +20,7 @@ from typing import Any
 from numa_lab import doctor, notebook
 from numa_lab.attention.names import require_backend
 from numa_lab.binding import Binding, MemPolicy, mask_words
+from numa_lab.commands import to_paste
 from numa_lab.errors import InvalidInput, MachineMismatch, MissingDependency, NodeUnavailable, RunDirectoryError
 from numa_lab.results import (
     EXECUTIONS,
@@ -242,7 +243,7 @@ def prepare(plan: Plan, run_dir: Path, topology: Topology) -> None:
         raise RunDirectoryError(
             f"{run_dir} holds a run already: finish it with --resume {run_dir}, or name another --out"
         )
-    findings = [asdict(finding) for finding in doctor.examine(topology=topology)]
+    findings = doctor.to_json(doctor.examine(topology=topology))
     write_json(run_dir / MACHINE, machine_facts(topology) | {"findings": findings})
     write_json(run_dir / PLAN, asdict(plan))
 
@@ -273,9 +274,7 @@ def _other_share(begun: Mapping[str, Any], topology: Topology, run_dir: Path) ->
     """What this process may use otherwise than the one that began, and how to go on; empty where it is the same."""
     cpus, now = set(begun["allowed_cpus"]), set(topology.allowed_cpus)
     if cpus != now:
-        again = (
-            f"type `taskset -c {format_cpulist(cpus)} {shlex.join(['numa-lab', 'sweep', '--resume', str(run_dir)])}`"
-        )
+        again = f"type `{to_paste('taskset', '-c', format_cpulist(cpus), 'numa-lab', 'sweep', '--resume', run_dir)}`"
         return (
             f"on CPUs {format_cpulist(cpus)}, and this process may use {format_cpulist(now)}: that would be another "
             f"measurement. To go on {again if cpus < now else 'let it use the same (taskset, cpuset)'}"
@@ -296,7 +295,7 @@ def typed(words: Sequence[object], topology: Topology) -> str:
 
 def resume_command(run_dir: Path, topology: Topology) -> str:
     """What to type to run what is missing in a run directory."""
-    return typed(["numa-lab", "sweep", "--resume", run_dir], topology)
+    return to_paste(*mask_words(topology), "numa-lab", "sweep", "--resume", run_dir)
 
 
 def missing(plan: Plan, run_dir: Path) -> list[Planned]:

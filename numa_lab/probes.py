@@ -115,7 +115,7 @@ def probe_nodes(topology: Topology, *, seconds: float = 10.0, progress: Progress
     local = [node for node in cpu_nodes if (node, node) in bandwidth]
     share, together = next_cell("all nodes at once"), None
     try:
-        together = _all_at_once(topology, local, cores, share) if local else None
+        together = _all_at_once(topology, local, cores, share, notes) if local else None
     except NodeUnavailable as error:
         notes.append(f"All nodes at once were not measured: {error}.")
     if progress:
@@ -138,13 +138,22 @@ def _beyond_caches(topology: Topology, least: int, multiple: int) -> int:
 
 
 def _buffer(
-    topology: Topology, node: int, cpus: Sequence[int], pages: dict[int, dict[int, int]], notes: list[str]
+    topology: Topology,
+    node: int,
+    cpus: Sequence[int],
+    pages: dict[int, dict[int, int]],
+    notes: list[str],
+    sharers: int = 1,
 ) -> torch.Tensor:
-    """A buffer on the node, filled by a team on `cpus`; says where its pages lie, and where it is smaller than wanted."""
-    page = memory.HUGE_PAGE_BYTES
-    available = topology.node(node).available_bytes
-    wanted = -(-_beyond_caches(topology, BUFFER_BYTES, CACHE_MULTIPLE) // page) * page
-    size = min(wanted, int(MEMORY_SHARE * available) // page * page)
+    """A buffer on the node, filled by a team on `cpus`; says where its pages lie, and where it is smaller than wanted.
+
+    `sharers` is how many such buffers there are at once.
+    """
+    available = topology.available_bytes([node], sharers)
+    wanted, most = _beyond_caches(topology, BUFFER_BYTES, CACHE_MULTIPLE), int(MEMORY_SHARE * available)
+    page = memory.page_unit(min(wanted, most))
+    wanted = -(-wanted // page) * page
+    size = min(wanted, most // page * page)
     if not size:
         raise NodeUnavailable(f"{available} bytes of it are available, too few to probe: free memory on it")
     with team.pinned_team(cpus):
@@ -161,15 +170,22 @@ def _buffer(
     return buffer
 
 
-def _all_at_once(topology: Topology, nodes: Sequence[int], cores: Mapping[int, Sequence[int]], seconds: float) -> float:
+def _all_at_once(
+    topology: Topology,
+    nodes: Sequence[int],
+    cores: Mapping[int, Sequence[int]],
+    seconds: float,
+    notes: list[str] | None = None,
+) -> float:
     """Sum of the rates of all nodes that read their own memory at the same time, a leader thread and a team for each."""
     rates: dict[int, float] = {}
+    said: list[str] = []
     errors: list[Exception] = []
     start = threading.Barrier(len(nodes))
 
     def lead(node: int) -> None:
         try:
-            buffer = _buffer(topology, node, cores[node], {}, [])  # what it has to say was said when it read alone
+            buffer = _buffer(topology, node, cores[node], {}, said, len(nodes))
             with team.pinned_team(cores[node]):
                 start.wait()
                 rates[node] = read_bandwidth(buffer, len(cores[node]), seconds=seconds)
@@ -184,6 +200,8 @@ def _all_at_once(topology: Topology, nodes: Sequence[int], cores: Mapping[int, S
         leader.join()
     if errors:
         raise errors[0]
+    if notes is not None:
+        notes += [note for note in sorted(said) if note not in notes]  # most was said when each read alone
     return sum(rates.values())
 
 

@@ -22,6 +22,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from numa_lab import __version__
+from numa_lab.commands import to_paste
 from numa_lab.errors import MachineMismatch, RunDirectoryError
 from numa_lab.stats import CASE
 from numa_lab.topology import Topology, format_cpulist
@@ -57,7 +59,7 @@ COLUMNS = (
     Column(
         "policy",
         pa.string(),
-        "requested memory policy: default, bind, preferred, interleave, weighted-interleave or first-touch (by one thread)",
+        "requested memory policy, as numa_lab.binding.MemPolicy has it: default, bind, interleave, first-touch (by one thread), ...",
     ),
     Column("observed_cpus", pa.string(), "CPUs on which computing threads were seen"),
     Column("local_page_share", pa.float64(), "share of the pages of query, key, value and output on the CPUs' nodes"),
@@ -110,7 +112,7 @@ def machine_facts(topology: Topology) -> dict[str, Any]:
         "fingerprint": digest[:16],
         "identity": identity,
         "python": platform.python_version(),
-        "numa_lab": _version("numa_lab"),
+        "numa_lab": __version__,
         "topology": facts,
     }
 
@@ -274,7 +276,7 @@ def load_run(run_dir: str | os.PathLike[str]) -> pd.DataFrame:
         failed = [told for path in sorted((folder / EXECUTIONS).glob("*.json")) if (told := read_json(path)["reasons"])]
         why = f"{len(failed)} failed, one because: {' '.join(failed[0])} When that is mended, " if failed else ""
         raise RunDirectoryError(
-            f"{folder} holds no finished execution: {why}finish it with `numa-lab sweep --resume {folder}`"
+            f"{folder} holds no finished execution: {why}finish it with `{to_paste('numa-lab', 'sweep', '--resume', folder)}`"
         )
     frames = []
     for file in files:

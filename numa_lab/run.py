@@ -20,6 +20,7 @@ from numa_lab.attention import decode, gqa
 from numa_lab.attention.names import require_backend
 from numa_lab.attention.reference import attention as reference
 from numa_lab.binding import Binding, MemPolicy, effective
+from numa_lab.control_groups import tightest
 from numa_lab.errors import InvalidInput, NodeUnavailable, UntrustedResult
 from numa_lab.reading import read_bandwidth
 from numa_lab.receipt import contradictions
@@ -195,12 +196,18 @@ class Execution:
         wanted = pool_bytes(self.topology, self.cores, largest)
         if self.requested.policy is MemPolicy.FIRST_TOUCH:
             nodes = self.requested.mem_nodes
-            free, what = sum(self.topology.node(node).free_bytes for node in nodes), "free"
+            free, what = self.topology.free_bytes(nodes), "free"
             why = "without a policy the kernel takes that of other nodes before it drops file cache"
         else:
             nodes = self.effective.mem_nodes or self.topology.allowed_nodes
-            free, what = sum(self.topology.node(node).available_bytes for node in nodes), "available"
+            free, what = self.topology.available_bytes(nodes), "available"
             why = "a bound process that runs out of it is killed"
+        limit = tightest(self.topology.memory_limits)
+        if limit and largest > limit.available_bytes:
+            raise NodeUnavailable(
+                f"{limit.sentence()}, and K and V need {largest / 2**20:,.0f} MiB: take a smaller kv_len or batch, or raise the "
+                "limit as `numa-lab doctor` says"
+            )
         if largest > free:
             raise NodeUnavailable(
                 f"nodes {format_cpulist(nodes)} have {free / 2**20:,.0f} MiB {what} and K and V need "

@@ -14,7 +14,7 @@ from numa_lab.attention import gqa
 from numa_lab.attention.shapes import AttentionShape
 from numa_lab.binding import Binding
 from numa_lab.mappings import kernel_moves
-from numa_lab.receipt import Receipt, ThreadWatch
+from numa_lab.receipt import Receipt, ThreadWatch, team_of
 from numa_lab.sysfs import format_cpulist
 from numa_lab.topology import Topology
 from numa_lab.workloads import Case
@@ -85,8 +85,9 @@ def sample_case(
     threads, after = watch.threads(), pages() | ({"output": memory.locate(output)} if own_process else {})
     moved = kernel_moves() - moves
     receipt = Receipt(
-        requested, granted, threads, before, after, _notes(taken, moved), pool.huge_pages if own_process else {}
-    )
+        requested, granted, threads, before, after, _notes(taken, moved), pool.huge_pages if own_process else {},
+        team=team_of(case.threads, openmp.team(case.threads) if openmp.runtime() else ()),
+    )  # fmt: skip
     local = {topology.node_of_cpu(cpu) for cpu in receipt.observed_cpus}
     shared: dict[str, object] = {
         **{name: identity.get(name, default) for name, default in BY_HAND.items()},
@@ -119,7 +120,8 @@ class KVPool:
     """
 
     def __init__(self, nbytes: int, node: int | None = None) -> None:
-        half = -(-nbytes // 2 // memory.HUGE_PAGE_BYTES) * memory.HUGE_PAGE_BYTES
+        page = memory.page_unit(nbytes // 2)
+        half = -(-nbytes // 2 // page) * page
         self.block = memory.empty((2 * half,), torch.uint8, node)
         self.keys, self.values = self.block[:half], self.block[half:]
         numbers = noise(torch.bfloat16)

@@ -104,9 +104,8 @@ class Workload:
 
 
 def usable_bytes(topology: Topology, binding: Binding) -> int:
-    """What K and V may take under a binding."""
-    nodes = binding.mem_nodes or topology.allowed_nodes
-    return int(MEMORY_SHARE * sum(topology.node(node).memory_bytes for node in nodes))
+    """What K and V may take under a binding, by its nodes and by the limits of control groups."""
+    return int(MEMORY_SHARE * topology.capacity_bytes(binding.mem_nodes or topology.allowed_nodes))
 
 
 def workload(profile: str, model: str, kv_len: int = 0, batch: int = 0, *, memory_bytes: int) -> Workload:

@@ -17,16 +17,19 @@ from numa_lab.attention.shapes import preset
 from numa_lab.binding import Binding, MemPolicy
 from numa_lab.sysfs import format_cpulist
 from numa_lab.topology import Cpu, Node, Topology
+from still_running import StillRunning
 
 GIB = 1 << 30
 CAPTURED = Path(__file__).parent / "topologies"
 
 # Of the 70,000 files and links in the archives, those of the kinds that a reader of topologies may look at.
 LOOKED_AT = re.compile(
-    r"/(cpu/online|cpu\d+/(online|cpu_capacity|cpufreq|acpi_cppc/highest_perf)|cpufreq/(policy\d+/)?cpuinfo_max_freq"
+    r"/(cpu/(online|offline|isolated|nohz_full)|cpu\d+/(online|cpu_capacity|cpufreq|acpi_cppc/highest_perf)"
+    r"|cpufreq/(policy\d+/)?cpuinfo_max_freq"
     r"|topology/((thread_siblings|core_cpus)\w*|physical_package_id|core_id|die_id)"
     r"|cache/index\d+/(level|type|size|shared_cpu_\w+)|node\d+/(cpulist|cpumap|distance|meminfo)|initiators/node\d+"
-    r"|bus/pci/devices/.*|pci\w+:\w+/.*/(class|numa_node)|dmi/id/\w+|proc/(cpuinfo|meminfo|self/.*))$"
+    r"|bus/pci/devices/.*|pci\w+:\w+/.*/(class|numa_node)|dmi/id/\w+|regs/identification/midr_el1"
+    r"|proc/(cpuinfo|meminfo|cmdline|self/.*))$"
 )
 
 CASES = [
@@ -41,6 +44,10 @@ CASES = [
         (1, "float32", 1, 4096, 1),
     ]
 ]
+
+
+def pytest_configure(config):
+    config.pluginmanager.register(StillRunning())
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,6 @@
 import json
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -80,8 +82,14 @@ def test_looking_and_planning_never_load_torch_or_numba():
 def test_dry_run_prints_commands_that_can_be_typed():
     lines = call("sweep", "--profile", "smoke", "--bindings", "c0m0", "--dry-run").stdout.splitlines()
     assert len(lines) == 2
-    bound = " ".join(Binding.parse("c0m0").numactl(read_topology()))
-    assert all(line.startswith(f"{bound} python -m papermill") for line in lines)
+    bound = Binding.parse("c0m0").numactl(read_topology())
+    for line in lines:
+        words = shlex.split(line)
+        assert words[: len(bound)] == bound
+        program, _, module, measured = words[len(bound) : len(bound) + 4]
+        assert shutil.which(program)
+        assert module == "papermill"
+        assert Path(measured).is_file()
 
 
 def test_predict_says_how_fast_each_placement_may_be():

@@ -1,3 +1,5 @@
+import errno
+import mmap
 import os
 from pathlib import Path
 
@@ -81,7 +83,7 @@ def test_each_refused_call_has_its_stand_in(monkeypatch):
 
 def test_migrate_asks_again_for_busy_pages_and_leaves_untouched_ones(monkeypatch):
     tensor = memory.empty((8 * memory.PAGE_BYTES,), torch.uint8, huge_pages=False)
-    where, asked = dict.fromkeys(memory._pages(tensor).tolist(), 0), []
+    where, asked = dict.fromkeys(memory.page_addresses(tensor).tolist(), 0), []
     where[next(iter(where))] = -2  # never touched
     busy = list(where)[3]
 
@@ -130,6 +132,54 @@ def test_huge_pages_are_reported_as_they_are():
     assert (memory.huge_page_share(huge) > 0) == granted
 
 
+@pytest.mark.parametrize(
+    ("huge", "nbytes", "turns", "unit"),
+    [
+        (2 * MIB, 100, 1, 2 * MIB),
+        (2 * MIB, 63 * MIB, 8, memory.PAGE_BYTES),  # fewer than four for each of eight turns
+        (2 * MIB, 64 * MIB, 8, 2 * MIB),
+        (512 * MIB, 2047 * MIB, 1, memory.PAGE_BYTES),
+        (512 * MIB, 2048 * MIB, 1, 512 * MIB),
+        (512 * MIB, 2048 * MIB, 4, memory.PAGE_BYTES),  # one for each of four nodes, if they began on a boundary
+        (0, 2048 * MIB, 1, memory.PAGE_BYTES),
+    ],
+)
+def test_huge_pages_are_taken_where_a_tensor_holds_enough_of_them(monkeypatch, huge, nbytes, turns, unit):
+    monkeypatch.setattr(memory, "HUGE_PAGE_BYTES", huge)
+    assert memory.page_unit(nbytes, turns) == unit
+
+
+def test_a_cache_goes_round_evenly_where_huge_pages_are_as_large_as_itself(monkeypatch):
+    """As on kernels with base pages of 64 KiB, whose huge pages have 512 MiB."""
+    monkeypatch.setattr(memory, "HUGE_PAGE_BYTES", 512 * MIB)
+    turns, nodes = [], (0, 1, 2, 3)
+    monkeypatch.setattr(memory.free_memory, "require", lambda *_: None)
+    monkeypatch.setattr(memory, "placer", lambda: "first touch")
+    monkeypatch.setattr(memory, "_touch", lambda _topology, node, pages, mine: turns.append((node, int(mine.sum()))))
+    memory.interleaved((8 * MIB,), torch.uint8, nodes)
+    assert turns == [(node, 2 * MIB // memory.PAGE_BYTES) for node in nodes]
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.EPERM, errno.ENOSYS])
+def test_without_huge_pages_a_tensor_is_made_all_the_same_and_the_receipt_says_so(monkeypatch, code):
+    class Refusing(mmap.mmap):
+        def madvise(self, *_args):
+            raise OSError(code, os.strerror(code))
+
+    node = read_topology().effective_nodes[0]
+    memory.no_huge_pages.cache_clear()
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(memory.mmap, "mmap", Refusing)
+            for huge_pages in (True, False):
+                tensor = memory.empty((100,), torch.uint8, node, huge_pages=huge_pages).fill_(1)
+                assert memory.locate(tensor) == {node: 1}
+            (note,) = memory.lost()
+        assert f"madvise was refused ({os.strerror(code)})" in note
+    finally:
+        memory.no_huge_pages.cache_clear()
+
+
 def test_where_memory_is_bound_too_much_is_refused_before_it_is_touched():
     node = read_topology().effective_nodes[0]
     libnuma.set_mempolicy(libnuma.MPOL_BIND, [node])
@@ -166,6 +216,7 @@ def test_without_libnuma_each_call_says_what_is_missing(monkeypatch, call):
             with pytest.raises(MissingDependency, match="apt-get install numactl"):
                 call()
             assert memory.empty((8,), torch.uint8).shape == (8,)
+            assert "libnuma is not installed" in " ".join(memory.lost())
     finally:
         for function in cached:
             function.cache_clear()

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from numa_lab import memory, openmp, probes, reading, simd
+from numa_lab.control_groups import MemoryLimit
 from numa_lab.errors import InvalidInput, NumaLabError
 from numa_lab.topology import read_topology
 
@@ -165,6 +166,15 @@ def test_a_smaller_buffer_is_noted(three_nodes):
     small = dataclasses.replace(three_nodes.nodes[0], available_bytes=32 << 20)
     topology = dataclasses.replace(three_nodes, nodes=(small,), allowed_nodes=(0,), allowed_cpus=small.cpus)
     assert "buffer of 16 MiB instead of 32 MiB" in probes.probe_nodes(topology, seconds=0.1).notes[0]
+
+
+def test_what_a_control_group_leaves_is_shared_by_buffers_that_are_filled_at_once(three_nodes):
+    limit = MemoryLimit("/sys/fs/cgroup/memory.max", 1 << 30, 64 << 20)
+    found = probes.probe_nodes(dataclasses.replace(three_nodes, memory_limits=(limit,)), seconds=0.1)
+    assert found.notes == tuple(
+        f"Node {node}: buffer of 16 MiB instead of 32 MiB, half of its available memory; caches may hold part of it."
+        for node in (0, 1)
+    )
 
 
 def test_state_comes_back_after_an_error(three_nodes, monkeypatch):

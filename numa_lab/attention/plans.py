@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import mmap
 import struct
 import threading
 from dataclasses import dataclass
@@ -51,8 +52,8 @@ class Memory:
         """Make ready for a call."""
         if self._room < workspace_bytes:
             # Up to a page may lie in front of where one begins.
-            self._buffer = torch.empty(workspace_bytes + 4096, dtype=torch.uint8, device="cpu")
-            self.workspace = -(-self._buffer.data_ptr() // 4096) * 4096
+            self._buffer = torch.empty(workspace_bytes + mmap.PAGESIZE, dtype=torch.uint8, device="cpu")
+            self.workspace = -(-self._buffer.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
             self._room = workspace_bytes
         self._count.value = 0
 

@@ -10,6 +10,7 @@ import pandas as pd
 
 from numa_lab import stats
 from numa_lab.binding import Binding, cpu_words
+from numa_lab.commands import to_paste
 from numa_lab.ratios import MIN_EXECUTIONS
 from numa_lab.receipt import least_huge_pages
 from numa_lab.stats import AA_SUFFIX, Comparison, Comparisons
@@ -139,12 +140,13 @@ def instability(rows: pd.DataFrame) -> list[str]:
     if wide > 0.25:
         found.append(
             f"In {wide:.0%} of the cases the middle half of the samples spans more than {_UNSETTLED_IQR:.0%}: "
-            "something else runs on this machine; stop it, or run `numa-lab doctor`."
+            f"something else runs on this machine; stop it, or run `{to_paste('numa-lab', 'doctor')}`."
         )
     few = medians.groupby("label")["execution_id"].nunique().min()
     if few < MIN_EXECUTIONS + 2:
         found.append(
-            f"{few} execution(s) per binding can't show a small effect: run `numa-lab sweep --profile standard`."
+            f"{few} execution(s) per binding can't show a small effect: "
+            f"run `{to_paste('numa-lab', 'sweep', '--profile', 'standard')}`."
         )
     drift = stats.lag1_autocorrelation(stats.run_order(rows)["relative"].tolist())
     if abs(drift) > _DRIFT:
