@@ -233,9 +233,16 @@ def failure(outcome: Outcome, log: Path) -> str:
     if outcome.exit_status is None:
         return f"It did not end within {LIMIT_SECONDS} s and was killed {where}."
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    if any(line.startswith("usage: numactl") for line in lines):  # of which it then prints all
+        said = lines[0].removeprefix("libnuma: Warning: ")
+        return (
+            f"numactl refused the binding, since {said}: were CPUs or nodes taken away meanwhile (taskset, cpuset, hotplug)? "
+            f"Start a new sweep {where}."
+        )
+    last = lines[-1] if lines else "it printed nothing"
+    how = f"papermill ended with exit status {outcome.exit_status}"
     if outcome.exit_status < 0:
         how = f"papermill was killed by signal {-outcome.exit_status}"
-        how += ", as the kernel does where memory runs out" * (outcome.exit_status == -signal.SIGKILL)
-    else:
-        how = f"papermill ended with exit status {outcome.exit_status}"
-    return f"{how}: {lines[-1] if lines else 'it printed nothing'} {where}."
+    if outcome.exit_status == -signal.SIGKILL or "DeadKernelError" in last:
+        last += ", as happens where memory runs out (`dmesg` tells)"
+    return f"{how}: {last} {where}."

@@ -210,9 +210,17 @@ def test_the_gate_names_the_exit_status_and_a_missing_result(tmp_path):
         "The notebook wrote no result file.",
     ]
     assert told(-9)[0].startswith(
-        "papermill was killed by signal 9, as the kernel does where memory runs out: ValueError"
+        "papermill was killed by signal 9: ValueError: the reason, as happens where memory runs"
     )
     assert told(None)[0] == f"It did not end within {notebook.LIMIT_SECONDS} s and was killed {where}."
+    log.write_text(
+        "libnuma: Warning: cpu argument 7 is out of range\n\n<7> is invalid\nusage: numactl [--all | -a]\n<length> can have g\n"
+    )
+    assert told(1)[0].startswith(
+        "numactl refused the binding, since cpu argument 7 is out of range: were CPUs or nodes taken"
+    )
+    log.write_text("nbclient.exceptions.DeadKernelError: Kernel died\n")
+    assert "Kernel died, as happens where memory runs out" in told(1)[0]
     assert told(0) == ["The notebook wrote no result file. Its last cell must call `finish` with all rows."]
 
 
