@@ -97,6 +97,7 @@ def test_migrate_asks_again_for_busy_pages_and_leaves_untouched_ones(monkeypatch
                 where[page] = node
 
     monkeypatch.setattr(memory.free_memory, "require", lambda *_: None)
+    monkeypatch.setattr(memory, "locator", lambda: "move_pages")
     monkeypatch.setattr(libnuma, "move_pages", move_pages)
     monkeypatch.setattr(libnuma, "page_status", lambda pages: np.array([where[page] for page in pages.tolist()]))
     assert memory.migrate(tensor, 1) == {memory.UNTOUCHED: 1, 1: 7}
