@@ -238,6 +238,8 @@ def sweep(
             f"{len(plan.executions)} executions, about {plan.estimated_seconds:.0f} s; nothing was started", err=True
         )
         return
+    for binding in {planned.binding for planned in plans.missing(plan, run_dir)}:
+        notebook.require_tools(binding)
     with sweeps.alone():
         if not resume:
             plans.prepare(plan, run_dir, machine)

@@ -92,6 +92,14 @@ def test_dry_run_prints_commands_that_can_be_typed():
         assert Path(measured).is_file()
 
 
+def test_a_sweep_that_lacks_numactl_is_refused_before_anything_is_measured(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    result = call("sweep", "--profile", "smoke", "--bindings", "c0m0", "--out", str(tmp_path / "run"))
+    assert result.exit_code == 1
+    assert "is not installed" in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
 def test_predict_says_how_fast_each_placement_may_be():
     file = str(Path(mlc.__file__).parent / "published" / "broadwell_mlc.txt")
     shown = call("predict", "--machine", "broadwell", "--kv-len", "131072").stdout

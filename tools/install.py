@@ -39,7 +39,7 @@ def pip(*arguments: str) -> list[str]:
 def configured_places() -> list[str]:
     """The settings of pip, from files and from the environment, that say where packages come from."""
     lines = subprocess.run(pip("config", "list"), stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()
-    found = [re.fullmatch(r"(?:global|install|:env:)\.([\w-]+)='(.+)'", line) for line in lines]
+    found = [re.fullmatch(r"(?:global|install|:env:)\.([\w-]+)=(?:'.+'|\".+\")", line) for line in lines]
     return sorted({match[1] for match in found if match and match[1].replace("_", "-") in PLACES})
 
 
