@@ -1,6 +1,7 @@
 """Captured machines, and runs with a planted truth."""
 
 import json
+import os
 import re
 import shutil
 import tarfile
@@ -12,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from numa_lab import results
+from numa_lab import results, sweep_lock
 from numa_lab.attention.shapes import preset
 from numa_lab.binding import Binding, MemPolicy
 from numa_lab.sysfs import format_cpulist
@@ -67,6 +68,17 @@ def captured():
             return roots[name]
 
         yield root
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_other_sweep():
+    """A lock of this test process alone: sweeps and other tests that run on this machine are let be, and keep no test waiting."""
+    own = f"numa_lab.test.{os.getpid()}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sweep_lock, "NAME", f"\0{own}")
+        patch.setattr(sweep_lock, "FILE", sweep_lock.FILE.with_name(own))
+        yield
+        sweep_lock.FILE.unlink(missing_ok=True)
 
 
 @pytest.fixture
