@@ -24,7 +24,6 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from numa_lab import gpus, libnuma, memory, proof, recycled, replacement
 from numa_lab.attention.gqa import gqa_attention
@@ -49,17 +48,13 @@ class _Entered(threading.local):
 _entered = _Entered()
 
 
-_SETTLED = 1024  # so many tensors that were looked at are remembered
-
-
 class _Own(threading.local):
-    """What one thread holds of a helper: its memory pool, the tensors that its receipt speaks of, and those looked at."""
+    """What one thread holds of a helper: its memory pool, the tensors that its receipt speaks of, and those that were moved."""
 
     def __init__(self) -> None:
         self.blocks: dict[str, Tensor] = {}
         self.seen: dict[str, weakref.ref[Tensor]] = {}
-        # By the address of a storage and of the tensor's beginning in it. The reference keeps the former from being used again.
-        self.settled: dict[tuple[int, int], StorageWeakRef] = {}
+        self.settled = recycled.Settled()
 
 
 class NUMAOptimizedGQA:
@@ -242,17 +237,8 @@ class NUMAOptimizedGQA:
 
     def _settle(self, **tensors: Tensor) -> None:
         """Have these tensors on the node; those that were looked at before are not looked at again."""
-        if not recycled.can_lie_elsewhere():
-            return
         for name, tensor in tensors.items():
-            storage = tensor.untyped_storage()
-            looked_at = storage._cdata, tensor.data_ptr()
-            if looked_at in self._own.settled:
-                continue
-            why = recycled.settle(tensor, self.node)
-            if len(self._own.settled) >= _SETTLED:
-                self._own.settled.clear()
-            self._own.settled[looked_at] = StorageWeakRef(storage)
+            why = self._own.settled.settle(tensor, self.node)
             if why and not self._warned:
                 self._warned = True
                 warnings.warn(

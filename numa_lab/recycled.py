@@ -20,12 +20,14 @@ from functools import cache
 
 import numpy as np
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from numa_lab import libnuma, memory
 from numa_lab.errors import MissingDependency, NumaLabError
 from numa_lab.topology import read_topology
 
 REST = 10  # times as long as giving back took, before it is done again for the same node
+REMEMBERED = 1024  # tensors, by ``Settled``
 LOOK_PAGES = 1024  # of a tensor; one look at each of 1024 pages takes 50 to 200 us, as reading some MiB does
 
 
@@ -109,6 +111,27 @@ def settle(tensor: Tensor, node: int) -> str:
     except (OSError, NumaLabError) as error:
         return str(error)
     return f"{away} of its pages could not be moved, which are in use or shared with other processes" if away else ""
+
+
+class Settled:
+    """Settles tensors of one thread for a node, each of them once: a storage, where a tensor begins in it, is looked at no more."""
+
+    def __init__(self) -> None:
+        # By the address of a storage and of the tensor's beginning. The reference keeps the former from being used again.
+        self._looked_at: dict[tuple[int, int], StorageWeakRef] = {}
+
+    def settle(self, tensor: Tensor, node: int) -> str:
+        """As the function of that name; empty for a tensor that was looked at before, and where this process has one node."""
+        if not can_lie_elsewhere():
+            return ""
+        storage = tensor.untyped_storage()
+        at = storage._cdata, tensor.data_ptr()
+        if at in self._looked_at:
+            return ""
+        if len(self._looked_at) >= REMEMBERED:
+            self._looked_at.clear()
+        self._looked_at[at] = StorageWeakRef(storage)
+        return settle(tensor, node)
 
 
 def _away(pages: dict[int, int], node: int) -> int:
