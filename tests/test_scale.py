@@ -55,12 +55,13 @@ def largest(tmp_path):
     half = CPUS // 2
 
     def write(folder, **files):
-        os.makedirs(tmp_path / folder)
+        os.makedirs(tmp_path / folder, exist_ok=True)
         for name, text in files.items():
             with open(tmp_path / folder / name, "w") as file:
                 file.write(text)
 
     write("proc/self", status=f"Cpus_allowed_list:\t0-{CPUS - 1}\nMems_allowed_list:\t0-{NODES - 1}\n")
+    write("proc", cpuinfo="model name\t: The largest\n")
     write("sys/devices/system/cpu", online=f"0-{CPUS - 1}\n")
     of_node = [f"{32 * n}-{32 * n + 31},{half + 32 * n}-{half + 32 * n + 31}" for n in range(NODES)]
     for node, cpus in enumerate(of_node):
