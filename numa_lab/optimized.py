@@ -20,7 +20,10 @@ import torch
 from torch import Tensor
 
 from numa_lab import gpus, libnuma, memory, proof
+from numa_lab.attention import addresses
+from numa_lab.attention.checks import require_tensors
 from numa_lab.attention.gqa import gqa_attention
+from numa_lab.attention.graphs import between_graphs
 from numa_lab.binding import Binding, MemPolicy
 from numa_lab.errors import InvalidInput
 from numa_lab.optimal_node import get_optimal_numa_node
@@ -118,12 +121,14 @@ class NUMAOptimizedGQA:
         """How many threads compute inside, the calling one included."""
         return len(self.cpus)
 
+    @between_graphs
     def __enter__(self) -> NUMAOptimizedGQA:
         stack = _entered.stack
         again = bool(stack) and stack[-1][0] is self
         stack.append((self, None if again else self._placement.enter()))
         return self
 
+    @between_graphs
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
@@ -131,6 +136,7 @@ class NUMAOptimizedGQA:
         if before is not None:
             self._placement.leave(before)
 
+    @between_graphs
     def compute(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
         """Attention on the node, entered for the call where the caller is outside.
 
@@ -220,7 +226,7 @@ class NUMAOptimizedGQA:
             granted, threads, lost = proof.look(self._topology)
             before = next((b for _, b in reversed(_entered.stack) if b is not None), None)
         alive = tensors or {name: tensor for name, ref in self._own.seen.items() if (tensor := ref()) is not None}
-        pages = {name: memory.locate(tensor) for name, tensor in alive.items() if tensor.device.type == "cpu"}
+        pages = {name: memory.locate(tensor) for name, tensor in alive.items() if addresses.as_stored(tensor)}
         notes = [*lost, *([before.refusal] if before and before.refusal else [])]
         for name, found in pages.items():
             away = sum(count for node, count in found.items() if node not in (self.node, memory.UNTOUCHED))
@@ -235,7 +241,8 @@ class NUMAOptimizedGQA:
             return self.empty(shape, dtype).normal_()
 
     def _remember(self, **tensors: Tensor) -> None:
-        self._own.seen.update({name: weakref.ref(tensor) for name, tensor in tensors.items()})
+        # A subclass of Tensor may give something else.
+        self._own.seen.update({name: weakref.ref(one) for name, one in tensors.items() if isinstance(one, Tensor)})
 
 
 def scaled_dot_product_attention_gqa(
@@ -262,7 +269,7 @@ def scaled_dot_product_attention_gqa(
 
     Raises
     ------
-    InvalidInput
+    InvalidInput, WrongType
         As ``gqa_attention``, or an `output_tensor` that does not fit.
     """
     output = gqa_attention(
@@ -270,6 +277,7 @@ def scaled_dot_product_attention_gqa(
     )
     if output_tensor is None:
         return output
+    require_tensors(output_tensor=output_tensor)
     fits = (output_tensor.shape, output_tensor.dtype, output_tensor.device) == (
         output.shape, output.dtype, output.device
     )  # fmt: skip
