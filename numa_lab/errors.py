@@ -16,6 +16,10 @@ class InvalidInput(NumaLabError, ValueError):
     exit_status = 2
 
 
+class WrongType(InvalidInput, TypeError):
+    """A value is of a type that does not serve here, such as an array where a tensor is expected."""
+
+
 class NodeUnavailable(InvalidInput):
     """A NUMA node does not exist, or this process may not use its CPUs or its memory."""
 

@@ -26,7 +26,10 @@ import torch
 from torch import Tensor
 
 from numa_lab import gpus, libnuma, memory, proof, recycled, replacement
+from numa_lab.attention import addresses
+from numa_lab.attention.checks import require_tensors
 from numa_lab.attention.gqa import gqa_attention
+from numa_lab.attention.graphs import between_graphs
 from numa_lab.binding import Binding, MemPolicy
 from numa_lab.errors import InvalidInput, NodeUnavailable
 from numa_lab.optimal_node import get_optimal_numa_node
@@ -128,6 +131,7 @@ class NUMAOptimizedGQA:
         """How many threads compute inside, the calling one included."""
         return len(self.cpus)
 
+    @between_graphs
     def __enter__(self) -> NUMAOptimizedGQA:
         again = self._is_current()
         self._enter()
@@ -139,6 +143,7 @@ class NUMAOptimizedGQA:
                 raise
         return self
 
+    @between_graphs
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
@@ -202,6 +207,7 @@ class NUMAOptimizedGQA:
     def _move_to(self, placement: Placement) -> None:
         self._placement, self.cpus = placement, placement.cpus
 
+    @between_graphs
     def compute(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
         """Attention on the node, entered for the call where the caller is outside.
 
@@ -237,7 +243,7 @@ class NUMAOptimizedGQA:
     def _settle(self, **tensors: Tensor) -> None:
         """Have these tensors on the node; those that were looked at before are not looked at again."""
         for name, tensor in tensors.items():
-            why = self._own.settled.settle(tensor, self.node)
+            why = self._own.settled.settle(tensor, self.node) if addresses.readable(tensor) else ""
             if why and not self._warned:
                 self._warned = True
                 warnings.warn(
@@ -317,7 +323,7 @@ class NUMAOptimizedGQA:
             before = next((b for _, b in reversed(_entered.stack) if b is not None), None)
         alive = tensors or {name: tensor for name, ref in self._own.seen.items() if (tensor := ref()) is not None}
         seen = libnuma.available()  # else a note of `lost` says so
-        pages = {name: memory.locate(one) for name, one in alive.items() if seen and one.device.type == "cpu"}
+        pages = {name: memory.locate(one) for name, one in alive.items() if seen and addresses.as_stored(one)}
         notes = [*lost, *([before.refusal] if before and before.refusal else [])]
         for name, found in pages.items():
             away = sum(count for node, count in found.items() if node not in (self.node, memory.UNTOUCHED))
@@ -334,7 +340,8 @@ class NUMAOptimizedGQA:
             return self.empty(shape, dtype).normal_()
 
     def _remember(self, **tensors: Tensor) -> None:
-        self._own.seen.update({name: weakref.ref(tensor) for name, tensor in tensors.items()})
+        # A subclass of Tensor may give something else.
+        self._own.seen.update({name: weakref.ref(one) for name, one in tensors.items() if isinstance(one, Tensor)})
 
 
 def scaled_dot_product_attention_gqa(
@@ -361,7 +368,7 @@ def scaled_dot_product_attention_gqa(
 
     Raises
     ------
-    InvalidInput
+    InvalidInput, WrongType
         As ``gqa_attention``, or an `output_tensor` that does not fit.
     """
     output = gqa_attention(
@@ -369,6 +376,7 @@ def scaled_dot_product_attention_gqa(
     )
     if output_tensor is None:
         return output
+    require_tensors(output_tensor=output_tensor)
     fits = (output_tensor.shape, output_tensor.dtype, output_tensor.device) == (
         output.shape, output.dtype, output.device
     )  # fmt: skip

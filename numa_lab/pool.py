@@ -18,11 +18,13 @@ from functools import partial
 from types import TracebackType
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
 from numa_lab import libnuma, memory, proof, recycled
+from numa_lab.attention import addresses
+from numa_lab.attention.autocast import Settings
 from numa_lab.attention.gqa import gqa_attention
+from numa_lab.attention.graphs import between_graphs
 from numa_lab.binding import Binding, MemPolicy
 from numa_lab.commands import to_paste
 from numa_lab.errors import InvalidInput, NodeUnavailable
@@ -127,6 +129,7 @@ class NUMAThreadPool:
     ) -> None:
         self.shutdown()
 
+    @between_graphs
     def parallel_gqa_compute(
         self, queries: Sequence[Tensor], keys: Sequence[Tensor], values: Sequence[Tensor], num_runs: int = 1
     ) -> list[Tensor]:
@@ -153,6 +156,13 @@ class NUMAThreadPool:
         if num_runs < 1:
             raise InvalidInput(f"num_runs={num_runs}: expected at least 1")
 
+        if addresses.watched(
+            *queries, *keys, *values
+        ):  # by a mode or transform of this thread, which leaders know nothing of
+            return [
+                [gqa_attention(query, key, value, enable_gqa=True) for _ in range(num_runs)][-1]
+                for query, key, value in zip(queries, keys, values, strict=True)
+            ]
         inputs, lie = [], dict(_homes((*keys, *values)))
         for query, key, value in zip(queries, keys, values, strict=True):
             homes = [(tensor, lie[tensor]) for tensor in (key, value) if isinstance(tensor, Tensor) and tensor in lie]
@@ -161,8 +171,8 @@ class NUMAThreadPool:
             nbytes = sum(tensor.nbytes for tensor, _ in homes)
             reads = None if home is None or home not in self._readable else Reads(home, num_runs * nbytes)
             inputs.append(_Input(query, key, value, homes, node, reads))
-        # Whether gradients are wanted is a setting of this thread; leaders have their own.
-        compute, parts = partial(self._compute, num_runs, torch.is_grad_enabled()), self._divided(inputs)
+        # Whether gradients are wanted and what autocast does are settings of this thread; leaders have their own.
+        compute, parts = partial(self._compute, num_runs, Settings()), self._divided(inputs)
         tasks = [
             self._queues.submit(
                 compute, ([inputs[at] for at in part],), node=inputs[part[0]].node, reads=inputs[part[0]].reads
@@ -191,12 +201,12 @@ class NUMAThreadPool:
             found[("alone", place) if alone else one.node].append(place)
         return list(found.values())
 
-    def _compute(self, num_runs: int, gradients: bool, inputs: Sequence[_Input]) -> list[Tensor | Exception]:
+    def _compute(self, num_runs: int, settings: Settings, inputs: Sequence[_Input]) -> list[Tensor | Exception]:
         """On a leader: the output of each input, or what it raised, when all have been computed."""
         node = self._current_node()
         outputs: list[Tensor | Exception] = []
         done: Counter[tuple[int, str]] = Counter()
-        with torch.set_grad_enabled(gradients):
+        with settings.applied():
             for one in inputs:
                 try:
                     done.update((node, what) for what in self._prepare(one, node))
@@ -218,6 +228,7 @@ class NUMAThreadPool:
         what = {"migrate": "migrated"}.get(self._on_remote, "read over a link") if away else "computed where they lay"
         return [what] if one.node in (node, None) else [what, f"taken from node {one.node}"]
 
+    @between_graphs
     def submit(self, fn: Callable[..., T], *args: Any, numa_node: int | None = None, **kwargs: Any) -> Future[T]:
         """Run a function on a node; new tensors that it makes lie there (see ``numa_lab.recycled``).
 
@@ -311,7 +322,7 @@ def node_of(args: Sequence[Any], nodes: Sequence[int], topology: Topology) -> in
 
 def _homes(args: Sequence[Any]) -> Homes:
     """The tensors among `args` that lie in this machine's memory, each with its node."""
-    tensors = [one for one in args if isinstance(one, Tensor) and one.device.type == "cpu" and one.nbytes]
+    tensors = [one for one in args if isinstance(one, Tensor) and addresses.as_stored(one) and one.nbytes]
     if not libnuma.available():  # then nothing tells
         return [(tensor, None) for tensor in tensors]
     return list(zip(tensors, memory.homes(tensors), strict=True))

@@ -14,9 +14,7 @@ from numa_lab.optimized import NUMAOptimizedGQA, scaled_dot_product_attention_gq
 from numa_lab.topology import read_topology
 
 NODE = read_topology().effective_nodes[0]
-CPUS = set(
-    read_topology().cpus_of([NODE])
-)  # as seen outside: inside, what may be used follows from the mask that is tested
+CPUS = set(read_topology().cpus_of([NODE]))  # as seen outside, whose mask is not tested
 
 
 def state():
@@ -206,3 +204,28 @@ def test_the_guides_function_agrees_with_float64_and_writes_where_it_is_told():
 def test_an_output_tensor_that_does_not_fit_is_refused(wrong):
     with pytest.raises(InvalidInput, match=r"expected \(2, 8, 5, 64\) of torch.float32"):
         scaled_dot_product_attention_gqa(*inputs(q_len=5), output_tensor=wrong)
+
+
+def test_an_output_of_another_type_is_refused():
+    query, key, value = inputs()
+    with pytest.raises(TypeError, match=r"output_tensor is numpy\.ndarray: expected a torch\.Tensor"):
+        scaled_dot_product_attention_gqa(query, key, value, output_tensor=query.numpy())
+
+
+def test_a_compiled_model_calls_it_between_graphs_without_a_word(capfd):
+    helper, (query, key, value) = NUMAOptimizedGQA(NODE, threads=1), inputs()
+    threads = []  # with which the graphs compute
+
+    def model(query):
+        with helper:
+            inside = scaled_dot_product_attention_gqa(query, key, value)
+        return inside + helper.compute(2 * query, key, value)
+
+    def look(graph, _):
+        return lambda *given: (threads.append(torch.get_num_threads()), graph.forward(*given))[1]
+
+    outside = state()
+    torch.testing.assert_close(torch.compile(model, backend=look)(query), model(query))
+    assert 1 in threads
+    assert state() == outside
+    assert capfd.readouterr() == ("", "")
