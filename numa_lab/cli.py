@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from numa_lab import __version__
-from numa_lab.commands import to_paste
+from numa_lab.commands import near, to_paste
 from numa_lab.errors import InvalidInput, NumaLabError, UntrustedResult
 
 
@@ -231,7 +231,7 @@ def sweep(
             executions=executions or 0,
         )
     if dry_run:
-        places = {"notebooks": measured.parent, f"notebooks/{measured.name}": measured}
+        places = {"notebooks": near(measured.parent), f"notebooks/{measured.name}": near(measured)}
         for planned in plans.missing(plan, run_dir):
             click.echo(to_paste(*(places.get(word, word) for word in shlex.split(planned.command))))
         click.echo(

@@ -21,9 +21,9 @@ def to_paste(*words: str | Path) -> str:
     """A command for the shell and the working directory that this process was started from.
 
     The first word that names a program of this environment becomes what that shell calls it: its name, or its path where the
-    name means nothing there, or something else. Paths below the working directory are told from there.
+    name means nothing there, or something else. Paths stay as they were given: they may have been typed in another folder.
     """
-    told = [_near(word) if isinstance(word, Path) else word for word in words]
+    told = [str(word) for word in words]
     own = next((place for place, word in enumerate(told) if word in OWN), None)
     if own is not None:
         told[own : own + 1] = _program(told[own])
@@ -40,7 +40,8 @@ def to_install(package: str) -> str:
     )
 
 
-def _near(path: Path) -> str:
+def near(path: Path) -> str:
+    """A path as it is typed in the working directory, where it lies below that."""
     return os.path.relpath(path) if path.is_absolute() and path.is_relative_to(Path.cwd()) else str(path)
 
 
@@ -56,5 +57,5 @@ def _program(name: str) -> list[str]:
     if as_called:
         return [str(called)]
     if own.exists():
-        return [_near(own)]
+        return [near(own)]
     return [sys.executable, *(["-m", "numa_lab"] if name == "numa-lab" else [])]

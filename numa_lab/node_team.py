@@ -86,6 +86,8 @@ class NodeTeam:
     def hold(self) -> None:
         """On the leader: see that the team is where it was placed, and place it again where the kernel has moved it.
 
+        A node that has no CPUs left is served by those of the nearest one, so that what lies on it stays in use.
+
         Warns
         -----
         RuntimeWarning
@@ -94,7 +96,7 @@ class NodeTeam:
         Raises
         ------
         NodeUnavailable
-            None of the node's CPUs may be used any more.
+            No CPU of any node may be used.
         """
         if told := self._hold():
             warnings.warn(told, RuntimeWarning, stacklevel=2)
@@ -316,8 +318,6 @@ def run_compiled(work: Mapping[NodeTeam, Sequence[Job]]) -> None:
         The process was forked since a team was made, or the caller leads a team.
     RuntimeError
         A team was shut down; nothing was run then.
-    NodeUnavailable
-        A node's CPUs were all taken away meanwhile; all was run.
 
     Warns
     -----

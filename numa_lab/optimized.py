@@ -191,9 +191,8 @@ class NUMAOptimizedGQA:
         at = next(at for at in reversed(range(len(stack))) if stack[at][1] is not None)
         before = stack[at][1]
         assert before is not None
-        again, told = replacement.hold(
-            before, self.node, count=False
-        )  # how many threads compute inside is the caller's to say
+        # How many threads compute inside is the caller's to say, and on which node was promised.
+        again, told = replacement.hold(before, self.node, count=False, elsewhere=False)
         if again is not before:
             stack[at] = self, again
             self._move_to(again.placement)

@@ -19,7 +19,7 @@ from numa_lab.thread_state import ENDED
 from numa_lab.topology import Topology, read_topology
 
 
-def hold(before: Before, node: int, *, count: bool = True) -> tuple[Before, str]:
+def hold(before: Before, node: int, *, count: bool = True, elsewhere: bool = True) -> tuple[Before, str]:
     """Place the calling thread's team again if it is not where it was placed.
 
     Parameters
@@ -30,6 +30,8 @@ def hold(before: Before, node: int, *, count: bool = True) -> tuple[Before, str]
         Whose CPUs it shall have.
     count
         Whether to replace threads that have ended, as where ``torch.set_num_threads`` made the team smaller meanwhile.
+    elsewhere
+        Whether it may have CPUs of the nearest other node where none of its own are left.
 
     Returns
     -------
@@ -41,21 +43,21 @@ def hold(before: Before, node: int, *, count: bool = True) -> tuple[Before, str]
     Raises
     ------
     NodeUnavailable
-        No CPU of the node may be used any more.
+        No CPU of the node may be used any more, and it may have no others.
     """
     seen = before.look()
     if not seen or (seen == ENDED and not count):
         return before, ""
     masks = before.where()
     old = before.placement.cpus
-    placement = anew(before.placement, node)
+    placement = anew(before.placement, node, elsewhere=elsewhere)
     again = before.go_on(placement)
     found = {cpu for place, mask in masks.items() if mask != before.given(place) for cpu in mask}
     return again, _sentence(node, old, found, placement.cpus) if found else ""
 
 
-def anew(placement: Placement, node: int) -> Placement:
-    """A placement like this one, on what the calling thread may use of the node now.
+def anew(placement: Placement, node: int, *, elsewhere: bool = False) -> Placement:
+    """A placement like this one, on what the calling thread may use of the node now; or `elsewhere`, on the nearest node.
 
     Raises
     ------
@@ -65,6 +67,8 @@ def anew(placement: Placement, node: int) -> Placement:
     outside = cpus_outside()
     with affinity.widened() as reachable:
         topology = read_topology()
+    if elsewhere and not topology.cpus_of([node]):
+        node = topology.nearest_cpu_node(node)
     cpus = cpus_now(topology, node, placement.cpus, outside)
     may = set(topology.cpus_of([node]))
     leader = may & set(outside) or may if placement.leader_cpus else ()

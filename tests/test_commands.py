@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from numa_lab import commands
-from numa_lab.commands import to_install, to_paste
+from numa_lab.commands import near, to_install, to_paste
 
 
 @pytest.fixture
@@ -52,10 +52,14 @@ def test_without_a_command_the_module_is_called(environment):
     assert to_paste("numa-lab", "doctor") == f"{environment}/python -m numa_lab doctor"
 
 
-def test_paths_are_told_from_here_and_quoted(environment, tmp_path):
-    assert shlex.split(to_paste("numa-lab", "report", tmp_path / "my run"))[1:] == ["report", "my run"]
-    assert shlex.split(to_paste("numa-lab", "report", Path("a;b")))[1:] == ["report", "a;b"]
-    assert shlex.split(to_paste("numa-lab", "report", tmp_path.parent))[1:] == ["report", str(tmp_path.parent)]
+def test_paths_stay_as_they_were_given_and_are_quoted(environment, tmp_path):
+    for given in (tmp_path / "my run", Path("a;b"), Path("../it's")):
+        assert shlex.split(to_paste("numa-lab", "report", given))[1:] == ["report", str(given)]
+
+
+def test_a_path_below_the_working_directory_is_told_from_there(environment, tmp_path):
+    assert near(tmp_path / "notebooks" / "a.ipynb") == "notebooks/a.ipynb"
+    assert near(tmp_path.parent / "a.ipynb") == str(tmp_path.parent / "a.ipynb")
 
 
 def test_what_is_printed_runs_where_it_was_printed(monkeypatch, tmp_path):

@@ -123,15 +123,33 @@ def test_what_the_cpuset_took_away_is_replaced_when_the_helper_is_entered(monkey
 
 def test_where_no_cpu_is_left_each_use_says_so(monkeypatch):
     none = dataclasses.replace(read_topology(), allowed_cpus=())
-    with NUMAThreadPool() as pool:
-        tid = pool.execute_on_numa(threading.get_native_id, numa_node=NODE)
-        move(tid)
+
+    def on_all():
+        return pool.parallel_gqa_compute(*([tensor] for tensor in inputs()))
+
+    with NUMAThreadPool() as pool, NUMAOptimizedGQA(NODE) as helper:
+        move(pool.execute_on_numa(threading.get_native_id, numa_node=NODE))
+        move(threading.get_native_id(), {max(ALL)})
         monkeypatch.setattr(replacement, "read_topology", lambda: none)
-        with pytest.raises(NodeUnavailable, match="no CPU left"):
-            pool.parallel_gqa_compute(*([tensor] for tensor in inputs()))
+        with pytest.raises(NodeUnavailable, match="no node has CPUs that this process may use"):
+            on_all()
+        with pytest.raises(NodeUnavailable, match=f"node {NODE} has no CPU left"):
+            helper.compute(*inputs())
         monkeypatch.undo()
-        with pytest.warns(RuntimeWarning, match=MOVED):
-            pool.parallel_gqa_compute(*([tensor] for tensor in inputs()))
+        for use in (on_all, lambda: helper.compute(*inputs())):
+            with pytest.warns(RuntimeWarning, match=MOVED):
+                use()
+
+
+def test_a_node_without_cpus_is_served_by_the_nearest_or_refused(monkeypatch, four_nodes):
+    """As where a cpuset hides a node on which tokens of a cache lie."""
+    left = dataclasses.replace(four_nodes, allowed_cpus=four_nodes.node_cpus[1])
+    monkeypatch.setattr(replacement, "read_topology", lambda: left)
+    monkeypatch.setattr(replacement, "cpus_outside", lambda: set(range(6)))
+    placement = team.Placement(four_nodes.node_cpus[0])
+    assert replacement.anew(placement, 0, elsewhere=True).cpus == four_nodes.node_cpus[1]
+    with pytest.raises(NodeUnavailable, match="node 0 has no CPU left"):
+        replacement.anew(placement, 0)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import psutil
 import pytest
 from click.testing import CliRunner
 
-from numa_lab import libnuma, notebook, plan, results, run, sweep
+from numa_lab import libnuma, notebook, plan, results, run, sweep, sweep_lock
 from numa_lab.cli import main
 from numa_lab.errors import InvalidInput, MachineMismatch, NodeUnavailable, RunDirectoryError, UntrustedResult
 from numa_lab.report import receipts
@@ -287,19 +287,12 @@ def test_a_run_of_another_mask_is_not_resumed_and_has_other_keys(tmp_path, four_
 @pytest.mark.notebook
 def test_ctrl_c_leaves_what_has_finished_usable_and_no_kernel_behind(tmp_path):
     run_dir = tmp_path / "run"
-    words = [
-        sys.executable,
-        "-m",
-        "numa_lab",
-        "sweep",
-        "--profile",
-        "smoke",
-        "--executions",
-        "9",
-        "--no-probes",
-        "--out",
-        str(run_dir),
-    ]
+    code = (
+        "from pathlib import Path\nfrom numa_lab import cli, sweep_lock\n"
+        f"sweep_lock.NAME, sweep_lock.FILE = {sweep_lock.NAME!r}, Path({str(sweep_lock.FILE)!r})\ncli.main()"
+    )
+    options = ["--profile", "smoke", "--executions", "9", "--no-probes", "--out", str(run_dir)]
+    words = [sys.executable, "-c", code, "sweep", *options]
     sweeping = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
     end = time.monotonic() + 90
     while not list(run_dir.glob("executions/*.parquet")):

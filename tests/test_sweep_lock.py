@@ -3,7 +3,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -18,16 +17,6 @@ WAITS = (
     HOLDS
     + "with sweep_lock.alone():\n    print('holds', flush=True)\n    sys.stdin.read()\nprint('ended', flush=True)\n"
 )
-
-
-@pytest.fixture(autouse=True)
-def of_this_test(monkeypatch):
-    """A name and a file that no sweep of this machine holds."""
-    own = f"numa_lab.test.{os.getpid()}.{time.monotonic_ns()}"
-    monkeypatch.setattr(sweep_lock, "NAME", f"\0{own}")
-    monkeypatch.setattr(sweep_lock, "FILE", sweep_lock.FILE.with_name(own))
-    yield
-    (sweep_lock.FILE.parent / own).unlink(missing_ok=True)
 
 
 @pytest.fixture

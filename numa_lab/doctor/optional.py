@@ -132,7 +132,7 @@ def _open_files(machine: Machine) -> Finding | None:
     )
 
 
-LEAST_SHARED_BYTES = 1 << 30
+LEAST_SHARED_BYTES = 256 << 20
 LEAST_FILES = 1024
 
 CHECKS: tuple[Check, ...] = (
