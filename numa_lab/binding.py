@@ -220,8 +220,8 @@ class Binding:
                 topology.node(node)
                 if node not in usable:
                     raise NodeUnavailable(
-                        f"binding {self}: node {node} has no {what} that this process may use; "
-                        f"nodes with usable {what}: {format_cpulist(usable) or 'none'}"
+                        f"binding {self}: node {node} has no {what} that this process may use"
+                        f"{topology.isolated_words(node) * (what == 'CPUs')}; nodes with usable {what}: {format_cpulist(usable) or 'none'}"
                     )
 
     @contextmanager

@@ -231,9 +231,14 @@ class Topology:
         self.node(node_id)
         if node_id not in self.effective_nodes:
             raise NodeUnavailable(
-                f"node {node_id} has no CPUs, or no memory, that this process may use; nodes with both: "
-                f"{format_cpulist(self.effective_nodes) or 'none'}"
+                f"node {node_id} has no CPUs, or no memory, that this process may use{self.isolated_words(node_id)}; nodes with "
+                f"both: {format_cpulist(self.effective_nodes) or 'none'}"
             )
+
+    def isolated_words(self, node_id: int) -> str:
+        """Why CPUs of a node are left alone, to be added to a message; empty where none is isolated."""
+        isolated = set(self.node(node_id).cpus).intersection(self.isolated_cpus)
+        return f" (its CPUs {format_cpulist(isolated)} are isolated by isolcpus or nohz_full)" if isolated else ""
 
     def nearest_cpu_node(self, node_id: int) -> int:
         """The node whose CPUs are nearest to this node's memory: itself where it has usable CPUs.

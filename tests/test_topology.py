@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from numa_lab import identity
+from numa_lab.binding import Binding
 from numa_lab.errors import InvalidInput, NodeUnavailable
 from numa_lab.overview import overview
 from numa_lab.sysfs import Tree
@@ -232,8 +233,12 @@ def test_isolated_cpus_are_left_alone_unless_they_are_all_there_is(machine):
     assert (topology.effective_nodes, topology.cpu_nodes, topology.nearest_cpu_node(1)) == ((0,), (0,), 0)
     assert "\nisolated CPUs 1-3 are left alone\n" in overview(topology)
     assert topology.to_json()["isolated_cpus"] == [1, 2, 3]
-    with pytest.raises(NodeUnavailable, match="nodes with both: 0"):
+    with pytest.raises(NodeUnavailable, match=r"may use \(its CPUs 2-3 are isolated by .*nodes with both: 0"):
         topology.require_effective(1)
+    with pytest.raises(
+        NodeUnavailable, match=r"c1m1: node 1 has no CPUs .* \(its CPUs 2-3 are isolated by .* usable CPUs: 0"
+    ):
+        Binding.parse("c1m1").require(topology)
     chosen = read("2-3")
     assert chosen.cpus_of([1]) == chosen.usable_cpus == (2, 3), "who may use these alone was put there on purpose"
     assert "left alone" not in overview(chosen)
