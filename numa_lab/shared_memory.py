@@ -37,7 +37,7 @@ def require(nbytes: int, tensors: int) -> None:
             gib = -(-2 * nbytes // 2**30)
             raise LimitReached(
                 f"{nbytes / 2**20:,.0f} MiB of shared memory are needed, and {FOLDER} {there}: start the container with more "
-                f"(docker run --shm-size={gib}g ... | Kubernetes: a volume emptyDir with medium Memory, mounted there), or "
+                f"(`docker run --shm-size={gib}g IMAGE`; in Kubernetes a volume emptyDir with medium Memory, mounted there), or "
                 f"mount -o remount,size={gib}g {FOLDER}"
             )
     if tensors:

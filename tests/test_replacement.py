@@ -96,6 +96,7 @@ def test_how_many_threads_compute_inside_the_helper_is_the_callers_to_say(thread
             helper.compute(*inputs())
             assert len(openmp.team()) == count
     assert masks() == outside
+    torch.set_num_threads(len(outside))  # which new threads begin with too
 
 
 def test_a_placement_inside_is_no_move():
