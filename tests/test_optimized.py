@@ -212,6 +212,7 @@ def test_an_output_of_another_type_is_refused():
         scaled_dot_product_attention_gqa(query, key, value, output_tensor=query.numpy())
 
 
+@pytest.mark.guest(None)  # to load torch's compiler takes minutes in a guest
 def test_a_compiled_model_calls_it_between_graphs_without_a_word(capfd):
     helper, (query, key, value) = NUMAOptimizedGQA(NODE, threads=1), inputs()
     threads = []  # with which the graphs compute
