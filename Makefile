@@ -3,69 +3,81 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 
+# What is printed can be typed where `make` was typed: `make -C FOLDER` prints whole paths.
+ifneq ($(PWD),$(CURDIR))
+HERE := $(CURDIR)/
+endif
 BIN := .venv/bin
 RUN_ID := $(or $(RUN_ID),$(shell date +%Y%m%dT%H%M%S))
-RUN_DIR := data/runs/$(RUN_ID)
+RUN_DIR := $(HERE)data/runs/$(RUN_ID)
 SWEEP_ARGS ?= --profile quick
 PYTEST_ARGS ?=
 LAB_ARGS ?=
 BENCH_ARGS ?=
 STRIP := --keep-id --extra-keys "metadata.papermill metadata.language_info cell.metadata.papermill"
 
+export PYTHON # for tools/need.sh
+ACTIVATE := source $(if $(HERE),'$(HERE).venv/bin/activate',.venv/bin/activate)
+
 # papermill and JupyterLab find the kernel of .venv before any that the user has registered.
 export JUPYTER_PREFER_ENV_PATH := 1
 
-.PHONY: help setup report test test-multinode lab figures bench lint format clean constraints numactl chromium libomp qemu
+# Installs wait for each other, and what measures must run alone.
+.NOTPARALLEL:
+.PHONY: help setup report test test-multinode lab figures bench lint format clean constraints
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo "Benchmarks of one question each: make $(BENCHES)"
 	@echo "Settings: PYTHON=python3.12  SWEEP_ARGS='--profile quick'  PYTEST_ARGS='-k topology'  LAB_ARGS=--port=8890"
+	@[[ ! -e .venv/installed ]] || echo "Before the commands of README.md type: $(ACTIVATE)"
 
-setup: numactl .venv/installed ## make .venv and install numa_lab with the tested versions
+setup: .venv/installed ## make .venv and install numa_lab with the tested versions
+	@$(if $(filter setup,$(MAKECMDGOALS)),echo "make: .venv is ready; before the commands of README.md type: $(ACTIVATE)")
 
-report: setup ## measure attention under every binding and write data/runs/RUN_ID/report.html
-	@status=0; $(BIN)/numa-lab sweep $(SWEEP_ARGS) --out "$(RUN_DIR)" || status=$$?; \
+report: system-numactl .venv/installed ## measure attention under every binding and write data/runs/RUN_ID/report.html
+	@status=0; "$(HERE)$(BIN)/numa-lab" sweep $(SWEEP_ARGS) --out "$(RUN_DIR)" || status=$$?; \
 	if (( status > 1 )) || [[ ! -d "$(RUN_DIR)" ]]; then exit $$status; fi; \
-	$(BIN)/numa-lab report "$(RUN_DIR)"; exit $$status  # 1: some executions failed, and the report lists them
+	tools/waiting.sh "$(HERE)$(BIN)/numa-lab" report "$(RUN_DIR)"; echo "make: before the commands of README.md type: $(ACTIVATE)"; \
+	exit $$status  # 1: some executions failed, and the report lists them
 
-test: setup chromium libomp ## run the tests
+test: system-numactl-chromium-libomp .venv/installed-dev ## run the tests
 	@mkdir -p build
 	$(BIN)/python -m pytest --junitxml=build/junit.xml $(PYTEST_ARGS)
 
 # Besides the guests' own tests, those of what pins and places: they run in the guest of four nodes.
 MULTINODE_TESTS ?= tests/multinode $(addprefix tests/test_,team.py node_team.py optimized.py pool.py)
 
-test-multinode: setup qemu ## run the tests of placement in emulated guests with several NUMA nodes (Debian, x86-64)
+test-multinode: system-numactl-qemu-xz .venv/installed-dev ## run the tests of placement in emulated guests with several NUMA nodes (Debian, x86-64)
 	@mkdir -p build
 	PYTHONPATH=tests $(BIN)/python -m pytest -p multinode.plugin --junitxml=build/junit-multinode.xml $(MULTINODE_TESTS) $(PYTEST_ARGS)
 
-lab: setup ## open the notebooks in JupyterLab on this machine (127.0.0.1)
+lab: .venv/installed ## open the notebooks in JupyterLab on this machine (127.0.0.1)
 	@$(BIN)/jupyter lab --ip=127.0.0.1 --ServerApp.root_dir="$(CURDIR)/notebooks" \
 	  $(if $(DISPLAY)$(WAYLAND_DISPLAY),,--no-browser) $(if $(filter 0,$(shell id -u)),--allow-root) $(LAB_ARGS)
 
-figures: setup ## draw the README's figure anew from data/sample
+figures: .venv/installed ## draw the README's figure anew from data/sample
 	@mkdir -p figures
-	$(BIN)/python -c "from pathlib import Path; from numa_lab import load_run; from numa_lab.report import figures; \
+	tools/waiting.sh $(BIN)/python -c "from pathlib import Path; from numa_lab import load_run; from numa_lab.report import figures; \
 	  Path('figures/readme-limit-share.png').write_bytes(figures.limit_share(load_run('data/sample')).png())"
 
-bench: setup ## decode attention beside what memory and vector units allow, and beside others; draws the README's figure
-	@$(BIN)/python bench/decode.py --out figures/readme-decode $(BENCH_ARGS)
+bench: .venv/installed ## decode attention beside what memory and vector units allow, and beside others; draws the README's figure
+	@tools/waiting.sh $(BIN)/python bench/decode.py --out figures/readme-decode $(BENCH_ARGS)
 
 # One question each; the first lines of bench/*.py say which.
 BENCHES := $(addprefix bench-,dispatch enter huge-pages prefill read-limit sharded short-context)
 .PHONY: $(BENCHES)
-$(BENCHES): bench-%: setup
-	@$(BIN)/python bench/$(subst -,_,$*).py $(BENCH_ARGS)
+$(BENCHES): bench-%: .venv/installed
+	@tools/waiting.sh $(BIN)/python bench/$(subst -,_,$*).py $(BENCH_ARGS)
 
-lint: setup ## check style, types, imports between modules, and that notebooks hold no output
+lint: .venv/installed-dev ## check style, types, imports between modules, and that notebooks hold no output
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/mypy
-	$(BIN)/lint-imports
+	@tools/waiting.sh $(BIN)/mypy
+	@tools/waiting.sh $(BIN)/lint-imports
 	$(BIN)/nbstripout --verify $(STRIP) notebooks/*.ipynb
 
-format: setup ## give code and notebooks the form that lint asks for
+format: .venv/installed-dev ## give code and notebooks the form that lint asks for
 	$(BIN)/ruff check --fix --exit-zero
 	$(BIN)/ruff format
 	$(BIN)/nbstripout $(STRIP) notebooks/*.ipynb
@@ -74,28 +86,30 @@ clean: ## remove .venv, build output and caches; data/runs stays
 	rm -rf .venv build *.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
-constraints: ## write constraints.txt anew: the newest versions that pyproject.toml allows
-	rm -rf build/newest && "$$(tools/need.sh python "$(PYTHON)")" -m venv build/newest
-	build/newest/bin/python -m pip install -qq --editable '.[dev,bench]'
-	{ sed '/^[^#]/,$$d' constraints.txt; build/newest/bin/python -m pip freeze --all --exclude-editable \
-	  | sed -E '/^(pip|triton|(cuda|nvidia)-.*)==/d; s/\+[a-z0-9.]+$$//' | LC_ALL=C sort -f; } > build/constraints.txt
-	mv build/constraints.txt constraints.txt
+constraints: ## write constraints.txt anew: the newest versions that pyproject.toml and its lowest Python allow
+	@python=$$(tools/need.sh python) && rm -rf build/newest && "$$python" -m venv build/newest
+	@build/newest/bin/python -m pip install -q packaging
+	@build/newest/bin/python tools/newest.py
 
-numactl chromium libomp qemu:
-	@tools/need.sh $@
+# system-numactl-qemu: all system tools that are missing are installed, or named, at once.
+system-%:
+	@tools/need.sh $(subst -, ,$*) $(if $(filter .venv/made-in,$(ANEW)),python >/dev/null)
 
-# Scripts in .venv hold its absolute path: a moved folder, like a Python that has gone, makes it anew.
+# Scripts in .venv hold its absolute path: a moved folder, like a Python that has gone, makes it anew. So does another PYTHON.
+WHICH := -c 'import sys; print(sys.base_prefix, sys.version)'
 ifneq ($(shell $(BIN)/python -c 'import pip; print(open(".venv/made-in").read())' 2>/dev/null),$(CURDIR))
-.PHONY: .venv/made-in
+ANEW := .venv/made-in
+else ifneq ($(if $(PYTHON),$(shell "$(PYTHON)" $(WHICH) 2>&1)),$(if $(PYTHON),$(shell $(BIN)/python $(WHICH))))
+ANEW := .venv/made-in
 endif
+.PHONY: $(ANEW)
 .venv/made-in:
-	@python=$$(tools/need.sh python "$(PYTHON)") && echo "make: .venv from $$python" && \
+	@python=$$(tools/need.sh python) && echo "make: .venv from $$python" && \
 	rm -rf .venv && "$$python" -m venv .venv && printf %s "$(CURDIR)" > $@
 
-# The stamp is written last, so an install that failed or was stopped is made again.
-.venv/installed: .venv/made-in pyproject.toml constraints.txt
-	@rm -f $@
-	@echo "make: installing numa_lab and what it needs into .venv (some minutes the first time) ..."
-	@$(BIN)/python -m pip install -qq --constraint constraints.txt --editable '.[dev]'
+# The stamps are written last, so an install that failed or was stopped is made again. What tests need includes what a report needs.
+.venv/installed .venv/installed-dev: .venv/made-in pyproject.toml constraints.txt tools/install.py
+	@rm -f .venv/installed .venv/installed-dev
+	@$(BIN)/python tools/install.py $(if $(filter %-dev,$@),dev)
 	@$(BIN)/jupyter labextension disable --log-level=ERROR --level=sys_prefix @jupyterlab/apputils-extension:announcements
-	@touch $@
+	@touch .venv/installed $@

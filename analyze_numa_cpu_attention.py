@@ -6,6 +6,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from numa_lab import guide_analyses
+from numa_lab.commands import to_paste
 from numa_lab.errors import run_script
 from numa_lab.results import write_json
 
@@ -38,7 +39,7 @@ def main() -> None:
     for name in ("gqa", "std"):
         print(guide_analyses.spread_sentence(found, name))
     if found["spread_gqa_percent"] is not None:
-        print("A spread alone is no proof: `numa-lab detect` says whether nodes differ, or tie.")
+        print(f"A spread alone is no proof: `{to_paste('numa-lab', 'detect')}` says whether nodes differ, or tie.")
     problems = found["receipts"]["contradictions"]
     print("\n".join(problems) or f"No receipt of {rows['execution_id'].nunique()} visits contradicts its binding.")
     print(f"Written: {options.out}")

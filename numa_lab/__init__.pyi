@@ -18,6 +18,8 @@ from .results import load_runs as load_runs
 from .topology import Topology as Topology
 from .topology import read_topology as read_topology
 
+__version__: str
+
 __all__ = [
     "AttentionShape",
     "Binding",

@@ -16,8 +16,9 @@ from numa_lab.sysfs import format_cpulist
 REFUSALS = (errno.EPERM, errno.EACCES, errno.ENOSYS)  # of the call as such, whichever CPUs it names
 MAX_CPUS = 8192  # that the largest kernels are built for; the kernel drops those that there are not
 ALLOW = (
-    "docker run --security-opt seccomp=unconfined ... (or a profile of your own that lists sched_setaffinity) | "
-    "systemd unit: SystemCallFilter=@resources | snap connect SNAP:process-control"
+    "docker run --security-opt seccomp=unconfined IMAGE   # or a profile of your own that lists sched_setaffinity",
+    "SystemCallFilter=@resources   # in a systemd unit",
+    "snap connect SNAP:process-control",
 )
 
 
@@ -62,8 +63,8 @@ def in_words(error: OSError, cpus: Collection[int]) -> NumaLabError:
         return NotPermitted(
             error.errno,
             f"{asked} was refused: {why}. So no thread can be placed from inside; a sandbox does that (the seccomp filter of a "
-            f"container or unit, a snap). Allow it: {ALLOW}. Or place all of it from outside, by numactl --cpunodebind=NODE in "
-            "front of what starts the sandbox, and call gqa_attention without a helper",
+            "container or unit, a snap). Place all of it from outside, by numactl --cpunodebind=NODE in front of what starts the sandbox, "
+            "and call gqa_attention without a helper, or allow it by one of these:\n" + "\n".join(ALLOW),
         )
     allowed = format_cpulist(os.sched_getaffinity(0)) or "none"
     return NodeUnavailable(

@@ -71,6 +71,6 @@ def _fix(wanted: int) -> str:
     enough = hard == resource.RLIM_INFINITY or wanted <= hard
     inside = f"`ulimit -n {wanted}` in the shell that starts it" if enough else f"as root (the hard limit is {hard})"
     return (
-        f"this process may have {soft} files open. Raise the limit: {inside} | docker run --ulimit nofile={wanted}:{wanted} ... | "
-        f"systemd unit: LimitNOFILE={wanted}"
+        f"this process may have {soft} files open. Raise the limit: {inside}, `docker run --ulimit nofile={wanted}:{wanted} IMAGE`, or "
+        f"LimitNOFILE={wanted} in a systemd unit"
     )

@@ -237,10 +237,9 @@ class NodeShardedKVCache:
             by = self._teams[node].node  # another one where the node has memory alone
             requested = Binding((by,), (by,), MemPolicy.PREFERRED)
             refusal = self._teams[node].refusal
-            found[node] = Receipt(
-                requested, granted, threads, {}, pages, (*notes, refusal) if refusal else notes,
-                team=team_of(len(self._teams[node].cpus), threads),
-            )  # fmt: skip
+            notes = (*notes, refusal) if refusal else notes
+            team = team_of(len(self._teams[node].cpus), threads)
+            found[node] = Receipt(requested, granted, threads, {}, pages, notes, promised=(node,), team=team)
         return found
 
     def _per_sequence(

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from numa_lab.sysfs import Tree
+from numa_lab.sysfs import Tree, parse_cpulist
 
 PAGE_BYTES = mmap.PAGESIZE
 _PROC = Tree(Path("/proc"))  # some of it is missing without CONFIG_NUMA and CONFIG_PROC_PAGE_MONITOR, and in gVisor
@@ -50,6 +50,17 @@ def _numa_maps(text: str) -> Iterator[tuple[int, Counter[int]]]:
             int(line.split(maxsplit=1)[0], 16),
             Counter({int(node): int(pages) * scale for node, pages in re.findall(r"\bN(\d+)=(\d+)", line)}),
         )
+
+
+def thread_policy(numa_maps: str | None = None) -> tuple[str, tuple[int, ...]]:
+    """The calling thread's memory policy in the kernel's words, and its nodes, by its stack, which has no policy of its own.
+
+    What the kernel lets a process look at where it refuses ``get_mempolicy``. "default" where it has no NUMA.
+    """
+    path = Path("/proc/thread-self/numa_maps")
+    text = numa_maps if numa_maps is not None else path.read_text() if path.exists() else ""
+    told = re.search(r"^[0-9a-f]+ ([^=:\n]+?)(?:=[^:\s]*)?(?::([\d,-]+))? stack\b", text, re.MULTILINE)
+    return (told[1], parse_cpulist(told[2] or "")) if told else ("default", ())
 
 
 def huge_page_share(first: int, last: int, smaps: str | None = None) -> float:

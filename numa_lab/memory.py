@@ -231,7 +231,7 @@ def locate(tensor: torch.Tensor) -> dict[int, int]:
         return {}
     if locator() == "numa_maps":
         return mappings.pages_per_node(first, last)
-    nodes, counts = np.unique(np.maximum(libnuma.page_status(_pages(tensor)), UNTOUCHED), return_counts=True)
+    nodes, counts = np.unique(np.maximum(libnuma.page_status(page_addresses(tensor)), UNTOUCHED), return_counts=True)
     return {int(node): int(count) for node, count in zip(nodes, counts, strict=True)}
 
 
@@ -277,7 +277,7 @@ def migrate(tensor: torch.Tensor, node: int) -> dict[int, int]:
     MissingDependency
         libnuma is not installed.
     """
-    pages = _pages(tensor)
+    pages = page_addresses(tensor)
     if not len(pages):
         return {}
     located = locate(tensor)
@@ -335,9 +335,12 @@ def lost() -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _pages(tensor: torch.Tensor) -> NDArray[np.uint64]:
-    """Addresses of the pages that hold the tensor."""
-    return np.arange(*_page_span(tensor), dtype=np.uint64) * np.uint64(PAGE_BYTES)
+def page_addresses(tensor: torch.Tensor, most: int | None = None) -> NDArray[np.uint64]:
+    """Addresses of the pages that hold the tensor, or of `most` of them, the first and last included, spread evenly."""
+    first, last = _page_span(tensor)
+    if most is None or last - first <= most:
+        return np.arange(first, last, dtype=np.uint64) * np.uint64(PAGE_BYTES)
+    return np.linspace(first, last - 1, most).astype(np.uint64) * np.uint64(PAGE_BYTES)
 
 
 def _some_pages(tensor: torch.Tensor) -> range:

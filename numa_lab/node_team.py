@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from numa_lab import descriptors, handover, libnuma, replacement
+from numa_lab import descriptors, handover, libnuma, recycled, replacement
 from numa_lab.errors import InvalidInput, NodeUnavailable, NumaLabError
 from numa_lab.handover import Desk, Job
 from numa_lab.team import Before, Placement
@@ -74,7 +74,7 @@ class NodeTeam:
         self._leader = ThreadPoolExecutor(1, name or f"numa-node-{node}")
         # A leader that can't enter its node raises here, and one whose start a signal interrupts belongs to no team.
         try:
-            self._leader.submit(_enter, weakref.ref(self), self._placement).result()
+            self._leader.submit(_enter, weakref.ref(self), self._placement, node).result()
         except BaseException:
             self._leader.shutdown(wait=False)
             raise
@@ -186,12 +186,13 @@ class NodeTeam:
         self._leader.shutdown(wait=wait)
 
 
-def _enter(reference: weakref.ref[NodeTeam], placement: Placement) -> None:
+def _enter(reference: weakref.ref[NodeTeam], placement: Placement, node: int) -> None:
     """On a new leader: go to the team's place, also for what was submitted to a team that nobody has any more."""
     _of_thread.leads = True
     if team := reference():
         team._leader_id = threading.get_ident()
     before = placement.enter()
+    recycled.give_back(node)  # glibc may give a new thread the memory of one that ended, on another node
     if team:
         team._before, team.refusal = before, before.refusal
 

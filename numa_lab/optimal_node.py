@@ -144,7 +144,8 @@ def choose(ranking: pd.DataFrame) -> int:
 def advice(ranking: pd.DataFrame) -> str:
     """The command that uses the chosen node, as Markdown."""
     node = choose(ranking)
-    return f"Node {node}: `numactl --cpunodebind={node} --membind={node} python ...`, or `NUMAOptimizedGQA({node})` in code."
+    bound = " ".join(Binding((node,), (node,), MemPolicy.BIND).numactl(read_topology()))
+    return f"Node {node}: `{bound} python ...`, or `NUMAOptimizedGQA({node})` in code."
 
 
 def bind_to_numa_node(node: int) -> Binding:
@@ -169,7 +170,7 @@ def _visit(topology: Topology, shape: AttentionShape, seconds: float) -> Visits:
     """Visit every effective node once per block, in random order, and the first of them twice."""
     visits = Visits()
     cpus = {node: topology.cpus_for([node]) for node in topology.effective_nodes}
-    size = max(pool_bytes(topology, of, shape.kv_bytes) for of in cpus.values())
+    size = max(pool_bytes(topology, of, shape.kv_bytes, len(cpus) + 1) for of in cpus.values())  # one node has two
     order = random.Random(time.time_ns())
     pools: dict[str, tuple[int, KVPool]] = {}
     for block in range(BLOCKS):
@@ -249,7 +250,7 @@ def _rank(visits: Visits, topology: Topology) -> pd.DataFrame:
             found[node] |= {
                 "median_seconds": median, "ratio": median / seconds[best], "low": low, "high": high,
                 "tie_group": 2 if slower else 1, "visits": int(by_label.size()[f"c{node}m{node}"]),
-                "receipt": " ".join(contradictions(label_rows, topology.node_cpus)),
+                "receipt": " ".join(contradictions(label_rows, topology.allowed_node_cpus)),
             }  # fmt: skip
     elif len(nodes) == 1:
         found[nodes[0]]["tie_group"] = 1

@@ -21,9 +21,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from numa_lab import libnuma, memory, proof
+from numa_lab import libnuma, memory, proof, recycled
 from numa_lab.attention.gqa import gqa_attention
 from numa_lab.binding import Binding, MemPolicy
+from numa_lab.commands import to_paste
 from numa_lab.errors import InvalidInput, NodeUnavailable
 from numa_lab.limits import Limits
 from numa_lab.measured import Measured, socket_groups
@@ -192,7 +193,7 @@ class NUMAThreadPool:
 
     def _compute(self, num_runs: int, gradients: bool, inputs: Sequence[_Input]) -> list[Tensor | Exception]:
         """On a leader: the output of each input, or what it raised, when all have been computed."""
-        node = next(node for node, teams in self._teams.items() if any(team.is_current() for team in teams))
+        node = self._current_node()
         outputs: list[Tensor | Exception] = []
         done: Counter[tuple[int, str]] = Counter()
         with torch.set_grad_enabled(gradients):
@@ -218,7 +219,7 @@ class NUMAThreadPool:
         return [what] if one.node in (node, None) else [what, f"taken from node {one.node}"]
 
     def submit(self, fn: Callable[..., T], *args: Any, numa_node: int | None = None, **kwargs: Any) -> Future[T]:
-        """Run a function on a node.
+        """Run a function on a node; new tensors that it makes lie there (see ``numa_lab.recycled``).
 
         Parameters
         ----------
@@ -239,7 +240,16 @@ class NUMAThreadPool:
         if numa_node is not None:
             self._topology.require_effective(numa_node)
         node = node_of(args, self.nodes, self._topology) if numa_node is None else numa_node
-        return self._queues.submit(fn, args, kwargs, node=node)
+        return self._queues.submit(self._call_on_new_memory, (fn, *args), kwargs, node=node)
+
+    def _call_on_new_memory(self, fn: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        """On a leader: malloc gives back first what others may have touched and the function would get for its tensors."""
+        recycled.give_back(self._current_node(), always=True)
+        return fn(*args, **kwargs)
+
+    def _current_node(self) -> int:
+        """The node whose leader the calling thread is."""
+        return next(node for node, teams in self._teams.items() if any(team.is_current() for team in teams))
 
     def execute_on_numa(self, fn: Callable[..., T], *args: Any, numa_node: int, **kwargs: Any) -> T:
         """Run a function on a node and wait for its result; what it raises is raised here."""
@@ -260,9 +270,10 @@ class NUMAThreadPool:
             return memory.empty(tensor.shape, tensor.dtype, node).copy_(tensor)
 
         turns = itertools.cycle(nodes or self.nodes)
-        futures = [
-            self.submit(copy, tensor, node, numa_node=node) for tensor, node in zip(tensors, turns, strict=False)
-        ]
+        futures = []
+        for tensor, node in zip(tensors, turns, strict=False):
+            self._topology.require_effective(node)
+            futures.append(self._queues.submit(copy, (tensor, node), node=node))
         wait(futures)
         return [future.result() for future in futures]
 
@@ -327,7 +338,7 @@ def _limits(topology: Topology, nodes: Sequence[int], measured: Measured) -> Lim
     if unknown := set(nodes) - set(measured.cpu_nodes):
         raise InvalidInput(
             f"measured has no bandwidth of the CPUs of node {format_cpulist(unknown)}, and this pool computes there: "
-            "measure this machine with `numa-lab probe`"
+            f"measure this machine with `{to_paste('numa-lab', 'probe')}`"
         )
     return Limits(measured, socket_groups(measured, socket_of))
 

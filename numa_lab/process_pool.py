@@ -53,9 +53,9 @@ class NUMAProcessPool(Executor):
     Examples
     --------
     >>> import torch
-    >>> with NUMAProcessPool() as pool:  # doctest: +SKIP
-    ...     key = pool.empty((1, 8, 4096, 128), torch.bfloat16, numa_node=0)
-    ...     total = pool.submit(torch.sum, key).result()  # on node 0, where it lies
+    >>> with NUMAProcessPool() as pool:
+    ...     key = pool.empty((1, 8, 4096, 128), torch.bfloat16, numa_node=pool.nodes[0])
+    ...     total = pool.submit(torch.sum, key).result()  # on that node, where it lies
     """
 
     def __init__(self, nodes: Sequence[int] | None = None) -> None:

@@ -17,8 +17,8 @@ from pathlib import Path
 import pandas as pd
 
 from numa_lab.binding import Binding, MemPolicy
-from numa_lab.cpu_quota import cpu_quota
-from numa_lab.sysfs import format_cpulist, parse_cpulist
+from numa_lab.control_groups import ControlGroups
+from numa_lab.sysfs import Tree, format_cpulist, parse_cpulist
 
 Pages = Mapping[str, Mapping[int, int]]  # tensor name -> node -> pages; node -1 counts pages that were never touched
 
@@ -130,7 +130,7 @@ class Team:
 
 def team_of(asked: int, threads: Collection[object]) -> Team | None:
     """What was asked for, the threads of the team that were found, and the quota now; None where the team can't be seen."""
-    return Team(asked, len(threads), cpu_quota()) if threads else None
+    return Team(asked, len(threads), ControlGroups(Tree(Path("/"))).cpu_quota()) if threads else None
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,8 @@ class Receipt:
     """Proof of placement for one measured case.
 
     `pages_before` and `pages_after` give the pages of each tensor per node, around the timed region; `huge_pages` the
-    share of each, 0 to 1, that lies on huge pages. `team` is None where it is not known how many threads there were to be.
+    share of each, 0 to 1, that lies on huge pages. `promised` names the nodes on which all tensors shall lie, where that is
+    more than the requested policy alone sees to. `team` is None where it is not known how many threads there were to be.
     """
 
     requested: Binding
@@ -148,6 +149,7 @@ class Receipt:
     pages_after: Pages
     notes: tuple[str, ...] = ()
     huge_pages: Mapping[str, float] = field(default_factory=dict)
+    promised: tuple[int, ...] = ()
     team: Team | None = None
 
     def __str__(self) -> str:
@@ -194,21 +196,20 @@ class Receipt:
                 f"and the kernel granted nodes {format_cpulist(self.effective.cpu_nodes)}."
             )
         asked = self.requested.asked_of_kernel
-        if (asked.policy, asked.mem_nodes) != (self.effective.policy, self.effective.mem_nodes):
+        if not asked.places_as(self.effective):
             found.append(
-                f"Memory policy {_policy(asked)} was requested, and the kernel granted {_policy(self.effective)}."
+                f"Memory policy {asked.memory_words} was requested, and the kernel granted {self.effective.memory_words}."
             )
         if not self.threads:
             found.append("No thread was seen computing.")
         if self.team:
             found += self.team.contradictions()
-        for thread in self.threads:
-            outside = sorted(set(thread.seen) - set(cpus))
-            if outside:
-                found.append(
-                    f"Thread {thread.tid} computed on CPUs {format_cpulist(outside)}, "
-                    f"outside the requested CPUs {format_cpulist(cpus)}."
-                )
+        if outside := [thread for thread in self.threads if set(thread.seen) - set(cpus)]:
+            who = f"Thread {outside[0].tid}" if len(outside) == 1 else f"{len(outside)} of {len(self.threads)} threads"
+            seen = {cpu for thread in outside for cpu in thread.seen} - set(cpus)
+            found.append(
+                f"{who} computed on CPUs {format_cpulist(seen)}, outside the requested CPUs {format_cpulist(cpus)}."
+            )
         return found + self._page_contradictions()
 
     def _page_contradictions(self) -> list[str]:
@@ -224,12 +225,13 @@ class Receipt:
                 found.append(f"{pages[-1]} of {sum(pages.values())} pages of {name} were never touched.")
             # One thread touches K and V first; query and output are touched by those that compute, on any node.
             touched_first = self.requested.policy is MemPolicy.FIRST_TOUCH and name in ("key", "value")
-            if self.requested.confines_memory or touched_first:
-                elsewhere = {n: count for n, count in pages.items() if n >= 0 and n not in self.requested.mem_nodes}
+            confined = self.requested.confines_memory or touched_first
+            if nodes := self.promised or (self.requested.mem_nodes if confined else ()):
+                elsewhere = {n: count for n, count in pages.items() if n >= 0 and n not in nodes}
                 if elsewhere:
                     found.append(
                         f"{sum(elsewhere.values())} of {sum(pages.values())} pages of {name} lie on nodes "
-                        f"{format_cpulist(elsewhere)} instead of {format_cpulist(self.requested.mem_nodes)}."
+                        f"{format_cpulist(elsewhere)} instead of {format_cpulist(nodes)}."
                     )
         return found
 
@@ -248,6 +250,7 @@ class Receipt:
                     "pages_after": self.pages_after,
                     "notes": self.notes,
                     "huge_pages": self.huge_pages,
+                    **({"promised": format_cpulist(self.promised)} if self.promised else {}),
                     **({"team": self.team.to_json()} if self.team else {}),
                 }
             ),
@@ -272,6 +275,7 @@ class Receipt:
             after,
             tuple(observed["notes"]),
             observed.get("huge_pages", {}),
+            parse_cpulist(observed.get("promised", "")),
             Team(told["asked"], told["granted"], told["quota"] or math.inf) if (told := observed.get("team")) else None,
         )
 
@@ -285,8 +289,8 @@ def least_huge_pages(observed: Iterable[str]) -> float:
 def contradictions(rows: pd.DataFrame, node_cpus: Mapping[int, Collection[int]]) -> list[str]:
     """What the receipts of tidy rows say against the bindings that were asked for, each sentence once.
 
-    `node_cpus` gives the online CPUs of each node. Receipts of older runs don't hold the size of the team: there the threads
-    that were seen are held against the column ``threads``.
+    `node_cpus` gives the CPUs of each node that the run was allowed to use. Receipts of older runs don't hold the size of the
+    team: there the threads that were seen are held against the column ``threads``.
     """
     found: dict[str, None] = {}
     names = ["requested", "effective", "observed"]
@@ -298,7 +302,3 @@ def contradictions(rows: pd.DataFrame, node_cpus: Mapping[int, Collection[int]])
         cpus = {cpu for node in nodes for cpu in node_cpus.get(node, ())}
         found |= dict.fromkeys(receipt.contradictions(cpus, nodes))
     return list(found)
-
-
-def _policy(binding: Binding) -> str:
-    return f"{binding.policy.value}:{format_cpulist(binding.mem_nodes)}" if binding.mem_nodes else binding.policy.value

@@ -17,7 +17,7 @@ from numa_lab.mappings import kernel_moves
 from numa_lab.receipt import Receipt, ThreadWatch, team_of
 from numa_lab.sysfs import format_cpulist
 from numa_lab.topology import Topology
-from numa_lab.workloads import Case
+from numa_lab.workloads import MEMORY_SHARE, Case
 
 CACHE_MULTIPLE = 4  # K and V of so many layers as exceed the last cache this much: a model reads one after another
 BY_HAND = {"run_id": "by-hand", "execution_id": "by-hand", "block": 0, "order": 0}
@@ -25,11 +25,15 @@ BY_HAND = {"run_id": "by-hand", "execution_id": "by-hand", "block": 0, "order": 
 _SIZES = ("batch", "q_heads", "kv_heads", "q_len", "kv_len", "head_dim", "dtype")
 
 
-def pool_bytes(topology: Topology, cpus: Sequence[int], largest_kv_bytes: int) -> int:
-    """Room for K and V that suffices for the largest case and, where the caches are real, exceeds them."""
+def pool_bytes(topology: Topology, cpus: Sequence[int], largest_kv_bytes: int, sharers: int = 1) -> int:
+    """Room for K and V that suffices for the largest case and, where the caches are real, exceeds them.
+
+    `sharers` is how many such rooms there are at once: all of them together leave room below a control group's limit.
+    """
     # The caches of an emulated machine are invented, and filling much memory there takes minutes.
     caches = 0 if topology.emulated else topology.last_cache_bytes_of(cpus)
-    return max(largest_kv_bytes, CACHE_MULTIPLE * caches)
+    limits = (int(MEMORY_SHARE * limit.available_bytes / sharers) for limit in topology.memory_limits)
+    return max(largest_kv_bytes, min([CACHE_MULTIPLE * caches, *limits]))
 
 
 def sample_case(

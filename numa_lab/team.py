@@ -217,7 +217,7 @@ class Placement:
         affinity.set_cpus({*self.cpus, *self.leader_cpus})
         if self._policy:
             try:
-                mode, nodes = libnuma.get_mempolicy()
+                mode, nodes = libnuma.get_mempolicy(flags=True)
                 libnuma.set_mempolicy(*self._policy)
                 row[0, thread_state.MODE] = mode
                 thread_state.set_bits(row[0, thread_state.NODES : thread_state.ROW], nodes)

@@ -10,10 +10,12 @@ from collections.abc import Iterable
 
 NUMBERS = {  # asm/unistd_64.h, asm-generic/unistd.h
     "x86_64": {
-        "sched_setaffinity": 203, "mbind": 237, "set_mempolicy": 238, "get_mempolicy": 239, "move_pages": 279,
+        "madvise": 28, "sched_setaffinity": 203,
+        "mbind": 237, "set_mempolicy": 238, "get_mempolicy": 239, "move_pages": 279,
     },
     "aarch64": {
-        "sched_setaffinity": 122, "mbind": 235, "get_mempolicy": 236, "set_mempolicy": 237, "move_pages": 239,
+        "madvise": 233, "sched_setaffinity": 122,
+        "mbind": 235, "get_mempolicy": 236, "set_mempolicy": 237, "move_pages": 239,
     },
 }  # fmt: skip
 _LOAD, _JUMP_EQUAL, _RETURN = 0x20, 0x15, 0x06  # linux/bpf_common.h

@@ -1,4 +1,6 @@
 import json
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +10,9 @@ import pytest
 from click.testing import CliRunner
 
 from numa_lab import mlc
+from numa_lab.binding import Binding
 from numa_lab.cli import main
+from numa_lab.topology import read_topology
 
 
 def call(*words):
@@ -78,7 +82,22 @@ def test_looking_and_planning_never_load_torch_or_numba():
 def test_dry_run_prints_commands_that_can_be_typed():
     lines = call("sweep", "--profile", "smoke", "--bindings", "c0m0", "--dry-run").stdout.splitlines()
     assert len(lines) == 2
-    assert all(line.startswith("numactl --cpunodebind=0 --membind=0 python -m papermill") for line in lines)
+    bound = Binding.parse("c0m0").numactl(read_topology())
+    for line in lines:
+        words = shlex.split(line)
+        assert words[: len(bound)] == bound
+        program, _, module, measured = words[len(bound) : len(bound) + 4]
+        assert shutil.which(program)
+        assert module == "papermill"
+        assert Path(measured).is_file()
+
+
+def test_a_sweep_that_lacks_numactl_is_refused_before_anything_is_measured(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    result = call("sweep", "--profile", "smoke", "--bindings", "c0m0", "--out", str(tmp_path / "run"))
+    assert result.exit_code == 1
+    assert "is not installed" in result.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_predict_says_how_fast_each_placement_may_be():

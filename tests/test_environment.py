@@ -10,13 +10,15 @@ from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
-import pytest
 import rattler
 import yaml
 from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.manager import KernelManager
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
+
+import numa_lab
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -77,6 +79,17 @@ def test_constraints_name_the_versions_installed_here() -> None:
     assert {name: (version, pinned[name]) for name, version in installed.items() if version != pinned[name]} == {}
 
 
+def test_lowest_python_can_install_what_is_installed_here() -> None:
+    lowest = PROJECT["requires-python"].removeprefix(">=") + ".0"
+    asked = {
+        name: metadata.metadata(name).get("Requires-Python", "")
+        for name in needed("numa_lab", frozenset(["dev"]), set())
+    }
+    assert lowest == "3.11.0"
+    assert asked.keys() >= {"torch", "soupsieve"}
+    assert {name: python for name, python in asked.items() if not SpecifierSet(python).contains(lowest)} == {}
+
+
 def test_conda_environment_has_the_same_pins() -> None:
     pinned = pins()
     expected = {CONDA_NAMES.get(name, name): f"{pinned[name]}.*" for name in direct_dependencies()}
@@ -115,66 +128,18 @@ def test_notebooks_run_in_this_environment() -> None:
     assert manager.format_kernel_cmd()[0] == sys.executable
 
 
-@pytest.fixture
-def bare_system(tmp_path: Path) -> Path:
-    """A folder of commands that has bash alone."""
-    (tmp_path / "bash").symlink_to("/bin/bash")
-    return tmp_path
+def test_script_beside_a_clone_imports_the_package(tmp_path: Path) -> None:
+    # Python takes a folder named as the package, with no module in it, for a namespace package if it finds nothing better.
+    (tmp_path / "numa_lab").mkdir()
+    (tmp_path / "script.py").write_text("import numa_lab\nprint(numa_lab.__file__, numa_lab.load_run)\n")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    for words in (["script.py"], ["-c", (tmp_path / "script.py").read_text()]):
+        printed = subprocess.run(
+            [sys.executable, *words], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+        ).stdout
+        assert Path(printed.split()[0]).is_relative_to(ROOT)
 
 
-def need(path: Path | str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        ["bash", str(ROOT / "tools" / "need.sh"), *arguments],
-        env={"PATH": str(path)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
-def command(folder: Path, name: str, script: str) -> None:
-    (folder / name).write_text(f"#!/bin/bash\n{script}\n")
-    (folder / name).chmod(0o755)
-
-
-@pytest.mark.parametrize("tool", ["numactl", "chromium"])
-def test_missing_tool_without_package_manager_names_the_line_to_type(bare_system: Path, tool: str) -> None:
-    result = need(bare_system, tool)
-    assert result.returncode == 1
-    for line in (f"apt-get install {tool}", f"dnf install {tool}", "conda"):
-        assert line in result.stderr
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root installs packages")
-@pytest.mark.parametrize("manager", ["apt-get", "dnf"])
-def test_missing_tool_is_installed_and_said_so(bare_system: Path, manager: str) -> None:
-    command(bare_system, manager, 'echo "$@" >> "${0%/*}/calls"')
-    result = need(bare_system, "numactl")
-    assert result.returncode == 0
-    assert f"installing numactl with {manager}" in result.stderr
-    assert " numactl" in (bare_system / "calls").read_text().splitlines()[-1]
-
-
-def test_present_tool_needs_nothing(bare_system: Path) -> None:
-    command(bare_system, "chromium-browser", "exit 9")
-    result = need(bare_system, "chromium")
-    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
-
-
-def test_no_python_that_serves_names_those_found(bare_system: Path) -> None:
-    command(bare_system, "python3", "echo 3.9")
-    result = need(bare_system, "python")
-    assert result.returncode == 1
-    assert "3.11 or newer; found: python3 (3.9)" in result.stderr
-
-
-def test_python_without_ensurepip_names_the_line_to_type(bare_system: Path) -> None:
-    command(bare_system, "python3", "[[ $2 == *print* ]] && echo 3.12")
-    result = need(bare_system, "python")
-    assert result.returncode == 1
-    assert "apt-get install python3.12-venv" in result.stderr
-
-
-def test_python_that_was_named_is_taken() -> None:
-    result = need(os.environ["PATH"], "python", sys.executable)
-    assert (result.returncode, result.stdout.strip()) == (0, sys.executable)
+def test_the_package_says_its_version() -> None:
+    assert re.fullmatch(r"\d+\.\d+\.\d+", numa_lab.__version__)
+    assert metadata.version("numa_lab") == numa_lab.__version__

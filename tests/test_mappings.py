@@ -40,6 +40,22 @@ def test_the_kernels_own_moves_are_counted():
 
 
 @pytest.mark.parametrize(
+    ("told", "words", "nodes"),
+    [
+        ("default", "default", ()),
+        ("local", "local", ()),
+        ("bind:0,2-3", "bind", (0, 2, 3)),
+        ("bind=static|balancing:1", "bind", (1,)),
+        ("prefer (many):0-1", "prefer (many)", (0, 1)),
+        ("weighted interleave:0", "weighted interleave", (0,)),
+    ],
+)
+def test_the_policy_of_a_thread_is_that_of_its_stack(told, words, nodes):
+    assert mappings.thread_policy(f"{NUMA_MAPS}7ffe00000000 {told} stack anon=3 N0=3\n") == (words, nodes)
+    assert mappings.thread_policy("") == ("default", ())
+
+
+@pytest.mark.parametrize(
     ("told", "page_bytes", "expected"),
     [
         ({"hpage_pmd_size": "2097152\n"}, 4096, 2 << 20),

@@ -86,7 +86,7 @@ def test_each_refused_call_has_its_stand_in(monkeypatch):
 
 def test_migrate_asks_again_for_busy_pages_and_leaves_untouched_ones(monkeypatch):
     tensor = memory.empty((8 * memory.PAGE_BYTES,), torch.uint8, huge_pages=False)
-    where, asked = dict.fromkeys(memory._pages(tensor).tolist(), 0), []
+    where, asked = dict.fromkeys(memory.page_addresses(tensor).tolist(), 0), []
     where[next(iter(where))] = -2  # never touched
     busy = list(where)[3]
 
@@ -97,6 +97,7 @@ def test_migrate_asks_again_for_busy_pages_and_leaves_untouched_ones(monkeypatch
                 where[page] = node
 
     monkeypatch.setattr(memory.free_memory, "require", lambda *_: None)
+    monkeypatch.setattr(memory, "locator", lambda: "move_pages")
     monkeypatch.setattr(libnuma, "move_pages", move_pages)
     monkeypatch.setattr(libnuma, "page_status", lambda pages: np.array([where[page] for page in pages.tolist()]))
     assert memory.migrate(tensor, 1) == {memory.UNTOUCHED: 1, 1: 7}

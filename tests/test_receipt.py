@@ -23,6 +23,7 @@ def test_a_receipt_that_matches_has_nothing_to_say():
     assert receipt().contradictions(cpus={2, 3}, cpu_nodes={1}) == []
     assert receipt(team=Team(1, 1, 1.0)).contradictions(cpus={2, 3}, cpu_nodes={1}) == []
     assert receipt("c*m*").contradictions(cpus={0, 1, 2, 3}, cpu_nodes={0, 1}) == []
+    assert receipt("c*m*", "c0-1l*").contradictions(cpus={0, 1, 2, 3}, cpu_nodes={0, 1}) == [], "the same by name"
 
 
 @pytest.mark.parametrize(
@@ -31,10 +32,19 @@ def test_a_receipt_that_matches_has_nothing_to_say():
         ({"effective": "c0m1"}, "CPUs of nodes 1 were requested, and the kernel granted nodes 0."),
         ({"effective": "c1m0"}, "Memory policy bind:1 was requested, and the kernel granted bind:0."),
         ({"effective": "c1m*"}, "Memory policy bind:1 was requested, and the kernel granted default."),
+        (
+            {"effective": "c1u9m*"},
+            "Memory policy bind:1 was requested, and the kernel granted unknown policy 9.",
+        ),
+        ({"label": "c1m*", "effective": "c1P0-1"}, "default was requested, and the kernel granted preferred-many:0-1."),
         ({"threads": ()}, "No thread was seen computing."),
         ({"team": Team(3, 1)}, "3 threads were requested and 1 computed"),
         ({"team": Team(3, 3, 2.5)}, "3 threads were requested, and a control group grants the time of 2.5 CPUs."),
         ({"threads": [ThreadSeen(7, (0, 2), (0, 2))]}, "Thread 7 computed on CPUs 0, outside the requested CPUs 2-3."),
+        (
+            {"threads": [ThreadSeen(7, (), (0, 2)), ThreadSeen(8, (), (5,)), THREAD]},
+            "2 of 3 threads computed on CPUs 0,5, outside the requested CPUs 2-3.",
+        ),
         ({"before": GOOD | {"key": {1: 99, 0: 1}}}, "Pages of key moved during the measurement"),
         ({"after": GOOD | {"output": {0: 3, 1: 1}}}, "3 of 4 pages of output lie on nodes 0 instead of 1."),
         ({"after": GOOD | {"output": {-1: 3, 1: 1}}}, "3 of 4 pages of output were never touched."),

@@ -54,12 +54,14 @@ def test_every_thread_gets_the_policy_and_gives_it_back(node):
 
 
 def test_threads_born_inside_are_given_back_too():
-    everywhere = os.sched_getaffinity(0)
-    with team.pinned_team([min(everywhere)]):
-        torch.set_num_threads(4)
-        openmp.team()
-    assert [thread.cpus for thread in openmp.team(4)] == [everywhere] * 4
-    openmp.set_threads(len(everywhere))
+    everywhere, threads = os.sched_getaffinity(0), torch.get_num_threads()
+    try:
+        with team.pinned_team([min(everywhere)]):
+            torch.set_num_threads(4)
+            openmp.team()
+        assert [thread.cpus for thread in openmp.team(4)] == [everywhere] * 4
+    finally:
+        torch.set_num_threads(threads)  # of threads that are started later, too
 
 
 def test_the_leader_may_keep_more_than_its_cpu():

@@ -40,7 +40,7 @@ def _affinity_refused(machine: Machine) -> Finding | None:
         f"the kernel refuses sched_setaffinity ({os.strerror(code)})",
         "So no thread can be pinned: NUMAOptimizedGQA, NUMAThreadPool and NodeShardedKVCache say so and stop; attention itself runs, "
         f"on CPUs {format_cpulist(machine.topology.allowed_cpus)}, as the process was started.",
-        affinity.ALLOW,
+        "\n".join(affinity.ALLOW),
         "problem",
     )
 
@@ -55,9 +55,9 @@ def _huge_pages_refused(machine: Machine) -> Finding | None:
         f"madvise(MADV_HUGEPAGE) is refused ({os.strerror(code)})"
         + (": this kernel was built without transparent huge pages" if none else ""),
         f"K and V then lie on pages of {PAGE_BYTES >> 10} KiB, and a long cache costs a page walk for each of them at every token.",
-        "boot a kernel with CONFIG_TRANSPARENT_HUGEPAGE=y (one with PREEMPT_RT may have none)"
+        "boot a kernel with CONFIG_TRANSPARENT_HUGEPAGE=y; one with PREEMPT_RT may have none"
         if none
-        else "docker run --security-opt seccomp=unconfined ... (or a profile of your own that lists madvise)",
+        else "docker run --security-opt seccomp=unconfined IMAGE   # or a profile of your own that lists madvise",
         "info",
     )
 
@@ -86,20 +86,20 @@ _LIMITS = ("OMP_THREAD_LIMIT", "KMP_DEVICE_THREAD_LIMIT", "KMP_ALL_THREADS")  # 
 
 
 def _cache_folder(machine: Machine) -> Finding | None:
-    why = cache_folder.unusable() if machine.live else ""
+    why = cache_folder.unusable() if machine.tree.live else ""
     if not why:
         return None
     return Finding(
         "cache_folder",
         f"compiled kernels and rankings of nodes can't be kept: {why}",
         "So each process compiles the decode kernel anew, which takes some seconds, and ranks the nodes anew.",
-        "export XDG_CACHE_HOME=FOLDER   (one that this user can write)",
+        "export XDG_CACHE_HOME=FOLDER   # one that this user can write",
         "info",
     )
 
 
 def _shared_memory(machine: Machine) -> Finding | None:
-    if not machine.live:
+    if not machine.tree.live:
         return None
     try:
         about = os.statvfs("/dev/shm")
@@ -113,21 +113,21 @@ def _shared_memory(machine: Machine) -> Finding | None:
         f"/dev/shm {has}",
         "NUMAProcessPool, and all else that passes tensors between processes of torch, shares them there; it refuses what finds no "
         "room. Containers have 64 MiB by default.",
-        "docker run --shm-size=8g ... | Kubernetes: a volume emptyDir with medium Memory, mounted at /dev/shm | "
-        "mount -o remount,size=50% /dev/shm",
+        "docker run --shm-size=8g IMAGE\nmount -o remount,size=50% /dev/shm   # as root\n"
+        "emptyDir: {medium: Memory}   # Kubernetes: of a volume that is mounted at /dev/shm",
         "info",
     )
 
 
 def _open_files(machine: Machine) -> Finding | None:
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if not machine.live or soft == resource.RLIM_INFINITY or soft >= LEAST_FILES:
+    if not machine.tree.live or soft == resource.RLIM_INFINITY or soft >= LEAST_FILES:
         return None
     return Finding(
         "open_files",
         f"this process may have {soft} files open",
         "Each leader of a team, each process of a pool and each tensor that processes share takes some.",
-        f"ulimit -n {LEAST_FILES} | docker run --ulimit nofile={LEAST_FILES}:{LEAST_FILES} ...",
+        f"ulimit -n {LEAST_FILES}\ndocker run --ulimit nofile={LEAST_FILES}:{LEAST_FILES} IMAGE",
         "info",
     )
 

@@ -14,6 +14,7 @@ import pandas as pd
 
 from numa_lab import stats
 from numa_lab.binding import Binding
+from numa_lab.commands import to_paste
 from numa_lab.report import verdicts
 from numa_lab.stats import Comparisons
 
@@ -138,7 +139,8 @@ class _English:
         if f.nodes < 2:
             return "There is one node with CPUs and memory: nothing to choose."
         if len(f.local) < 2:
-            return f"{len(f.local)} of {f.nodes} nodes was measured with its own memory: run `numa-lab sweep --bindings local`."
+            local = to_paste("numa-lab", "sweep", "--bindings", "local")
+            return f"{len(f.local)} of {f.nodes} nodes was measured with its own memory: run `{local}`."
         if f.best is not None:
             return f"Node {f.best} is the fastest for local memory: bind there, and look for the cause (load, memory modules)."
         if f.tie:
@@ -207,7 +209,8 @@ class _Chinese:
         if f.nodes < 2:
             return "只有一个节点同时拥有 CPU 和内存，无需选择。"
         if len(f.local) < 2:
-            return f"{f.nodes} 个节点中只有 {len(f.local)} 个测量了本地内存：请运行 `numa-lab sweep --bindings local`。"
+            local = to_paste("numa-lab", "sweep", "--bindings", "local")
+            return f"{f.nodes} 个节点中只有 {len(f.local)} 个测量了本地内存：请运行 `{local}`。"
         if f.best is not None:
             return f"就本地内存而言节点 {f.best} 最快：请绑定到该节点，并查明原因（负载、内存条配置）。"
         if f.tie:

@@ -23,6 +23,7 @@ from markupsafe import Markup, escape
 from pandas.api.types import is_numeric_dtype
 
 from numa_lab import stats
+from numa_lab.commands import to_paste
 from numa_lab.measured import PROBES
 from numa_lab.plan import load_plan
 from numa_lab.report import figures, guide, receipts, tables, verdicts
@@ -161,7 +162,8 @@ def _facts(
             code: guide.sections(rows, machine, compared, name) for code, name in (("en", "en"), ("zh-Hans", "zh"))
         },
         "commands": verdicts.commands(rows, machine, compared),
-        "again": f"numa-lab report {shlex.quote(str(run_dir))}",
+        "again": to_paste("numa-lab", "report", run_dir),
+        "measure_again": to_paste(*shlex.split(plan.get("command", ""))),
         "identity": tables.identity(machine),
         "nodes": tables.nodes(machine),
         "distances": tables.distances(machine),

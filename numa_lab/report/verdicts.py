@@ -9,7 +9,8 @@ from typing import Any
 import pandas as pd
 
 from numa_lab import stats
-from numa_lab.binding import Binding
+from numa_lab.binding import Binding, cpu_words
+from numa_lab.commands import to_paste
 from numa_lab.ratios import MIN_EXECUTIONS
 from numa_lab.receipt import least_huge_pages
 from numa_lab.stats import AA_SUFFIX, Comparison, Comparisons
@@ -139,12 +140,13 @@ def instability(rows: pd.DataFrame) -> list[str]:
     if wide > 0.25:
         found.append(
             f"In {wide:.0%} of the cases the middle half of the samples spans more than {_UNSETTLED_IQR:.0%}: "
-            "something else runs on this machine; stop it, or run `numa-lab doctor`."
+            f"something else runs on this machine; stop it, or run `{to_paste('numa-lab', 'doctor')}`."
         )
     few = medians.groupby("label")["execution_id"].nunique().min()
     if few < MIN_EXECUTIONS + 2:
         found.append(
-            f"{few} execution(s) per binding can't show a small effect: run `numa-lab sweep --profile standard`."
+            f"{few} execution(s) per binding can't show a small effect: "
+            f"run `{to_paste('numa-lab', 'sweep', '--profile', 'standard')}`."
         )
     drift = stats.lag1_autocorrelation(stats.run_order(rows)["relative"].tolist())
     if abs(drift) > _DRIFT:
@@ -160,26 +162,27 @@ def commands(rows: pd.DataFrame, machine: Mapping[str, Any], compared: Compariso
     nodes = [Binding.parse(label).cpu_nodes[0] for label in local] or machine["topology"]["allowed_nodes"]
     best = best_node(compared)
     chosen = best if best is not None else next((n for n in nodes if n not in slow_nodes(compared)), nodes[0])
-    program = "python your_program.py"
+    program, cpus = "python your_program.py", _cpus_of(chosen, machine)
     found = [
-        (
-            "Run on one node, with memory of that node only",
-            f"numactl --cpunodebind={chosen} --membind={chosen} {program}",
-        ),
-        (
-            "The same, but let memory overflow to other nodes",
-            f"numactl --cpunodebind={chosen} --preferred={chosen} {program}",
-        ),
-        ("Bind the CPUs only; memory follows the first touch", f"numactl --cpunodebind={chosen} {program}"),
+        ("Run on one node, with memory of that node only", f"numactl {cpus} --membind={chosen} {program}"),
+        ("The same, but let memory overflow to other nodes", f"numactl {cpus} --preferred={chosen} {program}"),
+        ("Bind the CPUs only; memory follows the first touch", f"numactl {cpus} {program}"),
     ]
     if len(nodes) > 1:
         found.append(
             (
                 "One process per node, for batches and long-running services",
-                " & ".join(f"numactl --cpunodebind={node} --membind={node} {program}" for node in nodes),
+                " & ".join(f"numactl {_cpus_of(node, machine)} --membind={node} {program}" for node in nodes),
             )
         )
     return found
+
+
+def _cpus_of(node: int, machine: Mapping[str, Any]) -> str:
+    """What to tell numactl so that a program runs on a node, within the CPUs that the run was allowed to use."""
+    topology = machine["topology"]
+    usable = set(topology["allowed_cpus"]) - set(topology.get("isolated_cpus", ()))
+    return " ".join(cpu_words([node], {one["id"]: one["cpus"] for one in topology["nodes"]}, usable))
 
 
 def best_node(compared: Comparisons) -> int | None:
