@@ -36,7 +36,7 @@ def test_it_is_a_normal_tensor_on_a_huge_page_boundary(dtype):
     assert tensor.shape == (3, 5, 8)
     assert tensor.dtype is dtype
     assert tensor.is_contiguous()
-    assert tensor.data_ptr() % memory.HUGE_PAGE_BYTES == 0
+    assert tensor.data_ptr() % memory.page_unit(tensor.nbytes) == 0
     assert memory.empty((0, 8), dtype).shape == (0, 8)
 
 
