@@ -148,7 +148,9 @@ def project(tmp_path: Path) -> Path:
 def make(folder: Path, *words: str) -> list[str]:
     """What a call of make had done: environments made, and installs."""
     (folder / "calls").write_text("")
-    subprocess.run(["make", "-s", *words], cwd=folder, capture_output=True, check=False)
+    of_make = {"MAKEFLAGS", "MFLAGS", "MAKELEVEL", "PYTHON"}  # of the make that may have started these tests
+    environment = {name: value for name, value in os.environ.items() if name not in of_make}
+    subprocess.run(["make", "-s", *words], cwd=folder, env=environment, capture_output=True, check=False)
     return (folder / "calls").read_text().splitlines()
 
 

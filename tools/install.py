@@ -196,4 +196,9 @@ def main(extra: str = "") -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    try:
+        main(*sys.argv[1:])
+    except KeyboardInterrupt:
+        print()
+        say("stopped; `make` begins this step anew")
+        sys.exit(130)
