@@ -89,14 +89,16 @@ def test_a_team_whose_threads_a_task_has_replaced_is_placed_again_without_a_word
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_how_many_threads_compute_inside_the_helper_is_the_callers_to_say(threads):
-    helper, outside = NUMAOptimizedGQA(NODE), masks()
-    with helper:
-        for count in (5, threads):  # the second ends threads of the first
-            torch.set_num_threads(count)
-            helper.compute(*inputs())
-            assert len(openmp.team()) == count
-    assert masks() == outside
-    torch.set_num_threads(len(outside))  # which new threads begin with too
+    helper, outside, before = NUMAOptimizedGQA(NODE), masks(), torch.get_num_threads()
+    try:
+        with helper:
+            for count in (5, threads):  # the second ends threads of the first
+                torch.set_num_threads(count)
+                helper.compute(*inputs())
+                assert len(openmp.team()) == count
+        assert masks() == outside
+    finally:
+        torch.set_num_threads(before)  # of threads that are started later, too
 
 
 def test_a_placement_inside_is_no_move():
