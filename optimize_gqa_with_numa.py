@@ -25,6 +25,8 @@ __all__ = [
 def main() -> None:
     """Print the node, default against optimised, and how to use it."""
     from numa_lab import guide_analyses, optimal_node, rankings
+    from numa_lab.binding import Binding
+    from numa_lab.topology import read_topology
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--full", action="store_true", help="the guide's batch of 512, as far as memory allows")
@@ -40,13 +42,14 @@ def main() -> None:
     )
     print("\n".join(guide_analyses.before_and_after(helper, shape, seconds=options.seconds).sentences()))
     node = helper.node
+    words = " ".join(Binding((node,)).numactl(read_topology()))
     print(f"""
 Three ways of use:
   one call         with NUMAOptimizedGQA(numa_node={node}) as numa_gqa: output = numa_gqa.compute(query, key, value)
   a batch          NUMAThreadPool().parallel_gqa_compute(queries, keys, values)
-  a long service   numactl --cpunodebind={node} --membind={node} python ...
+  a long service   {words} --membind={node} python ...
 
-Also: numactl --cpunodebind={node} python ...   (memory of any node)
+Also: {words} python ...   (memory of any node)
       numactl --preferred={node} python ...     (this node's memory first, beside a GPU)""")
 
 

@@ -46,7 +46,7 @@ def main() -> None:
     helper = get_numa_gqa()
     wanted = preset("guide") if options.full else preset("guide", batch=1, kv_len=2048)
     layers = 1 if options.full else 4  # one of that size is past every cache, and takes its time to fill
-    shape, message = fit(wanted, read_topology().node(helper.node).available_bytes // (4 * layers))
+    shape, message = fit(wanted, read_topology().available_bytes([helper.node]) // (4 * layers))
     sizes = f"{layers} layers, batch {shape.batch}, kv_len {shape.kv_len}."
     print(f"Node {helper.node}, {helper.threads} threads; {sizes} {message}".rstrip())
     found = decode_loop.compare(helper, shape, attend_with=attn, layers=layers, seconds=options.seconds)

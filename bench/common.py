@@ -1,18 +1,21 @@
 """What the benchmarks share: contenders, the limits of the machine, and turns in random order.
 
 Every turn calls everything that is compared once, in random order, so that all see the same machine; medians count. Each
-number of threads has a process of its own, which may use so many cores: some libraries take all that they see.
+number of threads has a process of its own, which may use so many cores: some libraries take all that they see. The one that
+waits for it says on stderr how far it is.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import multiprocessing
 import os
 import random
 import statistics
+import sys
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any, TypeVar
 
@@ -21,7 +24,8 @@ import torch
 from numba import cfunc, types
 from numba.core import cgutils
 from numba.extending import intrinsic
-from peers import PEERS, Unsupported
+from peers import PEERS, Unsupported, missing
+from progress import Progress
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -30,6 +34,7 @@ from numa_lab.attention import decode
 from numa_lab.attention.gqa import BACKENDS, gqa_attention
 from numa_lab.attention.reference import attention as reference
 from numa_lab.attention.shapes import AttentionShape
+from numa_lab.sysfs import format_cpulist
 from numa_lab.topology import read_topology, spread
 
 SAMPLE_SECONDS = 0.02  # of one timing, at least one call
@@ -38,19 +43,47 @@ LIMIT_BYTES = 128 << 20  # read at once
 READS = 4  # in one timing
 LOOPS = 2_000_000  # of multiply-adds into every accumulator: some milliseconds
 
+EVERYTHING = [*BACKENDS, *PEERS]
+
 Key = TypeVar("Key", bound=Hashable)
 Layers = Sequence[tuple[Tensor, Tensor]]
 
+_progress: Progress | None = None  # of a measuring process
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says on which processor this runs, and leaves out peers that are not installed."""
+
+    def parse_args(self, *args: Any, **kwargs: Any) -> Any:
+        """Options, of which ``backends`` names what is here."""
+        options = super().parse_args(*args, **kwargs)
+        introduce()
+        if not hasattr(options, "backends"):
+            return options
+        absent = {name: how for name in options.backends if (how := missing(name))}
+        options.backends = [name for name in options.backends if name not in absent]
+        for how in dict.fromkeys(absent.values()):
+            names = ", ".join(name for name in absent if absent[name] == how)
+            print(f"{names} left out: {how}", file=sys.stderr)
+        if not options.backends:
+            self.error("nothing is left to measure")
+        return options
+
+
+def introduce() -> None:
+    """Print what the numbers are of."""
+    topology = read_topology()
+    nodes = format_cpulist(topology.effective_nodes)
+    print(f"{topology.model_name}, {len(cores_here())} cores of NUMA nodes {nodes}", flush=True)
+
 
 def parser(description: str | None, turns: int, backends: Sequence[str] = ()) -> argparse.ArgumentParser:
-    """The options that all benchmarks of contenders have."""
-    options = argparse.ArgumentParser(description=description)
+    """The options that benchmarks have in common; `backends` are compared where no others are named."""
+    options = _Parser(description=description)
     cores = len(cores_here())
     options.add_argument("--threads", type=int, nargs="*", default=sorted({1, cores}), choices=range(1, cores + 1))
-    options.add_argument(
-        "--backends", nargs="*", default=backends or [*BACKENDS, *PEERS], choices=[*BACKENDS, *PEERS],
-        help="what is compared",
-    )  # fmt: skip
+    if backends:
+        options.add_argument("--backends", nargs="*", default=backends, choices=EVERYTHING, help="what is compared")
     options.add_argument("--cases", default="", help="regular expression that a case's name has to match")
     options.add_argument("--turns", type=int, default=turns)
     if why := decode.unavailable():
@@ -64,25 +97,60 @@ def cores_here() -> list[int]:
     return list(topology.physical_cores(topology.allowed_cpus))
 
 
-def in_own_process(threads: int, work: Callable[..., Any], *arguments: Any) -> Any:
-    """What ``work(*arguments)`` gives in a new process that has so many cores and computes with so many threads."""
+def in_own_process(threads: int, work: Callable[..., Any], *arguments: Any, seconds: float = math.inf) -> Any:
+    """What ``work(*arguments)`` gives in a new process that has so many cores and computes with so many threads.
+
+    Where it ends by itself within so many seconds, the time left is said accordingly.
+    """
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, context, _confine, (threads, spread(cores_here(), threads))) as pool:
-        return pool.submit(work, *arguments).result()
+    progress = Progress(context)
+    with ProcessPoolExecutor(1, context, _confine, (threads, spread(cores_here(), threads), progress)) as pool:
+        return progress.wait(pool.submit(work, *arguments), f"{threads} threads", seconds)
 
 
-def _confine(threads: int, cpus: Sequence[int]) -> None:
+def _confine(threads: int, cpus: Sequence[int], progress: Progress) -> None:
+    global _progress
+    _progress = progress
     os.sched_setaffinity(0, cpus)
     torch.set_num_threads(threads)
 
 
-def medians(work: dict[Key, Callable[[], float]], turns: int) -> dict[Key, float]:
-    """The median of what each gives, over turns in which each is called once, in random order."""
+def tell(done: int, total: int, doing: object) -> None:
+    """So many of so many timings are done, for whoever waits for this process."""
+    if _progress is not None:
+        _progress.tell(done, total, ", ".join(doing) if isinstance(doing, tuple) else str(doing))
+
+
+def medians(work: dict[Key, Callable[[], float]], turns: int, before: int = 0, after: int = 0) -> dict[Key, float]:
+    """The median of what each gives, over turns in which each is called once, in random order.
+
+    So many timings were told to be done `before`, and so many come `after`.
+    """
+    return {key: statistics.median(values) for key, values in samples(work, turns, before, after).items()}
+
+
+def samples(
+    work: dict[Key, Callable[[], float]], turns: int, before: int = 0, after: int = 0, until: float = math.inf
+) -> dict[Key, list[float]]:
+    """What each gave in each turn; no turn but the first begins that would end after `until` of ``time.monotonic``."""
     taken: dict[Key, list[float]] = {key: [] for key in work}
-    for _ in range(turns):
+    begin, done, total = time.monotonic(), before, before + turns * len(work) + after
+    for turn in range(turns):
+        now = time.monotonic()
+        if turn and now + (now - begin) / turn > until:
+            break
         for key in random.sample(list(work), len(work)):
+            tell(done, total, key)
             taken[key].append(work[key]())
-    return {key: statistics.median(values) for key, values in taken.items()}
+            done += 1
+    return taken
+
+
+def print_refusals(refused: Mapping[tuple[str, str], Sequence[str]]) -> None:
+    """Print by what is not measured, and why, in which cases that is so."""
+    for (name, why), cases in refused.items():
+        more = f" and {len(cases) - 3} more" if len(cases) > 3 else ""
+        print(f"{name} not measured: {why} ({'; '.join(cases[:3])}{more})", flush=True)
 
 
 def query_of(shape: AttentionShape) -> Tensor:

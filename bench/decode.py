@@ -1,12 +1,16 @@
 """How near decode attention comes to what memory and vector units allow: each backend and peer, beside limits of the same run.
 
 The roofline is the smaller of two limits: the bytes per second that the same threads read, and those that one multiply-add per
-query row and vector of K and of V would let through.
+query row and vector of K and of V would let through. At its defaults it measures what the README's figure shows, in less than five
+minutes.
 """
 
 from __future__ import annotations
 
+import math
 import re
+import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +26,9 @@ from numa_lab.sampling import KVPool
 
 POOL_BYTES = 1 << 30
 DRAWN = r"group"  # which cases the figure shows
+SECONDS = 270.0  # for all, but at --full
+READY = 0.6  # of them, for making contenders ready
+SLOW_TO_MAKE = ("flex",)  # by a C++ compiler, case by case
 
 
 @dataclass(frozen=True)
@@ -69,24 +76,38 @@ def rate(case: Case, pool: KVPool, name: str) -> Callable[[], float]:
     return lambda: shape.kv_bytes / seconds()
 
 
-def measure(wanted: dict[str, Case], names: list[str], turns: int) -> pd.DataFrame:
-    """One row per case and contender: median bytes per second, the limits of the same run, and the error."""
+def measure(wanted: dict[str, Case], names: list[str], turns: int, until: float) -> pd.DataFrame:
+    """One row per case and contender: median bytes per second, the limits of the same run, and the error.
+
+    It ends at `until` of ``time.monotonic``, which is the same in all processes: contenders that are not ready when READY of
+    the time is over are left out, and so are turns that would take longer.
+    """
+    ready = time.monotonic() + READY * (until - time.monotonic())
     threads = torch.get_num_threads()
     pool = KVPool(POOL_BYTES)
     work: dict[tuple[str, str], Callable[[], float]] = {
         ("limit", "read"): common.read_limit(pool.block, threads),
         ("limit", "vector"): common.vector_ceiling(threads),
     }
-    for case_name, case in wanted.items():
-        for name in names:
-            try:
-                work[case_name, name] = rate(case, pool, name)
-            except common.Unsupported as why:
-                print(f"{name}, {case_name}: {why}")
-    rates = common.medians(work, turns)
+    errors: dict[tuple[str, str], float] = {}
+    refused: dict[tuple[str, str], list[str]] = {}
+    pairs = [(case_name, name) for name in sorted(names, key=SLOW_TO_MAKE.count) for case_name in wanted]
+    for done, (case_name, name) in enumerate(pairs):
+        common.tell(done, (turns + 1) * len(pairs), f"makes ready {case_name}, {name}")
+        try:
+            if errors and time.monotonic() > ready:
+                raise common.Unsupported("no time for it; --full takes as long as all needs")
+            error = common.error(name, wanted[case_name].shape)
+            work[case_name, name] = rate(wanted[case_name], pool, name)
+            errors[case_name, name] = error
+        except common.Unsupported as why:
+            refused.setdefault((name, str(why)), []).append(case_name)
+    common.print_refusals(refused)
+    samples = common.samples(work, turns, before=len(pairs), until=until)
+    rates = {key: statistics.median(values) for key, values in samples.items()}
     read, vector = rates["limit", "read"], rates["limit", "vector"]
     rows = []
-    for case_name, name in list(work)[2:]:
+    for case_name, name in errors:
         case, found = wanted[case_name], rates[case_name, name]
         ceiling = vector / common.multiply_adds_per_vector(case.shape)
         rows.append(
@@ -94,7 +115,7 @@ def measure(wanted: dict[str, Case], names: list[str], turns: int) -> pd.DataFra
                 "case": case_name, "threads": threads, "backend": name, "dtype": case.shape.dtype,
                 "bytes_per_s": found, "read_bytes_per_s": read, "ceiling_bytes_per_s": ceiling,
                 "share_of_limit": found / read, "share_of_roofline": found / min(read, ceiling),
-                "error": common.error(name, case.shape),
+                "error": errors[case_name, name], "turns": len(samples[case_name, name]),
             }
         )  # fmt: skip
     return pd.DataFrame(rows)
@@ -125,7 +146,7 @@ def share_of_limit(rows: pd.DataFrame) -> plots.Plot:
     places = -np.arange(len(table))
     ax.hlines(places, 0, 100, color="0.9", linewidth=1, zorder=0)
     for i, backend in enumerate(table.columns):
-        ax.scatter(100 * table[backend], places, 30, plots.COLORS[i], plots.MARKERS[i], label=backend)
+        ax.scatter(100 * table[backend], places, 30, plots.COLORS[i], marker=plots.MARKERS[i], label=backend)
     ax.set_yticks(places, table.index)
     ax.set_xlabel("share of the memory read limit (%)")
     ax.set_xlim(left=0)
@@ -137,16 +158,31 @@ def share_of_limit(rows: pd.DataFrame) -> plots.Plot:
 
 def main() -> None:
     """Print a table per thread count; write all rows as Parquet, and a figure."""
-    parser = common.parser(__doc__, turns=9)
+    begin = time.monotonic()
+    parser = common.parser(__doc__, turns=9, backends=common.EVERYTHING)
     parser.add_argument("--out", type=Path, default=Path("figures/decode"), help="path without suffix")
+    parser.add_argument(
+        "--full", action="store_true",
+        help="all cases, with one thread too, and all turns, however long that takes; cases and threads that are named count",
+    )  # fmt: skip
+    parser.set_defaults(cases=None, threads=None)
     options = parser.parse_args()
-    wanted = {name: case for name, case in cases().items() if re.search(options.cases, name)}
+    pattern = options.cases or ("" if options.full else f"^{DRAWN}")
+    wanted = {name: case for name, case in cases().items() if re.search(pattern, name)}
+    cores = len(common.cores_here())
+    counts = options.threads or (sorted({1, cores}) if options.full else [cores])
     found = []
-    for threads in options.threads:
-        rows = common.in_own_process(threads, measure, wanted, options.backends, options.turns)
+    for number, threads in enumerate(counts):
+        now = time.monotonic()
+        seconds = math.inf if options.full else (begin + SECONDS - now) / (len(counts) - number)
+        arguments = wanted, options.backends, options.turns, now + seconds
+        rows = common.in_own_process(threads, measure, *arguments, seconds=seconds)
         found.append(rows)
-        read = rows["read_bytes_per_s"].iloc[0] / 1e9
-        print(f"\n{threads} threads, read limit {read:.1f} GB/s; share of the limit, of the roofline, GB/s, error")
+        read, turns = rows["read_bytes_per_s"].iloc[0] / 1e9, rows["turns"].iloc[0]
+        print(
+            f"\n{threads} threads, read limit {read:.1f} GB/s, medians of {turns} turns; "
+            "share of the limit, of the roofline, GB/s, error"
+        )
         print(show(rows), flush=True)
     rows = pd.concat(found)
     options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -9,11 +9,13 @@ import statistics
 import time
 from collections.abc import Callable
 
+import progress
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from numa_lab import NUMAOptimizedGQA
 from numa_lab.attention.shapes import PRESETS, preset
+from numa_lab.topology import read_topology
 
 
 def main() -> None:
@@ -26,6 +28,7 @@ def main() -> None:
 
     shape = preset(options.shape, kv_len=options.kv_len)
     helper = NUMAOptimizedGQA()
+    print(f"{read_topology().model_name}, {helper.threads} cores of NUMA node {helper.node}", flush=True)
     torch.set_num_threads(helper.threads)
     dtype = getattr(torch, shape.dtype)
     query = torch.randn(shape.batch, shape.q_heads, shape.q_len, shape.head_dim, dtype=dtype)
@@ -59,7 +62,7 @@ def main() -> None:
         ),
     }
     taken: dict[str, list[float]] = {name: [] for name in (*rows, "enter and leave again inside itself")}
-    for turn in range(options.turns + 20):
+    for turn in progress.turns(options.turns + 20, "entering"):
         for name in random.sample(list(rows), len(rows)):
             start = time.perf_counter()
             rows[name]()

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import importlib.util
 import math
 import os
+import shutil
 import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -220,6 +222,16 @@ def ggml(shape: AttentionShape, layers: Layers, query: Tensor, threads: int) -> 
 
 
 PEERS: dict[str, Maker] = {"onnxruntime": onnxruntime, "openvino": openvino, "jax": jax, "flex": flex, "ggml": ggml}
+LIBRARIES = {"onnxruntime": ("onnx", "onnxruntime"), "openvino": ("openvino",), "jax": ("jax",), "ggml": ("xllamacpp",)}
+
+
+def missing(name: str) -> str:
+    """What to do to have a peer that isn't here; empty where it is, and for backends of this project."""
+    if not all(map(importlib.util.find_spec, LIBRARIES.get(name, ()))):
+        return "not installed; .venv/bin/pip install --constraint constraints.txt --editable '.[bench]'"
+    if name == "flex" and not shutil.which(os.environ.get("CXX", "g++")):
+        return "no C++ compiler; apt-get install g++ | dnf install gcc-c++"
+    return ""
 
 
 def _installed(name: str) -> Any:

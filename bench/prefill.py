@@ -28,7 +28,7 @@ def cases() -> dict[str, tuple[AttentionShape, bool]]:
 def measure(wanted: dict[str, tuple[AttentionShape, bool]], names: list[str], turns: int) -> pd.DataFrame:
     """Seconds of each backend by case, in units of torch's own, and what `auto` chooses."""
     rows = {}
-    for case, (shape, causal) in wanted.items():
+    for number, (case, (shape, causal)) in enumerate(wanted.items()):
         query = common.query_of(shape)
         key, value = torch.randn(2, shape.batch, shape.kv_heads, shape.kv_len, shape.head_dim).to(query.dtype)
         chosen = choose_backend(query, key, value, is_causal=causal, enable_gqa=shape.group > 1)
@@ -36,7 +36,8 @@ def measure(wanted: dict[str, tuple[AttentionShape, bool]], names: list[str], tu
             name: common.seconds_of(common.contender(name, shape, [(key, value)], query, is_causal=causal), 1)
             for name in dict.fromkeys([*names, chosen])
         }
-        seconds = pd.Series(common.medians(work, turns))
+        done, left = (turns * len(work) * count for count in (number, len(wanted) - number - 1))
+        seconds = pd.Series(common.medians(work, turns, done, left))
         ratios = (seconds / seconds["torch"]).round(2)
         rows[case] = {
             "torch, ms": round(1e3 * seconds["torch"], 2), **ratios, "auto": chosen, "auto / torch": ratios[chosen]

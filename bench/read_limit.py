@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import shutil
 import subprocess
 import tempfile
@@ -36,7 +37,7 @@ def measure(library: str, turns: int) -> dict[str, float]:
     block = memory.empty((1 << 30,), torch.uint8)
     block.view(torch.int64).fill_(1)
     loops = ctypes.CDLL(library)
-    part = block.nbytes // threads // 4096 * 4096
+    part = block.nbytes // threads // mmap.PAGESIZE * mmap.PAGESIZE
 
     def timed(read: Callable[[], object]) -> Callable[[], float]:
         def once() -> float:

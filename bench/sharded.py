@@ -104,7 +104,7 @@ def measure_batch(shape: AttentionShape, turns: int) -> dict[str, float]:
 
 def main() -> None:
     """Print a table of steps, and the scaling of a batch beside that of the memory's bandwidth."""
-    options = common.parser(__doc__, turns=15, backends=["numba"]).parse_args()
+    options = common.parser(__doc__, turns=15).parse_args()
     cores = len(common.cores_here())
     print(f"{'tokens':>8}  {ONE:>16}  {SHARDED:>16}  {'to one team':>11}  {'to called':>9}  {MERGE:>8}  {HAND:>12}")
     for kv_len in KV_LENS:

@@ -35,20 +35,24 @@ def measure(wanted: dict[str, AttentionShape], names: list[str], turns: int) -> 
     """Median seconds per call: a row for each case, a column for each contender that serves it."""
     pool = KVPool(POOL_BYTES)
     work: dict[tuple[str, str], Callable[[], float]] = {}
+    refused: dict[tuple[str, str], list[str]] = {}
+    steps = len(wanted) * len(names)
     for case, shape in wanted.items():
         layers = pool.layers(shape)[:MAX_LAYERS]
         for name in names:
+            common.tell(len(work), steps * (turns + 1), f"makes ready {case}, {name}")
             try:
                 call = common.contender(name, shape, layers, common.query_of(shape))
                 work[case, name] = common.seconds_of(call, len(layers))
             except common.Unsupported as why:
-                print(f"{name}, {case}: {why}")
-    return pd.Series(common.medians(work, turns)).unstack().reindex(index=list(wanted), columns=names)
+                refused.setdefault((name, str(why)), []).append(case)
+    common.print_refusals(refused)
+    return pd.Series(common.medians(work, turns, before=len(work))).unstack().reindex(index=list(wanted), columns=names)
 
 
 def main() -> None:
     """Print a table per thread count."""
-    options = common.parser(__doc__, turns=15).parse_args()
+    options = common.parser(__doc__, turns=15, backends=common.EVERYTHING).parse_args()
     wanted = {name: case for name, case in cases().items() if re.search(options.cases, name)}
     for threads in options.threads:
         seconds = common.in_own_process(threads, measure, wanted, options.backends, options.turns)

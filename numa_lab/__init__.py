@@ -4,15 +4,20 @@ The modules, from the machine up to the reader; each imports only from those abo
 
 - ``errors``: what goes wrong, in words
 - ``commands``, ``progress``: what is printed to be pasted into a shell, and bars whose clock goes on
-- ``sysfs``, ``hardware``, ``simd``, ``topology``, ``libnuma``, ``mappings``, ``free_memory``: the machine, the kernel's
-  NUMA calls, what it tells of mappings, and what a node can still hold
+- ``sysfs``, ``hardware``, ``identity``, ``control_groups``, ``machine_files``, ``simd``, ``topology``, ``libnuma``, ``mappings``,
+  ``free_memory``: the machine, its name, and what of it this process may use, the kernel's NUMA calls, what it tells of
+  mappings, and what a node can still hold
+- ``affinity``, ``cache_folder``, ``descriptors``, ``shared_memory``: the mask of a thread, where what can be made again is kept,
+  and limits of open files and of memory that processes share
 - ``timing``, ``ratios``, ``stats``: the clock, and honest comparison
 - ``measured``, ``mlc``, ``limits``: bandwidths and latencies between nodes, Intel MLC's output, and what they allow at once
 - ``overview``: the machine in words
 - ``openmp``, ``thread_state``, ``handover``: torch's own threads, their masks and policies, and compiled work for a team
 - ``binding``, ``memory``, ``gpus``, ``results``: place threads and pages, see where they are, keep rows
-- ``receipt``, ``team``, ``notebook``, ``reading``, ``stealing``: proof of placement; a team on its place; one notebook in a
-  process of its own; timed reads; when a node should read what waits for another
+- ``receipt``, ``team``, ``recycled``, ``parameters``, ``supervisor``, ``notebook``, ``reading``, ``stealing``: proof of placement;
+  a team on its place; memory that malloc hands out again; what a notebook was given, one in a process of its own, and the end
+  of all that it started; timed reads; when a node should read what waits for another
+- ``replacement``: what becomes of a team whose CPUs are taken away
 - ``probes``, ``doctor``, ``attention``, ``proof``, ``node_team``: the limits of memory, what spoils them, what is computed,
   where a team is, and teams that stay on a node
 - ``workloads``, ``sampling``: which cases are measured, and one case with its receipt
@@ -22,7 +27,7 @@ The modules, from the machine up to the reader; each imports only from those abo
   waits for the teams of each node
 - ``plan``, ``optimized``, ``pool``, ``process_pool``, ``kv_cache``: which executions a sweep runs; attention on one node, work
   over all of them by threads or by processes, and one sequence over all of them
-- ``run``, ``sweep``, ``report``: one execution, all executions of a plan, what is told of them
+- ``run``, ``sweep_lock``, ``sweep``, ``report``: one execution, one sweep at a time, all executions of a plan, what is told of them
 - ``node_scaling``, ``decode_loop``, ``guide_analyses``: the source guide's experiments, measured as this project measures
 - ``cli``: the commands
 

@@ -14,7 +14,7 @@ import click
 
 from numa_lab import __version__
 from numa_lab.commands import near, to_paste
-from numa_lab.errors import InvalidInput, NumaLabError
+from numa_lab.errors import InvalidInput, NumaLabError, UntrustedResult
 
 
 class _Group(click.Group):
@@ -44,9 +44,14 @@ def _print_json(value: object) -> None:
     click.echo(json.dumps(value, indent=1, allow_nan=False))
 
 
+_root = click.option(
+    "--root", default="/", show_default=True, metavar="DIR", help="Read sysfs and procfs below this folder."
+)
+
+
 @main.command()
 @_as_json
-@click.option("--root", default="/", show_default=True, metavar="DIR", help="Read sysfs and procfs below this folder.")
+@_root
 def topology(as_json: bool, root: str) -> None:
     """Nodes, CPUs, memory, distances, caches and GPUs, and what this process may use."""
     from numa_lab.overview import overview
@@ -61,11 +66,12 @@ def topology(as_json: bool, root: str) -> None:
 
 @main.command()
 @_as_json
-def doctor(as_json: bool) -> None:
-    """What on this machine spoils NUMA performance, and the exact fix."""
+@_root
+def doctor(as_json: bool, root: str) -> None:
+    """What on this machine spoils NUMA performance, and the exact fix; by --root on a captured one."""
     from numa_lab import doctor as checks
 
-    findings = checks.examine()
+    findings = checks.examine(root)
     if as_json:
         _print_json(checks.to_json(findings))
     else:
@@ -116,7 +122,7 @@ def detect(as_json: bool, shape: str | None, refresh: bool) -> None:
 
 @main.command()
 @_as_json
-@click.option("--mlc", metavar="FILE", help="Output of Intel Memory Latency Checker, versions 3.1 to 3.11.")
+@click.option("--mlc", metavar="FILE", help="Output of Intel Memory Latency Checker (x86 only), versions 3.1 to 3.11.")
 @click.option(
     "--run", "run_dir", type=click.Path(path_type=Path), metavar="DIR", help="Run directory; its probes are taken."
 )
@@ -221,7 +227,7 @@ def sweep(
             measured=measured,
             parameters=notebook.parse_parameters(measured, parameters),
             run_id=run_id,
-            command=_typed(profile, bindings, executions, notebook_path, parameters),
+            command=plans.typed(_typed(profile, bindings, executions, notebook_path, parameters), machine),
             executions=executions or 0,
         )
     if dry_run:
@@ -237,23 +243,27 @@ def sweep(
     with sweeps.alone():
         if not resume:
             plans.prepare(plan, run_dir, machine)
-        failed = _run(plan, run_dir, machine, measured, probes=not no_probes)
+        try:
+            failed = _run(plan, run_dir, machine, measured, probes=not no_probes)
+        except UntrustedResult:
+            click.echo(str(run_dir))
+            raise
     click.echo(str(run_dir))
     if failed:
         raise NumaLabError(
             f"{failed} of {len(plan.executions)} executions failed; the report lists them with their reasons, "
-            f"and `{to_paste('numa-lab', 'sweep', '--resume', run_dir)}` tries them again"
+            f"and `{plans.resume_command(run_dir, machine)}` tries them again"
         )
 
 
 def _typed(
     profile: str, bindings: str | None, executions: int | None, notebook_path: str | None, parameters: Sequence[str]
-) -> str:
-    """The command that measures the same again."""
+) -> list[str]:
+    """The words that measure the same again."""
     words = ["numa-lab", "sweep", "--profile", profile]
     for option, value in (("--bindings", bindings), ("--executions", executions), ("--notebook", notebook_path)):
         words += [option, str(value)] if value else []
-    return shlex.join([*words, *(word for pair in parameters for word in ("-p", pair))])
+    return [*words, *(word for pair in parameters for word in ("-p", pair))]
 
 
 def _run(plan: Any, run_dir: Path, machine: Any, measured: Path, *, probes: bool) -> int:
@@ -279,14 +289,14 @@ def _run(plan: Any, run_dir: Path, machine: Any, measured: Path, *, probes: bool
             for planned, reasons in sweeps.run(plan, run_dir, machine, measured):
                 failed += bool(reasons)
                 if reasons:
-                    bar.write(f"{planned.label} ({planned.execution_id}) failed: {' '.join(reasons)}", file=sys.stderr)
+                    place = f"{planned.label}, execution {planned.order + 1} of {len(plan.executions)}"
+                    bar.write(f"{place} ({planned.execution_id}), failed: {' '.join(reasons)}", file=sys.stderr)
                 bar.set_postfix_str(planned.label)
                 bar.update()
         except KeyboardInterrupt:
             bar.close()
             click.echo(
-                "numa-lab: stopped; what has finished is usable, "
-                f"`{to_paste('numa-lab', 'sweep', '--resume', run_dir)}` does the rest",
+                f"numa-lab: stopped; what has finished is usable, `{plans.resume_command(run_dir, machine)}` does the rest",
                 err=True,
             )
             sys.exit(130)

@@ -16,12 +16,20 @@ class InvalidInput(NumaLabError, ValueError):
     exit_status = 2
 
 
+class WrongType(InvalidInput, TypeError):
+    """A value is of a type that does not serve here, such as an array where a tensor is expected."""
+
+
 class NodeUnavailable(InvalidInput):
     """A NUMA node does not exist, or this process may not use its CPUs or its memory."""
 
 
 class MissingDependency(NumaLabError):
     """A system tool or library is not installed; the message holds the line to type."""
+
+
+class LimitReached(NumaLabError):
+    """A limit of this process or container leaves too little: shared memory, open files, or address space."""
 
 
 class RunDirectoryError(NumaLabError):

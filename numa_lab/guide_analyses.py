@@ -64,7 +64,8 @@ def guide_shape(topology: Topology, *, full: bool = False) -> tuple[AttentionSha
     A batch of 512 where `full` is asked for, else of 8.
     """
     shape = preset("guide") if full else preset("guide", batch=SMALL_BATCH)
-    room = min((topology.node(node).available_bytes for node in topology.effective_nodes), default=0)
+    nodes = topology.effective_nodes
+    room = min((topology.available_bytes([node], len(nodes)) for node in nodes), default=0)
     # Standard attention has as many KV heads as query heads, and every node's memory is in use at once.
     return fit(shape, int(MEMORY_SHARE * room / shape.group))
 
@@ -110,11 +111,12 @@ def measure(
     """
     timing.require_seconds(seconds)
     largest = max(cell.case.shape.kv_bytes for cell in todo)
-    pools = {}
-    for node in {cell.memory_node for cell in todo}:
+    pools: dict[int, KVPool] = {}
+    nodes = {cell.memory_node for cell in todo}
+    for node in nodes:
         cpus = topology.cpus_for([node])
         with team.pinned_team(cpus):
-            pools[node] = KVPool(pool_bytes(topology, cpus, largest), node)
+            pools[node] = KVPool(pool_bytes(topology, cpus, largest, len(nodes)), node)
     rows: list[dict[str, object]] = []
     total, done, end = BLOCKS * len(todo), 0, time.perf_counter() + seconds
     for block in range(BLOCKS):
@@ -153,7 +155,7 @@ def results(topology: Topology, rows: pd.DataFrame, message: str) -> dict[str, A
     allocation = {
         node: _allocation(of) for node, of in per_analysis["memory_allocation"].groupby("cpu_nodes", sort=True)
     }
-    wrong = contradictions(rows, topology.node_cpus)
+    wrong = contradictions(rows, topology.allowed_node_cpus)
     return {
         "schema_version": SCHEMA_VERSION,
         "memory_allocation": allocation,

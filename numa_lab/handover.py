@@ -15,14 +15,17 @@ import struct
 import weakref
 from collections.abc import Sequence
 from functools import cache
+from itertools import chain
 from typing import Any
 
+from llvmlite import ir
 from numba import cfunc, types
 from numba.extending import intrinsic
 
-from numa_lab import openmp, simd
+from numa_lab import descriptors, openmp, simd
 
 Job = tuple[int, int, int]  # what openmp.run_on_team takes: function, data, threads
+Look = tuple[int, int, int]  # a compiled int64 function(int64, int64), and what it takes
 
 LINGER_MS = 20  # a leader that hears nothing for so long leaves; a process that ends waits so long for it
 TURNS = 1000  # after so many a leader looks about: whether the process ends, for example
@@ -35,7 +38,8 @@ class Desk:
     """Where a leader serves. All but ``serve`` is called by others, one at a time."""
 
     def __init__(self) -> None:
-        wake = os.eventfd(0)
+        with descriptors.told("a team's desk"):
+            wake = os.eventfd(0)
         weakref.finalize(self, os.close, wake)
         self._words = (ctypes.c_int64 * 12)()
         address = ctypes.addressof(self._words)
@@ -69,35 +73,41 @@ class Desk:
         return self._words[_POSTED] == self._words[_SERVED]
 
 
-def run(desks: Sequence[int], done: int) -> None:
+def run(desks: Sequence[int], done: int, looks: Sequence[Look] = ()) -> list[int]:
     """Let leaders run what was laid out on their desks (``Desk.lay_out``), and wait until all have counted on `done`.
+
+    While they do, the calling thread runs `looks` itself; what these return is returned.
 
     In one compiled call, in which no signal's handler can run: whatever a handler raises is raised after it, when no leader
     writes into the caller's memory any more.
     """
-    table = (ctypes.c_int64 * (len(desks) + 2))(0, 0, *desks)
-    _run()(ctypes.addressof(table), len(desks), done)
+    table = (ctypes.c_int64 * (2 + len(desks) + 3 * len(looks)))(0, 0, *desks, *chain.from_iterable(looks))
+    _run()(ctypes.addressof(table), len(desks), len(looks), done)
+    return table[2 + len(desks) :: 3]
 
 
 @cache
 def _run() -> Any:
-    """The compiled ``void run(int64_t table[], int64_t desks, int64_t done)``; the first of the table is its own."""
+    """The compiled ``void run(int64_t table[], int64_t desks, int64_t looks, int64_t done)``; the first of the table is its own."""
     libc, address, integer, long = ctypes.CDLL(None), ctypes.c_size_t, ctypes.c_int, ctypes.c_int64
     read, write = (ctypes.CFUNCTYPE(long, integer, address, address)((name, libc)) for name in ("read", "write"))
 
-    @cfunc(types.void(types.int64, types.int64, types.int64), error_model="numpy")
-    def run(table: Any, desks: Any, done: Any) -> None:
+    @cfunc(types.void(types.int64, types.int64, types.int64, types.int64), error_model="numpy")
+    def run(table: Any, desks: Any, looks: Any, done: Any) -> None:
         for desk in range(desks):
             words = _word(table + (2 + desk) * _WORD)
             _count_up(words + _POSTED * _WORD)
             write(_word(words + _WAKE * _WORD), words + _ONE * _WORD, _WORD)
+        for look in range(looks):
+            at = table + (2 + desks + 3 * look) * _WORD
+            _put(at, _called(_word(at), _word(at + _WORD), _word(at + 2 * _WORD)))
         heard = 0
         while heard < desks:
             if read(done, table, _WORD) == _WORD:  # else a signal came
                 heard += _word(table)
 
     _keep_alive.append(run)
-    return ctypes.CFUNCTYPE(None, address, long, long)(run.address)
+    return ctypes.CFUNCTYPE(None, address, long, long, long)(run.address)
 
 
 @cache
@@ -139,6 +149,25 @@ def _serve() -> Any:
 def _word(_context: Any, _address: Any) -> Any:
     """The int64 at an address."""
     return types.int64(types.int64), lambda _c, b, _s, a: b.load(simd.at(b, a[0]), typ=simd.I64)
+
+
+@intrinsic
+def _put(_context: Any, _address: Any, _value: Any) -> Any:
+    """Write an int64 to an address."""
+    return types.void(types.int64, types.int64), lambda _c, b, _s, a: b.store(
+        a[1], b.inttoptr(a[0], simd.I64.as_pointer())
+    )
+
+
+@intrinsic
+def _called(_context: Any, _function: Any, _first: Any, _second: Any) -> Any:
+    """What the ``int64 function(int64, int64)`` at an address returns."""
+
+    def emit(_c: Any, b: Any, _s: Any, a: Any) -> Any:
+        function = ir.FunctionType(simd.I64, [simd.I64, simd.I64])
+        return b.call(b.inttoptr(a[0], function.as_pointer()), a[1:])
+
+    return types.int64(types.int64, types.int64, types.int64), emit
 
 
 @intrinsic

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
+from collections import defaultdict
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 from numa_lab.sysfs import Tree, parse_cpulist
@@ -43,13 +46,13 @@ class Gpu:
 
 def read_cpus(tree: Tree, online: tuple[int, ...], node_of: Mapping[int, int]) -> tuple[Cpu, ...]:
     """The online CPUs; `node_of` gives the node of each."""
-    kinds = core_kinds(tree, online)
+    kinds, present = core_kinds(tree, online), set(online)
     found = []
     for cpu in online:
-        folder = tree.cpu_dir / f"cpu{cpu}/topology"
+        folder = f"{tree.cpu_dir}/cpu{cpu}/topology"
         siblings = tree.cpu_list(folder, "thread_siblings", "thread_siblings_list")
-        core = min(set(siblings) & set(online), default=cpu)
-        socket = int(tree.text(folder / "physical_package_id") or -1)
+        core = min((sibling for sibling in siblings if sibling in present), default=cpu)
+        socket = int(tree.text(f"{folder}/physical_package_id") or -1)
         found.append(Cpu(cpu, core, socket, node_of.get(cpu, 0), kinds.get(cpu, "")))
     return tuple(found)
 
@@ -65,7 +68,9 @@ def core_kinds(tree: Tree, online: tuple[int, ...]) -> dict[int, str]:
     if pmus["cpu_core"] and pmus["cpu_atom"]:
         return {cpu: kinds[pmu] for pmu, cpus in pmus.items() for cpu in cpus}
     for name in ("cpu_capacity", "cpufreq/cpuinfo_max_freq"):
-        values = {cpu: int(tree.text(tree.cpu_dir / f"cpu{cpu}" / name) or 0) for cpu in online}
+        if not tree.has(f"{tree.cpu_dir}/cpu{online[0] if online else 0}/{name}"):
+            continue  # told for all or for none
+        values = {cpu: int(tree.text(f"{tree.cpu_dir}/cpu{cpu}/{name}") or 0) for cpu in online}
         low, high = min(values.values(), default=0), max(values.values(), default=0)
         if low > 0:
             middle = (low + high) / 2
@@ -77,17 +82,22 @@ def core_kinds(tree: Tree, online: tuple[int, ...]) -> dict[int, str]:
 def read_caches(tree: Tree, online: tuple[int, ...]) -> tuple[Cache, ...]:
     """Every cache once, whichever CPU shows it; none where the kernel does not tell."""
     found: dict[tuple[int, str, int], Cache] = {}
+    known: dict[str, set[int]] = defaultdict(set)  # by the name of its folder: CPUs that share what was read there
     present = set(online)
     for cpu in online:
-        for folder in sorted((tree.cpu_dir / f"cpu{cpu}/cache").glob("index*")):
-            level, kind = int(tree.text(folder / "level") or 0), tree.text(folder / "type")
+        for index in sorted(tree.names(f"{tree.cpu_dir}/cpu{cpu}/cache")):
+            if cpu in known[index] or not index.startswith("index"):
+                continue
+            folder = f"{tree.cpu_dir}/cpu{cpu}/cache/{index}"
+            level, kind = int(tree.text(f"{folder}/level") or 0), tree.text(f"{folder}/type")
             shared = tree.cpu_list(folder, "shared_cpu_map", "shared_cpu_list")
             sharing = tuple(c for c in shared if c in present) or (cpu,)
-            size = re.fullmatch(r"(\d+)([KMG]?)", tree.text(folder / "size"))
+            size = re.fullmatch(r"(\d+)([KMG]?)", tree.text(f"{folder}/size"))
             scale = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
             if level and size:
                 cache = Cache(level, kind, int(size[1]) * scale[size[2]], sharing)
                 found.setdefault((level, kind, sharing[0]), cache)
+                known[index].update(sharing)
     return tuple(found[key] for key in sorted(found))
 
 
@@ -100,11 +110,17 @@ def read_memory(tree: Tree, node: int, *, only: bool) -> tuple[int, int, int]:
 
 
 def read_allowed(tree: Tree) -> tuple[set[int] | None, set[int] | None]:
-    """CPUs, and nodes whose memory, the calling thread may use; None where the kernel does not tell."""
+    """CPUs, and nodes whose memory, the calling thread may use; None where the kernel does not tell.
+
+    Of a captured machine the CPUs may hold some that are offline, of the running one they don't.
+    """
     # Affinity belongs to a thread: /proc/self is the main one, which need not be the one that asks.
     status = tree.text("proc/thread-self/status") or tree.text("proc/self/status")
     lists = [re.search(rf"^{name}_allowed_list:[ \t]*(.*)$", status, re.MULTILINE) for name in ("Cpus", "Mems")]
     cpus, mems = (set(parse_cpulist(found[1])) if found else None for found in lists)
+    if tree.live:
+        with suppress(OSError):  # where a sandbox refuses the call the file must do
+            cpus = os.sched_getaffinity(0)
     return cpus, mems
 
 
@@ -119,38 +135,3 @@ def read_gpus(tree: Tree, nodes: list[int]) -> tuple[Gpu, ...]:
             told = int(tree.text(folder / "numa_node") or -1)
             found[folder.name] = told if told in nodes else nodes[0] if len(nodes) == 1 else None
     return tuple(Gpu(pci, node) for pci, node in sorted(found.items()))
-
-
-def model_name(tree: Tree, info: str) -> str:
-    """The processor as cpuinfo names it; where it does not (64-bit ARM), the machine and its CPU part numbers."""
-    if named := re.search(r"^(?:[Mm]odel [Nn]ame|cpu|Processor|Hardware)\s*:[ \t]*(\S.*)$", info, re.MULTILINE):
-        return " ".join(named[1].split())
-    parts = sorted(set(re.findall(r"^CPU part\s*:\s*(\w+)", info, re.MULTILINE)))
-    return " ".join(filter(None, [_product(tree), *(f"part {part}" for part in parts)]))
-
-
-def _product(tree: Tree) -> str:
-    return " ".join(filter(None, (tree.text(f"sys/class/dmi/id/{name}") for name in ("sys_vendor", "product_name"))))
-
-
-def hypervisor(tree: Tree, info: str) -> str | None:
-    """From the CPU's own flag, else from the machine's name, which is what ARM guests have."""
-    product = _product(tree)
-    flagged = re.search(r"^flags\s*:.*\bhypervisor\b", info, re.MULTILINE)
-    if not flagged and not re.search("QEMU|KVM|VMware|VirtualBox|Virtual Machine|HVM domU", product):
-        return tree.text("sys/hypervisor/type") or None
-    clocks = tree.text("sys/devices/system/clocksource/clocksource0/available_clocksource")
-    return tree.text("sys/hypervisor/type") or product or ("KVM" if "kvm-clock" in clocks else "unknown")
-
-
-def is_emulated(tree: Tree, info: str) -> bool:
-    """Whether software runs the instructions, as far as it shows: QEMU without an accelerator (TCG).
-
-    The processor of ``-cpu max`` has TCG in its name. Under any other name a guest of QEMU without x2APIC is emulated:
-    under KVM it has one always, and TCG had none before QEMU 9.
-    """
-    if "TCG" in model_name(tree, info):
-        return True
-    flags = re.search(r"^flags\s*:(.*)", info, re.MULTILINE)
-    named = set(flags[1].split()) if flags else set()
-    return "hypervisor" in named and "x2apic" not in named and _product(tree).startswith("QEMU")

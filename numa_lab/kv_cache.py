@@ -20,11 +20,14 @@ import torch
 from torch import Tensor
 
 from numa_lab import memory, node_team, proof
+from numa_lab.attention import addresses, autocast
+from numa_lab.attention.checks import as_number, require_tensors
+from numa_lab.attention.graphs import between_graphs
 from numa_lab.binding import Binding, MemPolicy
 from numa_lab.errors import InvalidInput
 from numa_lab.kv_layout import Layout, Segment
 from numa_lab.node_team import NodeTeam
-from numa_lab.receipt import Receipt
+from numa_lab.receipt import Receipt, team_of
 from numa_lab.sharded import Piece, attend
 from numa_lab.topology import read_topology
 
@@ -117,6 +120,7 @@ class NodeShardedKVCache:
             for node in self.nodes
         }
 
+    @between_graphs
     def append(self, key: Tensor, value: Tensor, lengths: Sequence[int] | None = None) -> None:
         """Add tokens: one, or those of a prompt.
 
@@ -131,7 +135,10 @@ class NodeShardedKVCache:
         ------
         InvalidInput
             Shapes or dtypes don't fit, or a sequence would grow beyond the capacity; nothing is added then.
+        WrongType
+            `key` or `value` is no tensor.
         """
+        require_tensors(key=key, value=value)
         expected = (self.batch, self.kv_heads, key.size(2) if key.dim() == 4 else "new", self.head_dim)
         for name, tensor in {"key": key, "value": value}.items():
             if (tuple(tensor.shape), tensor.dtype, tensor.is_cpu) != (expected, self.dtype, True):
@@ -156,7 +163,8 @@ class NodeShardedKVCache:
                 for ours, new in ((segment.keys, key), (segment.values, value)):
                     target = ours[node][rows, :, local : local + stop - start]
                     copies[node].append(partial(target.copy_, new[rows, :, start - old : stop - old]))
-        if max(counts) <= self._block:  # too little to hand over
+        # Too little to hand over, or of a mode or transform of this thread, which leaders know nothing of.
+        if max(counts) <= self._block or not addresses.readable(key, value):
             _call_all(itertools.chain.from_iterable(copies.values()))
         else:
             node_team.run_on_leaders(
@@ -164,6 +172,7 @@ class NodeShardedKVCache:
             )
         segment.lengths = [old + count for old, count in zip(segment.lengths, counts, strict=True)]
 
+    @between_graphs
     def attend(self, query: Tensor, *, scale: float | None = None) -> Tensor:
         """Attention of each sequence's last q_len tokens, which were appended before, to themselves and all before them.
 
@@ -177,19 +186,24 @@ class NodeShardedKVCache:
         Returns
         -------
         Tensor
-            ``[batch, q_heads, q_len, head_dim]``, of the query's dtype.
+            ``[batch, q_heads, q_len, head_dim]``, of the query's dtype; under autocast of its dtype, as torch's own.
 
         Raises
         ------
         InvalidInput
             The query does not fit, or a sequence holds fewer than q_len tokens.
+        WrongType
+            The query is no tensor, or `scale` no number.
         """
-        expected = self.batch, self.head_dim, self.dtype, True
+        require_tensors(query=query)
+        scale = as_number("scale", scale)
+        query, dtype = autocast.cast(query), autocast.result(self.dtype)
+        expected = self.batch, self.head_dim, dtype, True
         fits = query.dim() == 4 and (query.size(0), query.size(3), query.dtype, query.is_cpu) == expected
         if not fits or not query.size(1) or query.size(1) % self.kv_heads:
             raise InvalidInput(
                 f"query {tuple(query.shape)} of {query.dtype} on {query.device}: expected ({self.batch}, a multiple of "
-                f"{self.kv_heads}, q_len, {self.head_dim}) of {self.dtype} on the CPU"
+                f"{self.kv_heads}, q_len, {self.head_dim}) of {dtype} on the CPU"
             )
         if min(self.lengths) < query.size(2):
             raise InvalidInput(
@@ -237,7 +251,9 @@ class NodeShardedKVCache:
             by = self._teams[node].node  # another one where the node has memory alone
             requested = Binding((by,), (by,), MemPolicy.PREFERRED)
             refusal = self._teams[node].refusal
-            found[node] = Receipt(requested, granted, threads, {}, pages, (*notes, refusal) if refusal else notes)
+            notes = (*notes, refusal) if refusal else notes
+            team = team_of(len(self._teams[node].cpus), threads)
+            found[node] = Receipt(requested, granted, threads, {}, pages, notes, promised=(node,), team=team)
         return found
 
     def _per_sequence(

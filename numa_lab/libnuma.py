@@ -22,10 +22,13 @@ from numpy.typing import NDArray
 from numa_lab.commands import to_install
 from numa_lab.errors import MissingDependency, NotPermitted
 
-MPOL_DEFAULT, MPOL_PREFERRED, MPOL_BIND, MPOL_INTERLEAVE = range(4)
-MPOL_WEIGHTED_INTERLEAVE = 6  # from Linux 6.9; 4 and 5 are MPOL_LOCAL and MPOL_PREFERRED_MANY
-MPOL_MODE_FLAGS = 0xE000  # static, relative and numa_balancing flags, which the kernel returns or-ed to the mode
+MPOL_DEFAULT, MPOL_PREFERRED, MPOL_BIND, MPOL_INTERLEAVE, MPOL_LOCAL = range(5)
+MPOL_PREFERRED_MANY = 5  # from Linux 5.15
+MPOL_WEIGHTED_INTERLEAVE = 6  # from Linux 6.9
+MPOL_F_STATIC_NODES, MPOL_F_RELATIVE_NODES, MPOL_F_NUMA_BALANCING = 1 << 15, 1 << 14, 1 << 13
+MPOL_MODE_FLAGS = 0xE000  # all three of them, which the kernel returns or-ed to the mode
 MPOL_MF_MOVE = 1 << 1
+_MPOL_F_ADDR = 1 << 1
 
 WEIGHTS = Path("/sys/kernel/mm/mempolicy/weighted_interleave")
 
@@ -119,10 +122,22 @@ def set_mempolicy(mode: int, nodes: Iterable[int] = ()) -> None:
     )
 
 
-def get_mempolicy() -> tuple[int, frozenset[int]]:
-    """Mode (without its flags) and nodes of the calling thread's memory policy, as the kernel granted them."""
+def get_mempolicy(*, flags: bool = False) -> tuple[int, frozenset[int]]:
+    """Mode and nodes of the calling thread's memory policy, as the kernel granted them.
+
+    With its `flags` the mode is what ``set_mempolicy`` takes to set the same again. Static and relative nodes are told as they
+    were asked for.
+    """
     mode, mask = ctypes.c_int(), _Mask()
     _check(library().get_mempolicy(ctypes.byref(mode), mask, MAX_NODES + 1, None, 0), "get_mempolicy", "calling thread")
+    return mode.value if flags else mode.value & ~MPOL_MODE_FLAGS, _nodes(mask)
+
+
+def policy_at(address: int) -> tuple[int, frozenset[int]]:
+    """Mode and nodes of the policy that ``mbind`` gave the mapping of an address; ``MPOL_DEFAULT`` where it has none."""
+    mode, mask = ctypes.c_int(), _Mask()
+    status = library().get_mempolicy(ctypes.byref(mode), mask, MAX_NODES + 1, address, _MPOL_F_ADDR)
+    _check(status, "get_mempolicy", "an address")
     return mode.value & ~MPOL_MODE_FLAGS, _nodes(mask)
 
 

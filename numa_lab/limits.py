@@ -61,12 +61,17 @@ class Limits:
             return c == m, self._socket[c] == self._socket[m]
 
         known = {pair: rate for pair in self._pairs if (rate := self.measured.bandwidth(*pair)) is not None}
+        alike: dict[tuple[bool, bool], list[float]] = defaultdict(list)
+        by_cpu: dict[int, list[float]] = defaultdict(list)
+        for pair, rate in known.items():
+            alike[likeness(*pair)].append(rate)
+            by_cpu[pair[0]].append(rate)
+        usual = {kind: median(rates) for kind, rates in alike.items()}
         found = {}
         for cpu in self.measured.cpu_nodes:
+            guess = median(by_cpu[cpu])
             for mem in self._socket:
-                alike = [rate for pair, rate in known.items() if likeness(*pair) == likeness(cpu, mem)]
-                guess = median(alike or [rate for (c, _), rate in known.items() if c == cpu])
-                found[cpu, mem] = known.get((cpu, mem), guess)
+                found[cpu, mem] = known.get((cpu, mem), usual.get(likeness(cpu, mem), guess))
         return found
 
     @cached_property

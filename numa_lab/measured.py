@@ -6,6 +6,7 @@ import math
 import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from itertools import combinations, pairwise
 from statistics import fmean
 from typing import Any
@@ -76,18 +77,22 @@ class Measured:
 
     def bandwidth(self, cpu: int, mem: int) -> float | None:
         """Bytes per second that the CPUs of one node read from the memory of another, or of the same."""
-        return self.read_bytes_per_s[self.nodes.index(cpu)][self.nodes.index(mem)]
+        return self.read_bytes_per_s[self._at[cpu]][self._at[mem]]
 
     def latency(self, cpu: int, mem: int) -> float | None:
         """Nanoseconds of a load from the CPUs of one node to the memory of another, or of the same."""
-        return self.latency_ns[self.nodes.index(cpu)][self.nodes.index(mem)] if self.latency_ns else None
+        return self.latency_ns[self._at[cpu]][self._at[mem]] if self.latency_ns else None
 
-    @property
+    @cached_property
+    def _at(self) -> dict[int, int]:
+        return {node: at for at, node in enumerate(self.nodes)}
+
+    @cached_property
     def cpu_nodes(self) -> tuple[int, ...]:
         """Nodes whose CPUs were seen reading."""
         return tuple(cpu for cpu in self.nodes if any(self.bandwidth(cpu, mem) for mem in self.nodes))
 
-    @property
+    @cached_property
     def mem_nodes(self) -> tuple[int, ...]:
         """Nodes whose memory was read."""
         return tuple(mem for mem in self.nodes if any(self.bandwidth(cpu, mem) for cpu in self.nodes))

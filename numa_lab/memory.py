@@ -15,18 +15,21 @@ import os
 import time
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from numa_lab import free_memory, libnuma, mappings
-from numa_lab.errors import NodeUnavailable, NotPermitted
+from numa_lab import affinity, free_memory, libnuma, mappings
+from numa_lab.errors import LimitReached, NodeUnavailable, NotPermitted
 from numa_lab.mappings import PAGE_BYTES
 from numa_lab.topology import Topology, read_topology
 
-HUGE_PAGE_BYTES = 2 << 20  # what transparent huge pages have on x86-64 and on arm64 with 4 KiB pages
+HUGE_PAGE_BYTES = mappings.huge_page_bytes()  # 0 where the kernel has none
+SMALL_HUGE_PAGE = 2 << 20  # up to this size one is taken for any tensor: what is padded is little
+HUGE_PAGES_EACH = 4  # that a tensor holds on each node at least, where huge pages are larger or go round over nodes
 HOME_SAMPLE = 16  # pages that `home` looks at: 64 took 13 us more
 UNTOUCHED = -1  # the key under which `locate` counts pages that do not exist yet
 MOVE_ATTEMPTS = 10  # at a page that is busy, a few milliseconds apart
@@ -38,8 +41,9 @@ def empty(
 ) -> torch.Tensor:
     """Allocate an uninitialised (zero) tensor on pages of its own.
 
-    Limits: huge pages are asked for, not promised (see ``huge_page_share``). Without `node` the pages go where the
-    toucher's policy sends them. The memory goes back to the kernel when the last view of the tensor dies.
+    Limits: huge pages are asked for, not promised (see ``huge_page_share``); where they are larger than 2 MiB, as with base
+    pages of 64 KiB, only for tensors that hold four of them. Without `node` the pages go where the toucher's policy sends
+    them. The memory goes back to the kernel when the last view of the tensor dies.
 
     Parameters
     ----------
@@ -56,8 +60,10 @@ def empty(
     NodeUnavailable
         The node does not exist, or has too little free memory; without `node`, the nodes to which the calling thread's
         memory is bound have. Who touches more than a bound node holds is killed.
+    LimitReached
+        The kernel refuses so much address space.
     NotPermitted
-        The node has no CPUs, and both ``mbind`` and ``set_mempolicy`` are refused.
+        ``mbind`` is refused, and so is ``sched_setaffinity``, or the node has no CPUs and ``set_mempolicy`` is refused.
     MissingDependency
         A node is given, and libnuma is not installed.
     """
@@ -80,7 +86,8 @@ def interleaved(
 ) -> torch.Tensor:
     """Allocate an uninitialised (zero) tensor whose pages go round over nodes.
 
-    Limits: huge pages go round too, so a tensor of few of them lies unevenly; take ``huge_pages=False`` for a small one.
+    Limits: huge pages go round too. They are asked for where each node gets at least four of them for each of its turns; a
+    smaller tensor goes round in base pages.
 
     Parameters
     ----------
@@ -118,20 +125,48 @@ def _allocate(
     nbytes = math.prod(shape) * dtype.itemsize
     if not nbytes:
         return torch.empty(tuple(shape), dtype=dtype, device="cpu")
-    padded = -(-nbytes // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES + HUGE_PAGE_BYTES if huge_pages else nbytes
-    block = mmap.mmap(-1, padded, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    unit = page_unit(nbytes, sum(weights.values()) or 1) if huge_pages else PAGE_BYTES
+    huge = unit > PAGE_BYTES
+    padded = -(-nbytes // unit) * unit + unit if huge else nbytes
+    try:
+        block = mmap.mmap(-1, padded, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise LimitReached(
+            f"the kernel gives no {padded / 2**20:,.0f} MiB of address space ({os.strerror(error.errno or 0)}): raise the limit "
+            "(`ulimit -v unlimited`), or let more be promised than there is (sysctl vm.overcommit_memory=0)"
+        ) from error
     start = ctypes.addressof(ctypes.c_char.from_buffer(block))
     # Kernels before 6.7 start a mapping at any page, and a huge page only fits on its own boundary.
-    offset = -start % HUGE_PAGE_BYTES if huge_pages else 0
-    block.madvise(mmap.MADV_HUGEPAGE if huge_pages else mmap.MADV_NOHUGEPAGE)
+    offset = -start % unit
+    with suppress(OSError):  # where the kernel has none, there are none to decline
+        block.madvise(mmap.MADV_HUGEPAGE if huge else mmap.MADV_NOHUGEPAGE)
     if weights:
         if placer() == "mbind":
             libnuma.mbind(start, padded, mode, weights)
         else:
-            _touch_from(weights, block, offset, HUGE_PAGE_BYTES if huge_pages else PAGE_BYTES)
+            _touch_from(weights, block, offset, unit)
     # The tensor's storage holds the mapping, and the mapping unmaps itself when it is collected.
     with torch.inference_mode(False):  # a tensor of that mode can't be written to outside of it
         return torch.frombuffer(block, dtype=dtype, count=nbytes // dtype.itemsize, offset=offset).view(tuple(shape))
+
+
+def page_unit(nbytes: int, turns: int = 1) -> int:
+    """Bytes of the pages that a tensor of so many bytes asks for, where it is to go round over nodes in so many turns."""
+    if not HUGE_PAGE_BYTES or no_huge_pages():
+        return PAGE_BYTES
+    small = turns == 1 and HUGE_PAGE_BYTES <= SMALL_HUGE_PAGE
+    return HUGE_PAGE_BYTES if small or nbytes >= HUGE_PAGES_EACH * turns * HUGE_PAGE_BYTES else PAGE_BYTES
+
+
+@cache
+def no_huge_pages() -> str:
+    """Why the kernel gives no huge pages to a process that asks for them, as a phrase; empty where it may."""
+    page = mmap.mmap(-1, PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        page.madvise(mmap.MADV_HUGEPAGE)
+    except OSError as error:  # a kernel without them does not know the advice, and a filter may refuse any
+        return os.strerror(error.errno or 0)
+    return ""
 
 
 @cache
@@ -165,7 +200,9 @@ def _touch_from(weights: Mapping[int, int], block: mmap.mmap, offset: int, unit:
 
 def _touch(topology: Topology, node: int, pages: NDArray[np.uint8], mine: NDArray[np.bool_]) -> None:
     nearest = topology.nearest_cpu_node(node)
-    os.sched_setaffinity(0, topology.cpus_of([nearest]))
+    cpus = topology.cpus_of([nearest])
+    if not os.sched_getaffinity(0) <= set(cpus):  # who runs there alone need not ask a sandbox that refuses it
+        affinity.set_cpus(cpus)
     try:
         libnuma.set_mempolicy(libnuma.MPOL_BIND, [node])
     except PermissionError as error:
@@ -194,7 +231,7 @@ def locate(tensor: torch.Tensor) -> dict[int, int]:
         return {}
     if locator() == "numa_maps":
         return mappings.pages_per_node(first, last)
-    nodes, counts = np.unique(np.maximum(libnuma.page_status(_pages(tensor)), UNTOUCHED), return_counts=True)
+    nodes, counts = np.unique(np.maximum(libnuma.page_status(page_addresses(tensor)), UNTOUCHED), return_counts=True)
     return {int(node): int(count) for node, count in zip(nodes, counts, strict=True)}
 
 
@@ -240,11 +277,14 @@ def migrate(tensor: torch.Tensor, node: int) -> dict[int, int]:
     MissingDependency
         libnuma is not installed.
     """
-    pages = _pages(tensor)
+    pages = page_addresses(tensor)
     if not len(pages):
         return {}
-    elsewhere = sum(count for other, count in locate(tensor).items() if other not in (node, UNTOUCHED))
+    located = locate(tensor)
+    elsewhere = sum(count for other, count in located.items() if other not in (node, UNTOUCHED))
     free_memory.require(elsewhere * PAGE_BYTES, {node: 1})
+    if located and not elsewhere:  # where moving is refused, there is nothing to ask for
+        return located
     if locator() == "numa_maps":
         nbytes = len(pages) * PAGE_BYTES
         libnuma.mbind(int(pages[0]), nbytes, libnuma.MPOL_BIND, [node], move=True)
@@ -263,7 +303,7 @@ def migrate(tensor: torch.Tensor, node: int) -> dict[int, int]:
 def huge_page_share(tensor: torch.Tensor) -> float:
     """Share of the tensor's resident memory that lies on huge pages, 0 to 1, as ``/proc/self/smaps`` counts it.
 
-    Limits: smaps speaks of whole mappings, so neighbours in the same mapping count too.
+    NaN where there is no such file. Limits: smaps speaks of whole mappings, so neighbours in the same mapping count too.
     """
     return mappings.huge_page_share(*_span(tensor))
 
@@ -282,16 +322,25 @@ def locator() -> str:
 def lost() -> tuple[str, ...]:
     """What the kernel or a container refuses here, and what stands in for it: notes for a receipt."""
     notes = []
+    if why := no_huge_pages():
+        notes.append(f"madvise was refused ({why}): tensors lie on pages of {PAGE_BYTES >> 10} KiB, not on huge ones")
+    if not libnuma.available():
+        return (*notes, "libnuma is not installed: no memory policy was set or read, and no pages were looked at")
     if placer() != "mbind":
         notes.append("mbind was refused: tensors were placed by first touch of pinned threads")
     if locator() != "move_pages":
         notes.append("move_pages was refused: pages are those of whole mappings in numa_maps")
+        if not os.access("/proc/self/numa_maps", os.R_OK):
+            notes.append("there is no numa_maps: no pages were looked at")
     return tuple(notes)
 
 
-def _pages(tensor: torch.Tensor) -> NDArray[np.uint64]:
-    """Addresses of the pages that hold the tensor."""
-    return np.arange(*_page_span(tensor), dtype=np.uint64) * np.uint64(PAGE_BYTES)
+def page_addresses(tensor: torch.Tensor, most: int | None = None) -> NDArray[np.uint64]:
+    """Addresses of the pages that hold the tensor, or of `most` of them, the first and last included, spread evenly."""
+    first, last = _page_span(tensor)
+    if most is None or last - first <= most:
+        return np.arange(first, last, dtype=np.uint64) * np.uint64(PAGE_BYTES)
+    return np.linspace(first, last - 1, most).astype(np.uint64) * np.uint64(PAGE_BYTES)
 
 
 def _some_pages(tensor: torch.Tensor) -> range:

@@ -1,7 +1,8 @@
 """Output of Intel Memory Latency Checker (MLC), and that of four published machines.
 
 Versions 3.1 to 3.11 were seen. They differ in titles and notes. Rows are CPU nodes, columns memory nodes, in MB/s of
-10^6 bytes and in nanoseconds. A node without CPUs has no row, and memory without room is shown as "-".
+10^6 bytes and in nanoseconds. A node without CPUs has no row, and memory without room is shown as "-". Decimals follow
+the locale: 101000.5, or 101000,5. Only what says that it was read is taken for read bandwidth.
 """
 
 from __future__ import annotations
@@ -22,14 +23,20 @@ SOURCE = "github.com/gjbex/Code-optimization, folder info, commit d917fb88, CC B
 
 _TOOL = re.compile(r"\s*Intel.*Memory Latency Checker", re.IGNORECASE)
 _LATENCY = re.compile(r"\s*Measuring idle latencies(?!.*all cores)", re.IGNORECASE)
+_UNIT = re.compile(r"\(in (\w+)\)", re.IGNORECASE)
+_BANDWIDTH_UNIT = re.compile(r"\s*Bandwidths are in (\S+)", re.IGNORECASE)
 _BANDWIDTH = re.compile(r"\s*Measuring Memory Bandwidths between nodes", re.IGNORECASE)
 _ALL_READS = re.compile(r"\s*ALL Reads\s*:(.*)", re.IGNORECASE)
 _COMMAND = re.compile(r"\s*Command line parameters:(.*)", re.IGNORECASE)
 _HEADER = re.compile(r"\s*(?:Numa node|Socket)((?:\s+\d+)+)\s*", re.IGNORECASE)
 _ROW = re.compile(r"\s*\d+(\s.*)?")
-_NUMBER = re.compile(r"\d+(\.\d+)?")
-_WRITES = re.compile(r"(?:^|\s)-W\d")
+_NUMBER = re.compile(r"\d+(\.\d+|,\d\d?)?")  # MLC prints one decimal; a comma before three digits would group thousands
+_TRAFFIC = re.compile(r"\s*Using (.*)\btraffic\b", re.IGNORECASE)
+_READ_ONLY = re.compile(r"\s*(ALL )?reads?([- ]only)?\s*", re.IGNORECASE)
+_WRITES = re.compile(r"(?:^|\s)-W\s*\d+")  # the number says how many reads for each write
+_MAY_WRITE = re.compile(r"(?:^|\s)-[Wwo]")  # or a file that says what each thread does
 _AGAIN = "run `mlc` again and keep all that it prints"
+_READS_AGAIN = "run `mlc --bandwidth_matrix` without -W and keep all that it prints"
 
 
 def published(name: str) -> Measured:
@@ -57,9 +64,13 @@ def read_mlc(path: str | os.PathLike[str]) -> Measured:
         content = Path(path).read_bytes()
     except OSError as error:
         raise InvalidInput(f"{path}: {error.strerror}; expected a file with the output of `mlc`") from error
-    # PowerShell writes UTF-16 where output is redirected.
+    # PowerShell writes UTF-16 where output is redirected, and older terminals one byte for each sign.
     utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    return parse_mlc(content.decode("utf-16" if utf16 else "utf-8-sig", "replace"), str(path))
+    try:
+        text = content.decode("utf-16" if utf16 else "utf-8-sig")
+    except UnicodeDecodeError:
+        text = content.decode("utf-16" if utf16 else "latin-1", "replace")
+    return parse_mlc(text, str(path))
 
 
 def parse_mlc(text: str, source: str = "MLC output") -> Measured:
@@ -79,7 +90,8 @@ def parse_mlc(text: str, source: str = "MLC output") -> Measured:
     Raises
     ------
     InvalidInput
-        It is not MLC's output, has no matrix of read bandwidths or two of them, or is damaged: the message names the line.
+        It is not MLC's output, has no matrix of bandwidths or two of them, does not say that this was read, or is damaged:
+        the message names the line.
     """
     lines = _Lines(text.splitlines(), source)
     if not any(known.match(line) for line in lines.lines for known in (_TOOL, _LATENCY, _BANDWIDTH)):
@@ -131,15 +143,16 @@ class _Lines:
         if not found:
             return None
         start = found[0]
-        command = next((match[1] for line in self.lines[start::-1] if (match := _COMMAND.match(line))), "")
-        if title is _BANDWIDTH and _WRITES.search(command):
-            raise self.refuse(start, f"measured with{command.rstrip()}, which writes; run it without -W")
         header = next((n for n in range(start + 1, len(self.lines)) if _HEADER.fullmatch(self.lines[n])), None)
         following = next(
             (n for n in range(start + 1, len(self.lines)) if "Measuring" in self.lines[n]), len(self.lines)
         )
         if header is None or header > following:
             raise self.refuse(start, f"no line such as `Numa node 0 1` follows it; {_AGAIN}")
+        if title is _BANDWIDTH:
+            self.require_reads(start, header)
+        elif (unit := _UNIT.search(self.lines[start])) and unit[1].lower() != "ns":
+            raise self.refuse(start, f"latencies in {unit[1]}, expected ns; run `mlc --latency_matrix`")
         columns = [int(word) for word in self.lines[header].split() if word.isdecimal()]
         if len(set(columns)) != len(columns):
             raise self.refuse(header, "a node is named twice")
@@ -157,6 +170,33 @@ class _Lines:
             raise self.refuse(header, f"no rows follow it; {_AGAIN}")
         return cells
 
+    def require_reads(self, start: int, header: int) -> None:
+        """Refuse a matrix of bandwidths, by its title and its header, unless what stands there says that it was read.
+
+        With -W, MLC measures reads and writes, or writes alone, and prints the same table without the line that names its traffic.
+        """
+        command = None
+        for line in self.lines[start::-1]:
+            if match := _COMMAND.match(line):
+                command = match[1].strip()
+            if match or _TOOL.match(line):
+                break
+        if command and _WRITES.search(command):
+            raise self.refuse(start, f"measured with {command}, which writes; {_READS_AGAIN}")
+        said = [(number, match[1]) for number in range(start, header) if (match := _TRAFFIC.match(self.lines[number]))]
+        for number, traffic in said:
+            if not _READ_ONLY.fullmatch(traffic):
+                raise self.refuse(number, f"this traffic is not reads alone; {_READS_AGAIN}")
+        if not said and (command is None or _MAY_WRITE.search(command)):
+            raise self.refuse(
+                start,
+                "neither a line `Using Read-only traffic type` nor MLC's line with its command line parameters says whether "
+                f"this was read or written; {_READS_AGAIN}",
+            )
+        for number in range(start, header):
+            if (unit := _BANDWIDTH_UNIT.match(self.lines[number])) and unit[1].lower() not in ("mb/sec", "mb/s"):
+                raise self.refuse(number, f"bandwidths in {unit[1]}, expected MB/sec; {_READS_AGAIN}")
+
     def row(self, number: int, columns: Sequence[int]) -> tuple[int, dict[int, float | None]]:
         """The node and the cells of one row."""
         node, *words = self.lines[number].split()
@@ -168,12 +208,12 @@ class _Lines:
 
     def number(self, number: int, word: str) -> float:
         """A positive number of a line."""
-        if not _NUMBER.fullmatch(word) or not float(word):
-            raise self.refuse(number, f"{word!r} is not a positive number")
+        if not _NUMBER.fullmatch(word) or not float(word.replace(",", ".")):
+            raise self.refuse(number, f"{word!r} is not a positive number such as 101000.5 or 101000,5")
         # MLC prints a decimal everywhere: where the output ends without one, the number has lost digits.
-        if "." not in word and self.is_last(number) and self.lines[number].rstrip().endswith(word):
+        if word.isdecimal() and self.is_last(number) and self.lines[number].rstrip().endswith(word):
             raise self.refuse(number, f"the output ends within a number; {_AGAIN}")
-        return float(word)
+        return float(word.replace(",", "."))
 
     def is_last(self, number: int) -> bool:
         """Whether nothing follows a line."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -17,10 +18,10 @@ from typing import Any, TypeVar
 
 import torch
 
-from numa_lab import handover, libnuma
+from numa_lab import descriptors, handover, libnuma, recycled, replacement
 from numa_lab.errors import InvalidInput, NodeUnavailable, NumaLabError
 from numa_lab.handover import Desk, Job
-from numa_lab.team import Placement
+from numa_lab.team import Before, Placement
 from numa_lab.topology import read_topology
 
 T = TypeVar("T")
@@ -44,8 +45,8 @@ class NodeTeam:
     ------
     NodeUnavailable
         The node does not exist, or its CPUs or memory may not be used.
-    BrokenExecutor
-        A thread can't be pinned to a CPU, as the log says.
+    NotPermitted
+        Threads can't be pinned, as ``sched_setaffinity`` is refused.
     """
 
     def __init__(self, node: int, cpus: Sequence[int] | None = None, name: str | None = None) -> None:
@@ -57,6 +58,7 @@ class NodeTeam:
         self._process = os.getpid()
         self._placement = Placement(cpus, (libnuma.MPOL_PREFERRED, [node]))
         self.refusal = ""  # why the memory policy was not set; empty where it was
+        self._before: Before | None = None
         self._leader_id = 0
         self._desk: Desk | None = None  # made when there is compiled work
         # Held by who posts compiled work, until it is done. Work is put on a desk without the other lock, so that a leader
@@ -69,15 +71,43 @@ class NodeTeam:
         self._closed = False
         # The team ends with its leader, so nothing has to be given back. The thread holds no more than a weak reference:
         # it ends with a team that nobody has any more.
-        self._leader = ThreadPoolExecutor(
-            1, name or f"numa-node-{node}", initializer=_enter, initargs=(weakref.ref(self), self._placement)
-        )
+        self._leader = ThreadPoolExecutor(1, name or f"numa-node-{node}")
         # A leader that can't enter its node raises here, and one whose start a signal interrupts belongs to no team.
-        self._leader.submit(int).result()
+        try:
+            self._leader.submit(_enter, weakref.ref(self), self._placement, node).result()
+        except BaseException:
+            self._leader.shutdown(wait=False)
+            raise
 
     def is_current(self) -> bool:
         """Whether the calling thread is this team's leader."""
         return self._leader_id == threading.get_ident()
+
+    def hold(self) -> None:
+        """On the leader: see that the team is where it was placed, and place it again where the kernel has moved it.
+
+        A node that has no CPUs left is served by those of the nearest one, so that what lies on it stays in use.
+
+        Warns
+        -----
+        RuntimeWarning
+            It was moved; the message names the CPUs.
+
+        Raises
+        ------
+        NodeUnavailable
+            No CPU of any node may be used.
+        """
+        if told := self._hold():
+            warnings.warn(told, RuntimeWarning, stacklevel=2)
+
+    def _hold(self) -> str:
+        """The same, with what it has to say."""
+        if self._before is None:
+            return ""
+        self._before, told = replacement.hold(self._before, self.node)
+        self.cpus = self._before.placement.cpus
+        return told
 
     def submit(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> Future[T]:
         """Run a function on the leader thread.
@@ -156,14 +186,15 @@ class NodeTeam:
         self._leader.shutdown(wait=wait)
 
 
-def _enter(reference: weakref.ref[NodeTeam], placement: Placement) -> None:
+def _enter(reference: weakref.ref[NodeTeam], placement: Placement, node: int) -> None:
     """On a new leader: go to the team's place, also for what was submitted to a team that nobody has any more."""
     _of_thread.leads = True
     if team := reference():
         team._leader_id = threading.get_ident()
-    refusal = placement.enter().refusal
+    before = placement.enter()
+    recycled.give_back(node)  # glibc may give a new thread the memory of one that ended, on another node
     if team:
-        team.refusal = refusal
+        team._before, team.refusal = before, before.refusal
 
 
 def require_no_leader() -> None:
@@ -242,16 +273,17 @@ def run_on_leaders(calls: Iterable[tuple[NodeTeam, Callable[[], T]]]) -> list[T]
     try:
         for team, function in calls:
             futures.append(Future())  # before it is queued, so that none is lost from sight
-            team.submit(_fulfil, futures[-1], function)
+            team.submit(_fulfil, team, futures[-1], function)
         wait(futures)
     finally:
         _outlast([future for future in futures if not future.cancel()])
     return [future.result() for future in futures]
 
 
-def _fulfil(future: Future[T], function: Callable[[], T]) -> None:
+def _fulfil(team: NodeTeam, future: Future[T], function: Callable[[], T]) -> None:
     if future.set_running_or_notify_cancel():
         try:
+            team.hold()
             with torch.inference_mode():
                 result = function()
         except BaseException as error:  # the caller's to judge
@@ -287,6 +319,11 @@ def run_compiled(work: Mapping[NodeTeam, Sequence[Job]]) -> None:
     RuntimeError
         A team was shut down; nothing was run then.
 
+    Warns
+    -----
+    RuntimeWarning
+        The kernel had moved threads of a team, which is placed again for what comes next.
+
     Notes
     -----
     An exception that a signal's handler raises, as of Ctrl-C, comes when all is done: until then teams write into memory of the
@@ -296,18 +333,28 @@ def run_compiled(work: Mapping[NodeTeam, Sequence[Job]]) -> None:
     for team in work:
         team.require_process()
     # Locks are taken in one order, as two callers may want the same teams.
-    _run_holding(sorted(work, key=id), work)
+    if moved := _run_holding(sorted(work, key=id), work):
+        futures = [team.submit(team._hold) for team in moved]
+        wait(futures)
+        if told := "; ".join(filter(None, (future.result() for future in futures))):
+            warnings.warn(told, RuntimeWarning, stacklevel=2)
 
 
-def _run_holding(to_take: Sequence[NodeTeam], work: Mapping[NodeTeam, Sequence[Job]]) -> None:
-    """Take the teams one by one, and run. By nested ``with``, since a signal leaves no lock of those held."""
+def _run_holding(to_take: Sequence[NodeTeam], work: Mapping[NodeTeam, Sequence[Job]]) -> list[NodeTeam]:
+    """Take the teams one by one, and run; those whose threads the kernel has moved.
+
+    By nested ``with``, since a signal leaves no lock of those held.
+    """
     if to_take:
         with to_take[0]._posting:
-            _run_holding(to_take[1:], work)
-        return
+            return _run_holding(to_take[1:], work)
     ear, here = _of_thread.ear.eventfd, _current_cpu()
     in_turn = sorted(work, key=lambda team: here in team.cpus)  # last the leader that takes this CPU from us
-    handover.run([team._ready(work[team], ear) for team in in_turn], ear)
+    # The caller looks while the teams compute, since it would only wait.
+    looking = [(team, team._before.exchange) for team in in_turn if team._before and team._before.exchange]
+    desks = [team._ready(work[team], ear) for team in in_turn]
+    seen = handover.run(desks, ear, [exchange.looking() for _, exchange in looking])
+    return [team for (team, _), moved in zip(looking, seen, strict=True) if moved]
 
 
 _current_cpu = ctypes.CDLL(None).sched_getcpu
@@ -317,7 +364,8 @@ class _Ear:
     """Where a calling thread hears from leaders."""
 
     def __init__(self) -> None:
-        self.eventfd = os.eventfd(0)
+        with descriptors.told("a thread that calls teams"):
+            self.eventfd = os.eventfd(0)
         weakref.finalize(self, os.close, self.eventfd)
 
 

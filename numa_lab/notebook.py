@@ -2,44 +2,38 @@
 
 papermill 2.7 accepts an unknown or ill-typed parameter with a warning, can call an execution completed after its kernel
 was killed, and its kernel has a session of its own. So names and types are checked before anything starts, the output
-is deleted first, only exit status 0 counts, and whatever an execution leaves running is killed.
+is deleted first, only exit status 0 counts, and whatever an execution leaves running is killed, by a supervisor that knows
+its own children from all others (see ``numa_lab.supervisor``).
 """
 
 from __future__ import annotations
 
 import ast
-import ctypes
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import nbformat
-import psutil
 import yaml
 
 from numa_lab.binding import Binding, MemPolicy
 from numa_lab.commands import to_install
 from numa_lab.errors import InvalidInput, MissingDependency
+from numa_lab.parameters import wrong_type
+from numa_lab.topology import Topology, read_topology
 
 LIMIT_SECONDS = 3600  # an execution that takes longer hangs
 
-_TYPES: dict[str, tuple[type, ...]] = {
-    "int": (int,),
-    "float": (float, int),
-    "str": (str,),
-    "bool": (bool,),
-    "list": (list,),
-    "dict": (dict,),
-}
-_PR_SET_CHILD_SUBREAPER, _PR_GET_CHILD_SUBREAPER = 36, 37  # linux/prctl.h
+_SUPERVISOR = Path(__file__).with_name("supervisor.py")
 
 
 def find(notebook: str | os.PathLike[str]) -> Path:
@@ -130,10 +124,8 @@ def check_parameters(path: Path, given: Mapping[str, Any]) -> None:
         if name not in declared:
             known = ", ".join(f"{n} ({p['inferred_type_name']})" for n, p in declared.items())
             raise InvalidInput(f"parameter {name!r}: {path.name} has {known}")
-        kind = declared[name]["inferred_type_name"]
-        allowed = _TYPES.get(kind)
-        if allowed and (not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed)):
-            raise InvalidInput(f"parameter {name}={value!r}: expected {kind}, got {type(value).__name__}")
+        if wrong := wrong_type(name, value, declared[name]["inferred_type_name"]):
+            raise InvalidInput(wrong)
 
 
 def command(
@@ -143,9 +135,10 @@ def command(
     binding: Binding | None = None,
     *,
     python: str = "python",
+    topology: Topology | None = None,
 ) -> list[str]:
-    """The words that execute `notebook` under a binding."""
-    bind = binding.numactl() if binding else []
+    """The words that execute `notebook` under a binding, within the CPUs that `topology` says this process may use."""
+    bind = binding.numactl(topology) if binding else []
     papermill = [python, "-m", "papermill", str(notebook), str(output), "--cwd", str(notebook.parent)]
     options = ["--no-progress-bar", "--autosave-cell-every", "0"]
     return [*bind, *papermill, *options, "-y", json.dumps(parameters)]
@@ -166,9 +159,13 @@ def execute(
     *,
     log: Path,
     binding: Binding | None = None,
+    topology: Topology | None = None,
     limit_seconds: float = LIMIT_SECONDS,
 ) -> Outcome:
     """Execute a notebook by papermill in a process of its own; nothing that it started outlives the call.
+
+    Other children of this process are let alone. Under a binding the execution stays within the CPUs that this process may
+    use, which `topology` tells; it is read where None is given.
 
     Raises
     ------
@@ -179,14 +176,14 @@ def execute(
     """
     check_parameters(notebook, parameters)
     require_tools(binding)
-    words = command(notebook.resolve(), output.resolve(), parameters, binding, python=sys.executable)
+    topology = topology or (read_topology() if binding and binding.cpu_nodes else None)
+    words = command(notebook.resolve(), output.resolve(), parameters, binding, python=sys.executable, topology=topology)
     output.unlink(missing_ok=True)
     output.parent.mkdir(parents=True, exist_ok=True)
     begin = time.monotonic()
-    with open(log, "wb") as stream, _nothing_left_running():
-        # pdeathsig: whoever kills this process, even with -9, ends papermill too; a kernel ends when papermill is gone.
+    with open(log, "wb") as stream:
         process = subprocess.Popen(
-            ["setpriv", "--pdeathsig", "KILL", "--", *words],
+            [sys.executable, "-IS", str(_SUPERVISOR), str(os.getpid()), *words],
             stdin=subprocess.DEVNULL,
             stdout=stream,
             stderr=subprocess.STDOUT,
@@ -198,7 +195,7 @@ def execute(
         except subprocess.TimeoutExpired:
             status = None
         finally:
-            process.kill()
+            process.terminate()  # where it still runs, it ends what it started first
             process.wait()
     return Outcome(status, time.monotonic() - begin)
 
@@ -209,47 +206,43 @@ def require_tools(binding: Binding | None = None) -> None:
     Raises
     ------
     MissingDependency
-        numactl or setpriv is not installed, or numactl is too old for the binding.
+        numactl is not installed, or too old for the binding.
     """
-    needed = {"setpriv": "util-linux"} | ({"numactl": "numactl"} if binding and binding.numactl() else {})
-    for tool, package in needed.items():
-        if not shutil.which(tool):
-            raise MissingDependency(f"{tool} is not installed; type the line for this system:\n{to_install(package)}")
-    if binding and binding.policy is MemPolicy.WEIGHTED_INTERLEAVE and not _numactl_knows_weights():
+    if binding and binding.numactl() and not shutil.which("numactl"):
+        raise MissingDependency(f"numactl is not installed; type the line for this system:\n{to_install('numactl')}")
+    if binding and binding.policy is MemPolicy.WEIGHTED_INTERLEAVE and not _numactl_knows(binding.policy):
         raise MissingDependency(
             f"binding {binding}: numactl 2.0.19 or later is needed for --weighted-interleave, and this one does not know it: "
             "conda install -c conda-forge 'numactl>=2.0.19', or interleave without weights (i instead of w)"
         )
+    if binding and binding.policy is MemPolicy.PREFERRED_MANY and not _numactl_knows(binding.policy):
+        raise MissingDependency(
+            f"binding {binding}: numactl 2.0.15 or later is needed for --preferred-many, and this one does not know it: "
+            "conda install -c conda-forge 'numactl>=2.0.15', or prefer a single node (p instead of P)"
+        )
 
 
-def _numactl_knows_weights() -> bool:
+def _numactl_knows(policy: MemPolicy) -> bool:
     usage = subprocess.run(["numactl", "--help"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout
-    return "weighted-interleave" in usage
+    return policy.value in usage
 
 
 def failure(outcome: Outcome, log: Path) -> str:
-    """Why an execution failed, as a sentence: its exit status and the last thing that papermill said."""
+    """Why an execution failed, as a sentence: its exit status, the last thing that papermill said, and where the rest is."""
+    where = f"(all that it printed: {log.parent.name}/{log.name})"
     if outcome.exit_status is None:
-        return f"It did not end within {LIMIT_SECONDS} s and was killed."
+        return f"It did not end within {LIMIT_SECONDS} s and was killed {where}."
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return f"papermill ended with exit status {outcome.exit_status}: {lines[-1] if lines else 'it printed nothing'}"
-
-
-@contextmanager
-def _nothing_left_running() -> Iterator[None]:
-    """Kill on exit, also on an exception, every process that was started inside, orphans included."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    was = ctypes.c_int()
-    libc.prctl(_PR_GET_CHILD_SUBREAPER, ctypes.byref(was), 0, 0, 0)
-    libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # orphans become our children, so that they can be found
-    this = psutil.Process()
-    before = set(this.children(recursive=True))
-    try:
-        yield
-    finally:
-        while started := [process for process in this.children(recursive=True) if process not in before]:
-            for process in started:
-                if process.is_running():
-                    process.kill()
-            psutil.wait_procs(started, timeout=5)
-        libc.prctl(_PR_SET_CHILD_SUBREAPER, was.value, 0, 0, 0)
+    if any(line.startswith("usage: numactl") for line in lines):  # of which it then prints all
+        said = lines[0].removeprefix("libnuma: Warning: ")
+        return (
+            f"numactl refused the binding, since {said}: were CPUs or nodes taken away meanwhile (taskset, cpuset, hotplug)? "
+            f"Start a new sweep {where}."
+        )
+    last = lines[-1] if lines else "it printed nothing"
+    how = f"papermill ended with exit status {outcome.exit_status}"
+    if outcome.exit_status < 0:
+        how = f"papermill was killed by signal {-outcome.exit_status}"
+    if outcome.exit_status == -signal.SIGKILL or "DeadKernelError" in last:
+        last += ", as happens where memory runs out (`dmesg` tells)"
+    return f"{how}: {last} {where}."

@@ -16,6 +16,7 @@ import math
 import random
 import threading
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,13 +25,12 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import platformdirs
 import torch
 
-from numa_lab import libnuma, openmp, rankings, stats, team
+from numa_lab import cache_folder, libnuma, openmp, rankings, stats, team
 from numa_lab.attention.shapes import AttentionShape, preset
 from numa_lab.binding import Binding, MemPolicy, effective
-from numa_lab.errors import InvalidInput, NodeUnavailable
+from numa_lab.errors import InvalidInput, NodeUnavailable, NotPermitted
 from numa_lab.rankings import COLUMNS
 from numa_lab.receipt import contradictions, last_cpu, schedstat
 from numa_lab.sampling import KVPool, pool_bytes, sample_case
@@ -63,7 +63,7 @@ def rank_nodes(
 
     The ranking is kept in the user's cache folder for this machine and this set of allowed CPUs and nodes, unless other
     load, nearly full memory or a receipt that contradicts was seen: those are of the moment. One node: nothing is
-    measured.
+    measured. Where a sandbox lets no thread be pinned nothing is measured either, and a warning says so.
 
     Parameters
     ----------
@@ -108,12 +108,16 @@ def rank_nodes(
     if len(nodes) == 1:
         return _rank(Visits(), topology)
     path = _cache_path(topology, chosen)
-    if not refresh and (kept := rankings.read(path, nodes)) is not None:
+    if path and not refresh and (kept := rankings.read(path, nodes)) is not None:
         return kept
     visit_seconds = VISIT_SECONDS if seconds is None else seconds / (BLOCKS * (len(nodes) + 1))
-    visits = _visit(topology, chosen, visit_seconds)
+    try:
+        visits = _visit(topology, chosen, visit_seconds)
+    except NotPermitted as error:  # a sandbox that lets no thread be placed: no node is shown to be worse
+        warnings.warn(f"nodes were not compared: {error}", RuntimeWarning, stacklevel=2)
+        return _rank(Visits(), topology).assign(tie_group=1)
     ranking = _rank(visits, topology)
-    if not (ranking["cause"].str.contains("other load|memory").any() or ranking["receipt"].any()):
+    if path and not (ranking["cause"].str.contains("other load|memory").any() or ranking["receipt"].any()):
         rankings.keep(path, ranking)
     return ranking
 
@@ -140,7 +144,8 @@ def choose(ranking: pd.DataFrame) -> int:
 def advice(ranking: pd.DataFrame) -> str:
     """The command that uses the chosen node, as Markdown."""
     node = choose(ranking)
-    return f"Node {node}: `numactl --cpunodebind={node} --membind={node} python ...`, or `NUMAOptimizedGQA({node})` in code."
+    bound = " ".join(Binding((node,), (node,), MemPolicy.BIND).numactl(read_topology()))
+    return f"Node {node}: `{bound} python ...`, or `NUMAOptimizedGQA({node})` in code."
 
 
 def bind_to_numa_node(node: int) -> Binding:
@@ -165,7 +170,7 @@ def _visit(topology: Topology, shape: AttentionShape, seconds: float) -> Visits:
     """Visit every effective node once per block, in random order, and the first of them twice."""
     visits = Visits()
     cpus = {node: topology.cpus_for([node]) for node in topology.effective_nodes}
-    size = max(pool_bytes(topology, of, shape.kv_bytes) for of in cpus.values())
+    size = max(pool_bytes(topology, of, shape.kv_bytes, len(cpus) + 1) for of in cpus.values())  # one node has two
     order = random.Random(time.time_ns())
     pools: dict[str, tuple[int, KVPool]] = {}
     for block in range(BLOCKS):
@@ -245,7 +250,7 @@ def _rank(visits: Visits, topology: Topology) -> pd.DataFrame:
             found[node] |= {
                 "median_seconds": median, "ratio": median / seconds[best], "low": low, "high": high,
                 "tie_group": 2 if slower else 1, "visits": int(by_label.size()[f"c{node}m{node}"]),
-                "receipt": " ".join(contradictions(label_rows, topology.node_cpus)),
+                "receipt": " ".join(contradictions(label_rows, topology.allowed_node_cpus)),
             }  # fmt: skip
     elif len(nodes) == 1:
         found[nodes[0]]["tie_group"] = 1
@@ -282,10 +287,11 @@ def _unmeasured(node: int, visits: Visits, topology: Topology) -> dict[str, Any]
     return {**nothing, "tie_group": 2, "cause": "; ".join(causes), "visits": 0, "receipt": ""}
 
 
-def _cache_path(topology: Topology, shape: AttentionShape) -> Path:
+def _cache_path(topology: Topology, shape: AttentionShape) -> Path | None:
+    folder = cache_folder.path()
     seen = [
         CACHE_VERSION, topology.fingerprint(), topology.allowed_cpus, topology.allowed_nodes, torch.__version__,
         repr(shape),
     ]  # fmt: skip
     key = hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:16]
-    return platformdirs.user_cache_path("numa_lab") / f"ranking-{key}.json"
+    return folder / f"ranking-{key}.json" if folder else None

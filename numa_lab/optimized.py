@@ -3,28 +3,38 @@
 Inside its ``with`` block the calling thread, the OpenMP workers that torch computes on, those that exist already
 included, and the memory that they touch first are on the node. Afterwards all is as it was.
 
-Limits: memory that was touched before stays where it is, and ``malloc`` may hand such memory out again: tensors that
-must lie on the node come from ``empty``, ``create_tensors`` or ``memory_pool``, and ``receipt`` tells where they lie.
+New tensors lie on the node too, whatever the process did before: on entering, malloc gives the memory back that it would hand
+out again (see ``numa_lab.recycled``), and ``compute`` moves what it is given, and what it makes, if that lies elsewhere all the same.
+
+Limits: a tensor that was touched on another node and is freed inside the block leaves its memory to the next one of its size;
+until ``compute`` is given that, it lies elsewhere. Tensors of ``empty``, ``create_tensors`` and ``memory_pool`` never do, and
+``receipt`` tells where any lies.
 """
 
 from __future__ import annotations
 
 import math
 import threading
+import warnings
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, overload
 
 import torch
 from torch import Tensor
 
-from numa_lab import gpus, libnuma, memory, proof
+from numa_lab import gpus, libnuma, memory, proof, recycled, replacement
+from numa_lab.attention import addresses
+from numa_lab.attention.checks import require_tensors
 from numa_lab.attention.gqa import gqa_attention
+from numa_lab.attention.graphs import between_graphs
 from numa_lab.binding import Binding, MemPolicy
-from numa_lab.errors import InvalidInput
+from numa_lab.errors import InvalidInput, NodeUnavailable
 from numa_lab.optimal_node import get_optimal_numa_node
-from numa_lab.receipt import Receipt
+from numa_lab.receipt import Receipt, team_of
+from numa_lab.sysfs import format_cpulist
 from numa_lab.team import Before, Placement
 from numa_lab.topology import Topology, read_topology
 
@@ -42,11 +52,12 @@ _entered = _Entered()
 
 
 class _Own(threading.local):
-    """What one thread holds of a helper: its memory pool, and the tensors that its receipt speaks of."""
+    """What one thread holds of a helper: its memory pool, the tensors that its receipt speaks of, and those that were moved."""
 
     def __init__(self) -> None:
         self.blocks: dict[str, Tensor] = {}
         self.seen: dict[str, weakref.ref[Tensor]] = {}
+        self.settled = recycled.Settled()
 
 
 class NUMAOptimizedGQA:
@@ -54,7 +65,8 @@ class NUMAOptimizedGQA:
 
     One object can be entered again inside itself, inside others, and by several threads at once; each thread that
     enters it has its own OpenMP team there. Entering and leaving costs some tens of microseconds where the thread
-    computes with as many threads outside as inside (see ``numa_lab.team``).
+    computes with as many threads outside as inside (see ``numa_lab.team``); on a machine with several nodes giving free memory
+    back comes to that, 5 to 40 us where little is free (see ``numa_lab.recycled``).
 
     The memory policy inside is *preferred*: a bound process whose node is full gets killed. ``empty`` and its kin bind,
     after they have looked whether there is room.
@@ -109,6 +121,7 @@ class NUMAOptimizedGQA:
         self._topology: Topology = topology
         self._placement = Placement(self.cpus, (libnuma.MPOL_PREFERRED, [node]), topology.cpus_of([node]))
         self._own = _Own()
+        self._warned = False
 
     def __repr__(self) -> str:
         return f"NUMAOptimizedGQA(numa_node={self.node}, threads={self.threads})"
@@ -118,27 +131,92 @@ class NUMAOptimizedGQA:
         """How many threads compute inside, the calling one included."""
         return len(self.cpus)
 
+    @between_graphs
     def __enter__(self) -> NUMAOptimizedGQA:
-        stack = _entered.stack
-        again = bool(stack) and stack[-1][0] is self
-        stack.append((self, None if again else self._placement.enter()))
+        again = self._is_current()
+        self._enter()
+        if not again:
+            try:
+                recycled.give_back(self.node)
+            except BaseException:  # Ctrl-C: no block was begun that would be left
+                self._leave()
+                raise
         return self
 
+    @between_graphs
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self._leave()
+        if _entered.stack:
+            recycled.give_back(_entered.stack[-1][0].node)
+
+    @contextmanager
+    def _placed(self) -> Iterator[None]:
+        """The block without what is done for new tensors of the caller, who makes none in it."""
+        self._enter()
+        try:
+            yield
+        finally:
+            self._leave()
+
+    def _is_current(self) -> bool:
+        """Whether the calling thread is inside, and inside of no other helper since."""
+        return bool(_entered.stack) and _entered.stack[-1][0] is self
+
+    def _enter(self) -> None:
+        again = self._is_current()
+        if again:
+            self._hold()
+        _entered.stack.append((self, None if again else self._go_there()))
+
+    def _leave(self) -> None:
         _, before = _entered.stack.pop()
         if before is not None:
             self._placement.leave(before)
 
+    def _go_there(self) -> Before:
+        try:
+            return self._placement.enter()
+        except NodeUnavailable:  # the cpuset was rewritten since
+            old = self._placement
+            self._move_to(replacement.anew(old, self.node))
+            before = self._placement.enter()
+            warnings.warn(
+                f"CPUs {format_cpulist(old.cpus)} of node {self.node} may no longer be used by this process, as where a cpuset is "
+                f"rewritten: threads are placed on CPUs {format_cpulist(self.cpus)}",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+            return before
+
+    def _hold(self) -> None:
+        """Inside: place the team again where the kernel has moved it since it was placed."""
+        stack = _entered.stack
+        at = next(at for at in reversed(range(len(stack))) if stack[at][1] is not None)
+        before = stack[at][1]
+        assert before is not None
+        # How many threads compute inside is the caller's to say, and on which node was promised.
+        again, told = replacement.hold(before, self.node, count=False, elsewhere=False)
+        if again is not before:
+            stack[at] = self, again
+            self._move_to(again.placement)
+        if told:
+            warnings.warn(told, RuntimeWarning, stacklevel=4)
+
+    def _move_to(self, placement: Placement) -> None:
+        self._placement, self.cpus = placement, placement.cpus
+
+    @between_graphs
     def compute(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
         """Attention on the node, entered for the call where the caller is outside.
 
         Parameters
         ----------
         query, key, value
-            ``[batch, q_heads, q_len, head_dim]`` and twice ``[batch, kv_heads, kv_len, head_dim]``. They are read where
-            they lie: memory of another node is read over the link.
+            ``[batch, q_heads, q_len, head_dim]`` and twice ``[batch, kv_heads, kv_len, head_dim]``. Inside the block they are
+            moved to the node the first time that they come from elsewhere, unless their memory has a policy of its own
+            (``numa_lab.memory``); a call from outside reads them where they lie.
         **options
             As ``scaled_dot_product_attention_gqa``: attn_mask, dropout_p, enable_gqa, is_causal, output_tensor, scale.
 
@@ -146,11 +224,35 @@ class NUMAOptimizedGQA:
         -------
         Tensor
             ``[batch, q_heads, q_len, head_dim]``.
+
+        Warns
+        -----
+        RuntimeWarning
+            Once: a tensor lies elsewhere and can't be moved; the message names the way out.
         """
-        with self:
+        inside = self._is_current()
+        with self._placed():
+            if inside:
+                self._settle(query=query, key=key, value=value)
             output = scaled_dot_product_attention_gqa(query, key, value, **options)
+            if inside:
+                self._settle(output=output)
         self._remember(query=query, key=key, value=value, output=output)
         return output
+
+    def _settle(self, **tensors: Tensor) -> None:
+        """Have these tensors on the node; those that were looked at before are not looked at again."""
+        for name, tensor in tensors.items():
+            why = self._own.settled.settle(tensor, self.node) if addresses.readable(tensor) else ""
+            if why and not self._warned:
+                self._warned = True
+                warnings.warn(
+                    f"{name} lies on other nodes than {self.node}, or shares mappings with what does: {why}. It is read over "
+                    "the link. Make such tensors by numa_gqa.empty or create_tensors, or start the program by "
+                    f"numactl --cpunodebind={self.node} --membind={self.node}; receipt() tells where all lie",
+                    RuntimeWarning,
+                    stacklevel=3,
+                )
 
     def empty(self, shape: Shape, dtype: torch.dtype | None = None) -> Tensor:
         """A tensor of zeros on pages of its own, bound to the node and huge where the kernel grants it.
@@ -203,7 +305,7 @@ class NUMAOptimizedGQA:
             nbytes = math.prod(shape) * dtype.itemsize
             block = self._own.blocks.get(name)
             if block is None or block.nbytes < nbytes:
-                with self:
+                with self._placed():
                     block = self._own.blocks[name] = memory.empty((nbytes,), torch.uint8, self.node).zero_()
             pool[name] = block[:nbytes].view(dtype).view(tuple(shape))
         self._remember(**pool)
@@ -216,26 +318,30 @@ class NUMAOptimizedGQA:
         ``create_tensors`` (named ones) and ``memory_pool`` that are still alive. Their pages are looked
         at now; that they have not moved meanwhile it does not prove.
         """
-        with self:
+        with self._placed():
             granted, threads, lost = proof.look(self._topology)
             before = next((b for _, b in reversed(_entered.stack) if b is not None), None)
         alive = tensors or {name: tensor for name, ref in self._own.seen.items() if (tensor := ref()) is not None}
-        pages = {name: memory.locate(tensor) for name, tensor in alive.items() if tensor.device.type == "cpu"}
+        seen = libnuma.available()  # else a note of `lost` says so
+        pages = {name: memory.locate(one) for name, one in alive.items() if seen and addresses.as_stored(one)}
         notes = [*lost, *([before.refusal] if before and before.refusal else [])]
         for name, found in pages.items():
             away = sum(count for node, count in found.items() if node not in (self.node, memory.UNTOUCHED))
             if away:
                 notes.append(f"{away} of {sum(found.values())} pages of {name} lie on other nodes than {self.node}")
         requested = Binding((self.node,), (self.node,), MemPolicy.PREFERRED)
-        huge = {name: memory.huge_page_share(alive[name]) for name in pages}
-        return Receipt(requested, granted, threads, {}, pages, tuple(notes), huge)
+        shares = {name: memory.huge_page_share(alive[name]) for name in pages}
+        huge = {name: share for name, share in shares.items() if not math.isnan(share)}
+        team = team_of(self.threads, threads)
+        return Receipt(requested, granted, threads, {}, pages, tuple(notes), huge, promised=(self.node,), team=team)
 
     def _normal(self, shape: Shape, dtype: torch.dtype | None) -> Tensor:
-        with self:
+        with self._placed():
             return self.empty(shape, dtype).normal_()
 
     def _remember(self, **tensors: Tensor) -> None:
-        self._own.seen.update({name: weakref.ref(tensor) for name, tensor in tensors.items()})
+        # A subclass of Tensor may give something else.
+        self._own.seen.update({name: weakref.ref(one) for name, one in tensors.items() if isinstance(one, Tensor)})
 
 
 def scaled_dot_product_attention_gqa(
@@ -262,7 +368,7 @@ def scaled_dot_product_attention_gqa(
 
     Raises
     ------
-    InvalidInput
+    InvalidInput, WrongType
         As ``gqa_attention``, or an `output_tensor` that does not fit.
     """
     output = gqa_attention(
@@ -270,6 +376,7 @@ def scaled_dot_product_attention_gqa(
     )
     if output_tensor is None:
         return output
+    require_tensors(output_tensor=output_tensor)
     fits = (output_tensor.shape, output_tensor.dtype, output_tensor.device) == (
         output.shape, output.dtype, output.device
     )  # fmt: skip

@@ -11,6 +11,7 @@ from numa_lab.topology import Node, Topology
 def overview(topology: Topology) -> str:
     """A few lines for a terminal."""
     cores, kinds = {cpu.core for cpu in topology.cpus}, Counter(cpu.kind for cpu in topology.cpus if cpu.kind)
+    memory_bytes = sum(topology.node(node).memory_bytes for node in topology.allowed_nodes)
     lines = [
         f"{topology.model_name or 'unknown processor'}: sockets {len(topology.sockets) or 'not told'}, cores {len(cores)}, "
         f"CPUs online {len(topology.cpus)}{''.join(f', {n} {kind}' for kind, n in sorted(kinds.items()))}, "
@@ -19,6 +20,8 @@ def overview(topology: Topology) -> str:
         *(["EMULATED: software runs these instructions, so times mean nothing here"] if topology.emulated else []),
         f"this process may use CPUs {format_cpulist(topology.allowed_cpus)} "
         f"and memory of nodes {format_cpulist(topology.allowed_nodes)}",
+        *([f"isolated CPUs {format_cpulist(topology.isolated_cpus)} are left alone"] if _left_alone(topology) else []),
+        *(limit.sentence() for limit in topology.memory_limits if limit.limit_bytes < memory_bytes),
         "",
         f"{'node':>4}  {'memory':>9}  {'free':>9}  {'usable':<14} CPUs",
     ]
@@ -37,6 +40,10 @@ def overview(topology: Topology) -> str:
         lines += ["", "distances: not told"]
     lines += [f"GPU {gpu.pci}: node {'not told' if gpu.node is None else gpu.node}" for gpu in topology.gpus]
     return "\n".join(lines)
+
+
+def _left_alone(topology: Topology) -> bool:
+    return not set(topology.isolated_cpus) & set(topology.usable_cpus) and bool(topology.isolated_cpus)
 
 
 def _usable(topology: Topology, node: Node) -> str:

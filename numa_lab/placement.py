@@ -5,6 +5,7 @@ It is predicted from measured bandwidths, as ``numa_lab.roofline`` says, so it c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from numa_lab.attention.shapes import AttentionShape
 from numa_lab.binding import Binding, MemPolicy
 from numa_lab.commands import to_paste
 from numa_lab.errors import InvalidInput, RunDirectoryError
+from numa_lab.limits import Limits
 from numa_lab.measured import PROBES, Groups, Measured, socket_groups
 from numa_lab.ratios import LARGEST_TIE
 from numa_lab.results import load_machine, read_json
@@ -124,16 +126,20 @@ def plan_placement(shape: AttentionShape, topology: Topology | Mapping[str, Any]
     """
     facts = topology.to_json() if isinstance(topology, Topology) else topology
     measured, socket_of, memory_bytes = usable(facts, measured)
-    strategies = tuple(predict(shape, measured, socket_of=socket_of, memory_bytes=memory_bytes))
+    limit_bytes = _limit_bytes(facts)
+    known: dict[str, Any] = {"socket_of": socket_of, "memory_bytes": memory_bytes, "limit_bytes": limit_bytes}
+    strategies = tuple(predict(shape, measured, **known))
     if not any(strategy.fits for strategy in strategies):
+        limited = f", and a control group lets this process hold {limit_bytes / 1e9:.1f}" * math.isfinite(limit_bytes)
         raise InvalidInput(
             f"K and V of {shape.kv_bytes / 1e9:.1f} GB fit nowhere, since the nodes hold "
-            f"{', '.join(f'{count / 1e9:.1f}' for count in memory_bytes.values())} GB: choose a smaller batch or kv_len"
+            f"{', '.join(f'{count / 1e9:.1f}' for count in memory_bytes.values())} GB{limited}: "
+            "choose a smaller batch or kv_len"
         )
     several, notes = len(measured.mem_nodes) > 1, _notes(measured, facts, told=socket_of is not None)
     if several and strategies[0].seconds < WAKING_SECONDS:
         notes.append("Waking threads takes microseconds, which are not counted: for steps as short as this, measure.")
-    interleaved = predict_interleaved(shape, measured, socket_of=socket_of, memory_bytes=memory_bytes)
+    interleaved = predict_interleaved(shape, measured, **known)
     return Plan(
         shape,
         measured,
@@ -157,17 +163,26 @@ def predict_bindings(
     """
     facts = topology.to_json() if isinstance(topology, Topology) else topology
     measured, socket_of, memory_bytes = usable(facts, measured)
+    limits, limit_bytes = Limits(measured, socket_groups(measured, socket_of)), _limit_bytes(facts)
     found: list[Strategy | None] = []
     for binding, shape in wanted:
         mems = binding.mem_nodes or binding.cpu_nodes
         by_weight = weights if binding.policy is MemPolicy.WEIGHTED_INTERLEAVE else None
-        if not mems or (len(mems) > 1 and binding.policy is not MemPolicy.INTERLEAVE and not by_weight):
+        known = binding.policy is not MemPolicy.UNKNOWN
+        if not known or not mems or (len(mems) > 1 and binding.policy is not MemPolicy.INTERLEAVE and not by_weight):
             found.append(None)
             continue
         cpus = binding.cpu_nodes or measured.cpu_nodes
         found.append(
             predict_binding(
-                shape, measured, cpus, mems, socket_of=socket_of, memory_bytes=memory_bytes, weights=by_weight
+                shape,
+                measured,
+                cpus,
+                mems,
+                memory_bytes=memory_bytes,
+                limit_bytes=limit_bytes,
+                weights=by_weight,
+                limits=limits,
             )
         )
     return found
@@ -191,9 +206,16 @@ def usable(
             f"measured were nodes {format_cpulist(measured.nodes)}, and the machine has {format_cpulist(ids)}: "
             f"measure this machine with `{to_paste('numa-lab', 'probe')}`"
         )
-    cpu_nodes = {cpu["node"] for cpu in facts["cpus"] if cpu["id"] in facts["allowed_cpus"]}
+    allowed = set(facts["allowed_cpus"])
+    cpus = allowed - set(facts.get("isolated_cpus", ())) or allowed
+    cpu_nodes = {cpu["node"] for cpu in facts["cpus"] if cpu["id"] in cpus}
     memory_bytes = {node["id"]: node["memory_bytes"] for node in facts["nodes"]}
     return measured.only(cpu_nodes, facts["allowed_nodes"]), sockets_told(facts["cpus"]), memory_bytes
+
+
+def _limit_bytes(facts: Mapping[str, Any] | None) -> float:
+    """What a process may hold on all nodes together; runs of before it was looked at do not tell."""
+    return min((limit["limit_bytes"] for limit in (facts or {}).get("memory_limits", ())), default=math.inf)
 
 
 def sockets_told(cpus: list[dict[str, Any]]) -> dict[int, int] | None:

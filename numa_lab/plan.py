@@ -1,6 +1,6 @@
 """The plan of a sweep: which bindings, how often, in which order, and what of it is still missing.
 
-An execution's key is the hash of notebook, parameters, binding, machine and block, so that a resumed sweep repeats
+An execution's key is the hash of notebook, parameters, binding, machine, CPUs and block, so that a resumed sweep repeats
 nothing and notices a changed notebook.
 """
 
@@ -19,7 +19,8 @@ from typing import Any
 
 from numa_lab import doctor, notebook
 from numa_lab.attention.names import require_backend
-from numa_lab.binding import Binding, MemPolicy
+from numa_lab.binding import Binding, MemPolicy, mask_words
+from numa_lab.commands import to_paste
 from numa_lab.errors import InvalidInput, MachineMismatch, MissingDependency, NodeUnavailable, RunDirectoryError
 from numa_lab.results import (
     EXECUTIONS,
@@ -170,13 +171,18 @@ def make_plan(
     planned: list[Planned] = []
     for block in range(blocks):
         for label in shuffled.sample(labels, len(labels)):
-            identity = json.dumps([content, given, label, machine, block], sort_keys=True)
-            key = hashlib.sha256(identity.encode()).hexdigest()[:12]
             binding = Binding.parse(label.removesuffix(AA_SUFFIX))
+            cpus = topology.cpus_of(binding.cpu_nodes or topology.node_ids)
+            identity = json.dumps([content, given, label, machine, cpus, block], sort_keys=True)
+            key = hashlib.sha256(identity.encode()).hexdigest()[:12]
             # numactl can't say who touches first, so who types the command tells the notebook.
             told = {"execution": {"binding": str(binding)}} if binding.asked_of_kernel != binding else {}
-            words = notebook.command(Path("notebooks") / measured.name, Path(f"{label}.ipynb"), given | told, binding)
-            planned.append(Planned(key, block, len(planned), label, shlex.join(words)))
+            words = notebook.command(
+                Path("notebooks") / measured.name, Path(f"{label}.ipynb"), given | told, binding, topology=topology
+            )
+            # Without CPU nodes a command takes the CPUs of who types it.
+            command_line = shlex.join(words) if binding.cpu_nodes else typed(words, topology)
+            planned.append(Planned(key, block, len(planned), label, command_line))
     return Plan(
         SCHEMA_VERSION, run_id, datetime.now(UTC).isoformat(timespec="seconds"), profile, tuple(labels), measured.name,
         content, given, command, tuple(planned), round(sum(seconds[str(p.binding)] for p in planned)),
@@ -237,13 +243,13 @@ def prepare(plan: Plan, run_dir: Path, topology: Topology) -> None:
         raise RunDirectoryError(
             f"{run_dir} holds a run already: finish it with --resume {run_dir}, or name another --out"
         )
-    findings = [asdict(finding) for finding in doctor.examine(topology=topology)]
+    findings = doctor.to_json(doctor.examine(topology=topology))
     write_json(run_dir / MACHINE, machine_facts(topology) | {"findings": findings})
     write_json(run_dir / PLAN, asdict(plan))
 
 
 def check_resumable(plan: Plan, run_dir: Path, topology: Topology, measured: Path) -> None:
-    """Refuse to finish a run on another machine or with another notebook than it began.
+    """Refuse to finish a run on another machine, with other CPUs or nodes of it, or with another notebook than it began.
 
     Raises
     ------
@@ -252,13 +258,44 @@ def check_resumable(plan: Plan, run_dir: Path, topology: Topology, measured: Pat
     RunDirectoryError
         The notebook has changed.
     """
-    differing = differences(load_machine(run_dir), machine_facts(topology))
+    begun = load_machine(run_dir)
+    differing = differences(begun, machine_facts(topology))
     if differing:
         raise MachineMismatch(f"{run_dir} was begun on another machine: {'; '.join(differing)}. Start a new sweep here")
+    if other := _other_share(begun["topology"], topology, run_dir):
+        raise MachineMismatch(f"{run_dir} was begun {other}, or start a new sweep")
     if _content(measured) != plan.notebook_sha256:
         raise RunDirectoryError(
             f"{measured.name} has changed since {run_dir} was begun: start a new sweep, or restore the notebook"
         )
+
+
+def _other_share(begun: Mapping[str, Any], topology: Topology, run_dir: Path) -> str:
+    """What this process may use otherwise than the one that began, and how to go on; empty where it is the same."""
+    cpus, now = set(begun["allowed_cpus"]), set(topology.allowed_cpus)
+    if cpus != now:
+        again = f"type `{to_paste('taskset', '-c', format_cpulist(cpus), 'numa-lab', 'sweep', '--resume', run_dir)}`"
+        return (
+            f"on CPUs {format_cpulist(cpus)}, and this process may use {format_cpulist(now)}: that would be another "
+            f"measurement. To go on {again if cpus < now else 'let it use the same (taskset, cpuset)'}"
+        )
+    nodes, now = set(begun["allowed_nodes"]), set(topology.allowed_nodes)
+    if nodes != now:
+        return (
+            f"with memory of nodes {format_cpulist(nodes)}, and this process may use that of {format_cpulist(now)}: that "
+            "would be another measurement. To go on let it use the same (cpuset)"
+        )
+    return ""
+
+
+def typed(words: Sequence[object], topology: Topology) -> str:
+    """A command as it is typed to run on the CPUs of this process, wherever it is typed."""
+    return shlex.join([*mask_words(topology), *map(str, words)])
+
+
+def resume_command(run_dir: Path, topology: Topology) -> str:
+    """What to type to run what is missing in a run directory."""
+    return to_paste(*mask_words(topology), "numa-lab", "sweep", "--resume", run_dir)
 
 
 def missing(plan: Plan, run_dir: Path) -> list[Planned]:

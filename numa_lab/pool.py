@@ -18,11 +18,13 @@ from functools import partial
 from types import TracebackType
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
-from numa_lab import memory, proof
+from numa_lab import libnuma, memory, proof, recycled
+from numa_lab.attention import addresses
+from numa_lab.attention.autocast import Settings
 from numa_lab.attention.gqa import gqa_attention
+from numa_lab.attention.graphs import between_graphs
 from numa_lab.binding import Binding, MemPolicy
 from numa_lab.commands import to_paste
 from numa_lab.errors import InvalidInput, NodeUnavailable
@@ -31,7 +33,7 @@ from numa_lab.measured import Measured, socket_groups
 from numa_lab.node_team import NodeTeam
 from numa_lab.placement import usable
 from numa_lab.queues import NodeQueues
-from numa_lab.receipt import Receipt
+from numa_lab.receipt import Receipt, team_of
 from numa_lab.stealing import Reads
 from numa_lab.sysfs import format_cpulist
 from numa_lab.topology import Topology, read_topology
@@ -127,6 +129,7 @@ class NUMAThreadPool:
     ) -> None:
         self.shutdown()
 
+    @between_graphs
     def parallel_gqa_compute(
         self, queries: Sequence[Tensor], keys: Sequence[Tensor], values: Sequence[Tensor], num_runs: int = 1
     ) -> list[Tensor]:
@@ -153,6 +156,13 @@ class NUMAThreadPool:
         if num_runs < 1:
             raise InvalidInput(f"num_runs={num_runs}: expected at least 1")
 
+        if addresses.watched(
+            *queries, *keys, *values
+        ):  # by a mode or transform of this thread, which leaders know nothing of
+            return [
+                [gqa_attention(query, key, value, enable_gqa=True) for _ in range(num_runs)][-1]
+                for query, key, value in zip(queries, keys, values, strict=True)
+            ]
         inputs, lie = [], dict(_homes((*keys, *values)))
         for query, key, value in zip(queries, keys, values, strict=True):
             homes = [(tensor, lie[tensor]) for tensor in (key, value) if isinstance(tensor, Tensor) and tensor in lie]
@@ -161,8 +171,8 @@ class NUMAThreadPool:
             nbytes = sum(tensor.nbytes for tensor, _ in homes)
             reads = None if home is None or home not in self._readable else Reads(home, num_runs * nbytes)
             inputs.append(_Input(query, key, value, homes, node, reads))
-        # Whether gradients are wanted is a setting of this thread; leaders have their own.
-        compute, parts = partial(self._compute, num_runs, torch.is_grad_enabled()), self._divided(inputs)
+        # Whether gradients are wanted and what autocast does are settings of this thread; leaders have their own.
+        compute, parts = partial(self._compute, num_runs, Settings()), self._divided(inputs)
         tasks = [
             self._queues.submit(
                 compute, ([inputs[at] for at in part],), node=inputs[part[0]].node, reads=inputs[part[0]].reads
@@ -191,12 +201,12 @@ class NUMAThreadPool:
             found[("alone", place) if alone else one.node].append(place)
         return list(found.values())
 
-    def _compute(self, num_runs: int, gradients: bool, inputs: Sequence[_Input]) -> list[Tensor | Exception]:
+    def _compute(self, num_runs: int, settings: Settings, inputs: Sequence[_Input]) -> list[Tensor | Exception]:
         """On a leader: the output of each input, or what it raised, when all have been computed."""
-        node = next(node for node, teams in self._teams.items() if any(team.is_current() for team in teams))
+        node = self._current_node()
         outputs: list[Tensor | Exception] = []
         done: Counter[tuple[int, str]] = Counter()
-        with torch.set_grad_enabled(gradients):
+        with settings.applied():
             for one in inputs:
                 try:
                     done.update((node, what) for what in self._prepare(one, node))
@@ -218,8 +228,9 @@ class NUMAThreadPool:
         what = {"migrate": "migrated"}.get(self._on_remote, "read over a link") if away else "computed where they lay"
         return [what] if one.node in (node, None) else [what, f"taken from node {one.node}"]
 
+    @between_graphs
     def submit(self, fn: Callable[..., T], *args: Any, numa_node: int | None = None, **kwargs: Any) -> Future[T]:
-        """Run a function on a node.
+        """Run a function on a node; new tensors that it makes lie there (see ``numa_lab.recycled``).
 
         Parameters
         ----------
@@ -240,7 +251,16 @@ class NUMAThreadPool:
         if numa_node is not None:
             self._topology.require_effective(numa_node)
         node = node_of(args, self.nodes, self._topology) if numa_node is None else numa_node
-        return self._queues.submit(fn, args, kwargs, node=node)
+        return self._queues.submit(self._call_on_new_memory, (fn, *args), kwargs, node=node)
+
+    def _call_on_new_memory(self, fn: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        """On a leader: malloc gives back first what others may have touched and the function would get for its tensors."""
+        recycled.give_back(self._current_node(), always=True)
+        return fn(*args, **kwargs)
+
+    def _current_node(self) -> int:
+        """The node whose leader the calling thread is."""
+        return next(node for node, teams in self._teams.items() if any(team.is_current() for team in teams))
 
     def execute_on_numa(self, fn: Callable[..., T], *args: Any, numa_node: int, **kwargs: Any) -> T:
         """Run a function on a node and wait for its result; what it raises is raised here."""
@@ -261,9 +281,10 @@ class NUMAThreadPool:
             return memory.empty(tensor.shape, tensor.dtype, node).copy_(tensor)
 
         turns = itertools.cycle(nodes or self.nodes)
-        futures = [
-            self.submit(copy, tensor, node, numa_node=node) for tensor, node in zip(tensors, turns, strict=False)
-        ]
+        futures = []
+        for tensor, node in zip(tensors, turns, strict=False):
+            self._topology.require_effective(node)
+            futures.append(self._queues.submit(copy, (tensor, node), node=node))
         wait(futures)
         return [future.result() for future in futures]
 
@@ -281,9 +302,11 @@ class NUMAThreadPool:
             refusals = (team.refusal for team in self._teams[node] if team.refusal)
             with self._lock:
                 told = [f"inputs {what}: {count}" for (at, what), count in sorted(self._inputs.items()) if at == node]
+            found = tuple(itertools.chain.from_iterable(threads))
             receipts[node] = Receipt(
-                Binding((node,), (node,), MemPolicy.PREFERRED), granted[0], tuple(itertools.chain.from_iterable(threads)),
+                Binding((node,), (node,), MemPolicy.PREFERRED), granted[0], found,
                 {}, {}, tuple(dict.fromkeys((*itertools.chain.from_iterable(notes), *refusals, *told))),
+                team=team_of(sum(len(team.cpus) for team in self._teams[node]), found),
             )  # fmt: skip
         return receipts
 
@@ -299,7 +322,9 @@ def node_of(args: Sequence[Any], nodes: Sequence[int], topology: Topology) -> in
 
 def _homes(args: Sequence[Any]) -> Homes:
     """The tensors among `args` that lie in this machine's memory, each with its node."""
-    tensors = [one for one in args if isinstance(one, Tensor) and one.device.type == "cpu" and one.nbytes]
+    tensors = [one for one in args if isinstance(one, Tensor) and addresses.as_stored(one) and one.nbytes]
+    if not libnuma.available():  # then nothing tells
+        return [(tensor, None) for tensor in tensors]
     return list(zip(tensors, memory.homes(tensors), strict=True))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -12,9 +13,10 @@ from typing import Any
 import torch
 
 from numa_lab import memory, openmp, team
-from numa_lab.errors import NodeUnavailable, NumaLabError
+from numa_lab.errors import InvalidInput, NodeUnavailable, NumaLabError
 from numa_lab.measured import Matrix, Measured
 from numa_lab.reading import LINE_WORDS, cycle_through, read_bandwidth, read_latency
+from numa_lab.receipt import team_of
 from numa_lab.simd import LINE_BYTES
 from numa_lab.sysfs import format_cpulist
 from numa_lab.topology import Topology
@@ -66,7 +68,11 @@ def probe_nodes(topology: Topology, *, seconds: float = 10.0, progress: Progress
     ------
     NumaLabError
         No CPU, or no memory, may be used by this process.
+    InvalidInput
+        `seconds` is no positive time.
     """
+    if not 0 < seconds < math.inf:
+        raise InvalidInput(f"seconds={seconds}: expected a positive time, for all cells together")
     begin = time.perf_counter()
     cores = {node: topology.physical_cores(topology.cpus_of([node])) for node in topology.node_ids}
     cpu_nodes = [node for node, cpus in cores.items() if cpus]
@@ -102,7 +108,10 @@ def probe_nodes(topology: Topology, *, seconds: float = 10.0, progress: Progress
             share = next_cell(f"c{cpu}m{mem}")
             # Each CPU node chases through lines of its own, which no other has brought into its caches.
             start_line = len(following) // LINE_WORDS * i // len(cpu_nodes)
-            with team.pinned_team(cores[cpu]):
+            with team.pinned_team(cores[cpu]) as pinned:
+                size = team_of(len(cores[cpu]), pinned)
+                told = [f"Node {cpu}: {sentence}" for sentence in (size.contradictions() if size else ())]
+                notes += [note for note in told if note not in notes]
                 bandwidth[cpu, mem] = read_bandwidth(buffer, len(cores[cpu]), seconds=0.8 * share)
                 latency[cpu, mem] = 1e9 * read_latency(following, start_line=start_line)
             done += 1
@@ -110,7 +119,7 @@ def probe_nodes(topology: Topology, *, seconds: float = 10.0, progress: Progress
     local = [node for node in cpu_nodes if (node, node) in bandwidth]
     share, together = next_cell("all nodes at once"), None
     try:
-        together = _all_at_once(topology, local, cores, share) if local else None
+        together = _all_at_once(topology, local, cores, share, notes) if local else None
     except NodeUnavailable as error:
         notes.append(f"All nodes at once were not measured: {error}.")
     if progress:
@@ -133,13 +142,22 @@ def _beyond_caches(topology: Topology, least: int, multiple: int) -> int:
 
 
 def _buffer(
-    topology: Topology, node: int, cpus: Sequence[int], pages: dict[int, dict[int, int]], notes: list[str]
+    topology: Topology,
+    node: int,
+    cpus: Sequence[int],
+    pages: dict[int, dict[int, int]],
+    notes: list[str],
+    sharers: int = 1,
 ) -> torch.Tensor:
-    """A buffer on the node, filled by a team on `cpus`; says where its pages lie, and where it is smaller than wanted."""
-    page = memory.HUGE_PAGE_BYTES
-    available = topology.node(node).available_bytes
-    wanted = -(-_beyond_caches(topology, BUFFER_BYTES, CACHE_MULTIPLE) // page) * page
-    size = min(wanted, int(MEMORY_SHARE * available) // page * page)
+    """A buffer on the node, filled by a team on `cpus`; says where its pages lie, and where it is smaller than wanted.
+
+    `sharers` is how many such buffers there are at once.
+    """
+    available = topology.available_bytes([node], sharers)
+    wanted, most = _beyond_caches(topology, BUFFER_BYTES, CACHE_MULTIPLE), int(MEMORY_SHARE * available)
+    page = memory.page_unit(min(wanted, most))
+    wanted = -(-wanted // page) * page
+    size = min(wanted, most // page * page)
     if not size:
         raise NodeUnavailable(f"{available} bytes of it are available, too few to probe: free memory on it")
     with team.pinned_team(cpus):
@@ -156,15 +174,22 @@ def _buffer(
     return buffer
 
 
-def _all_at_once(topology: Topology, nodes: Sequence[int], cores: Mapping[int, Sequence[int]], seconds: float) -> float:
+def _all_at_once(
+    topology: Topology,
+    nodes: Sequence[int],
+    cores: Mapping[int, Sequence[int]],
+    seconds: float,
+    notes: list[str] | None = None,
+) -> float:
     """Sum of the rates of all nodes that read their own memory at the same time, a leader thread and a team for each."""
     rates: dict[int, float] = {}
+    said: list[str] = []
     errors: list[Exception] = []
     start = threading.Barrier(len(nodes))
 
     def lead(node: int) -> None:
         try:
-            buffer = _buffer(topology, node, cores[node], {}, [])  # what it has to say was said when it read alone
+            buffer = _buffer(topology, node, cores[node], {}, said, len(nodes))
             with team.pinned_team(cores[node]):
                 start.wait()
                 rates[node] = read_bandwidth(buffer, len(cores[node]), seconds=seconds)
@@ -179,6 +204,8 @@ def _all_at_once(topology: Topology, nodes: Sequence[int], cores: Mapping[int, S
         leader.join()
     if errors:
         raise errors[0]
+    if notes is not None:
+        notes += [note for note in sorted(said) if note not in notes]  # most was said when each read alone
     return sum(rates.values())
 
 

@@ -10,6 +10,7 @@ shared memory, once; one from ``empty`` or ``scatter`` lies there from the start
 from __future__ import annotations
 
 import itertools
+import math
 import multiprocessing
 import threading
 from collections import Counter
@@ -22,14 +23,16 @@ import torch
 import torch.multiprocessing  # teaches pickle to pass tensors by shared memory
 from torch import Tensor
 
-from numa_lab import proof
+from numa_lab import descriptors, proof, shared_memory
 from numa_lab.binding import Binding, MemPolicy
 from numa_lab.errors import MissingDependency, NodeUnavailable, NotPermitted
 from numa_lab.mappings import PAGE_BYTES
 from numa_lab.pool import node_of
-from numa_lab.receipt import Receipt
+from numa_lab.receipt import Receipt, team_of
 from numa_lab.sysfs import format_cpulist
 from numa_lab.topology import read_topology
+
+FILES = 16  # that a process needs in this one: queues, their locks and what wakes them
 
 T = TypeVar("T")
 
@@ -50,9 +53,9 @@ class NUMAProcessPool(Executor):
     Examples
     --------
     >>> import torch
-    >>> with NUMAProcessPool() as pool:  # doctest: +SKIP
-    ...     key = pool.empty((1, 8, 4096, 128), torch.bfloat16, numa_node=0)
-    ...     total = pool.submit(torch.sum, key).result()  # on node 0, where it lies
+    >>> with NUMAProcessPool() as pool:
+    ...     key = pool.empty((1, 8, 4096, 128), torch.bfloat16, numa_node=pool.nodes[0])
+    ...     total = pool.submit(torch.sum, key).result()  # on that node, where it lies
     """
 
     def __init__(self, nodes: Sequence[int] | None = None) -> None:
@@ -85,6 +88,9 @@ class NUMAProcessPool(Executor):
         ------
         NodeUnavailable
             The pool has no process on that node.
+        LimitReached
+            /dev/shm has no room for the tensors among the arguments, or too many files are open. The future raises it where the
+            process finds no room for what the function returns.
         BrokenProcessPool
             The node's process has ended, as one does that is killed: ``restart`` starts another. So do the futures of what it was
             about.
@@ -93,12 +99,13 @@ class NUMAProcessPool(Executor):
         """
         if numa_node is not None:
             self._require(numa_node)
+        shared_memory.require_for(args, kwargs)
         with self._lock:
             if self._closed:
                 raise RuntimeError("cannot schedule new futures after shutdown")
             node = node_of(args, self.nodes, self._topology) if numa_node is None else numa_node
             node = min(self.nodes, key=self._busy.__getitem__) if node is None else node
-            future = self._processes[node].submit(fn, *args, **kwargs)
+            future = self._processes[node].submit(_call, fn, *args, **kwargs)
             self._busy[node] += 1
         future.add_done_callback(lambda _future: self._done(node))
         return future
@@ -110,11 +117,22 @@ class NUMAProcessPool(Executor):
         ------
         NodeUnavailable
             The pool has no process on that node.
+        LimitReached
+            /dev/shm has no room for it, or too many files are open.
         """
+        shared_memory.require(math.prod(shape) * dtype.itemsize, 1)
         return _mapped(self.submit(_zeros, tuple(shape), dtype, numa_node=numa_node).result())
 
     def scatter(self, tensors: Sequence[Tensor], nodes: Sequence[int] | None = None) -> list[Tensor]:
-        """Copies of tensors in shared memory of `nodes` in turn (all where None is given)."""
+        """Copies of tensors in shared memory of `nodes` in turn (all where None is given).
+
+        Raises
+        ------
+        LimitReached
+            /dev/shm has no room for them and for the tensors themselves, or too many files are open.
+        """
+        given = sum(tensor.nbytes for tensor in tensors if not tensor.is_shared())
+        shared_memory.require(given + sum(tensor.nbytes for tensor in tensors), 2 * len(tensors))
         turns = itertools.cycle(nodes or self.nodes)
         futures = [self.submit(_copy, tensor, numa_node=node) for tensor, node in zip(tensors, turns, strict=False)]
         return [_mapped(future.result()) for future in futures]
@@ -140,7 +158,8 @@ class NUMAProcessPool(Executor):
             granted, threads, notes = look.result()
             refusal = (self._refusals[node],) if node in self._refusals else ()
             requested = Binding((node,), (node,), MemPolicy.PREFERRED)
-            receipts[node] = Receipt(requested, granted, threads, {}, {}, (*notes, *refusal))
+            team = team_of(len(self._topology.cpus_for([node])), threads)
+            receipts[node] = Receipt(requested, granted, threads, {}, {}, (*notes, *refusal), team=team)
         return receipts
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
@@ -156,8 +175,10 @@ class NUMAProcessPool(Executor):
 
     def _start(self, node: int) -> ProcessPoolExecutor:
         """Start a process under its binding: what it inherits from the thread that starts it holds from its first instruction."""
-        resource_tracker.ensure_running()  # or it would be bound, too
         threads = len(self._topology.cpus_for([node]))
+        shared_memory.require(PAGE_BYTES, 0)  # for the locks of its queues
+        descriptors.require(FILES, f"a process on node {node}")
+        resource_tracker.ensure_running()  # or it would be bound, too
         process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), torch.set_num_threads, (threads,))
         binding = Binding((node,), (node,), MemPolicy.PREFERRED)
         try:
@@ -174,14 +195,18 @@ class NUMAProcessPool(Executor):
             self._busy[node] -= 1
 
 
+def _call(fn: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    """In the process: call a function, and share what it returns while an error can still be told."""
+    result: T = shared_memory.share(fn(*args, **kwargs))
+    return result
+
+
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    tensor: Tensor = torch.zeros(shape, dtype=dtype).share_memory_()
-    return tensor
+    return torch.zeros(shape, dtype=dtype)
 
 
 def _copy(tensor: Tensor) -> Tensor:
-    copy: Tensor = tensor.clone().share_memory_()
-    return copy
+    return tensor.clone()
 
 
 def _mapped(tensor: Tensor) -> Tensor:

@@ -39,8 +39,9 @@ class _Task:
     node: int  # in whose queue it was put
     reads: Reads | None  # None where it may not be taken by another node
 
-    def run(self) -> None:
+    def run(self, team: NodeTeam) -> None:
         try:
+            team.hold()
             result = self.function(*self.args, **self.kwargs)
         except BaseException as error:  # the caller's to judge, as in any executor
             self.future.set_exception(error)
@@ -203,7 +204,7 @@ class NodeQueues:
     def _serve(self, leader: _Leader) -> None:
         """On a leader: run what there is for it, until there is nothing."""
         while (task := self._next(leader)) is not None:
-            task.run()
+            task.run(leader.team)
             if task.reads:
                 with _lock:
                     self._queues[task.node].end(task, leader.node)

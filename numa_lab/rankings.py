@@ -71,9 +71,9 @@ def require_receipts(ranking: pd.DataFrame) -> str:
 
 def read(path: Path, nodes: tuple[int, ...]) -> pd.DataFrame | None:
     """A ranking that was kept; None where there is none, or none that can be read."""
-    if not path.exists():
-        return None
     try:
+        if not path.exists():
+            return None
         kept: Mapping[str, Any] = read_json(path)
         ranking = pd.DataFrame(kept["rows"]).set_index("node")
         ranking[_NUMBERS] = ranking[["median_seconds", "ratio", "low", "high"]].astype(float)

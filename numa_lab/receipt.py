@@ -11,13 +11,14 @@ import math
 import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pandas as pd
 
 from numa_lab.binding import Binding, MemPolicy
-from numa_lab.sysfs import format_cpulist, parse_cpulist
+from numa_lab.control_groups import ControlGroups
+from numa_lab.sysfs import Tree, format_cpulist, parse_cpulist
 
 Pages = Mapping[str, Mapping[int, int]]  # tensor name -> node -> pages; node -1 counts pages that were never touched
 
@@ -97,11 +98,48 @@ def threads_now(team: Iterable[tuple[int, Iterable[int]]]) -> tuple[ThreadSeen, 
 
 
 @dataclass(frozen=True)
+class Team:
+    """How many threads were to compute, how many OpenMP gave, and how many CPUs' worth of time control groups grant them."""
+
+    asked: int
+    granted: int
+    quota: float = math.inf
+
+    def contradictions(self) -> list[str]:
+        """Each way in which it is smaller than was asked for, as a sentence."""
+        found = []
+        if self.granted < self.asked:
+            found.append(
+                f"{self.asked} threads were requested and {self.granted} computed: OpenMP granted no more "
+                "(OMP_THREAD_LIMIT, OMP_DYNAMIC)."
+            )
+        if self.quota < self.asked:
+            found.append(
+                f"{self.asked} threads were requested, and a control group grants the time of {self.quota:g} CPUs."
+            )
+        return found
+
+    def to_json(self) -> dict[str, float | None]:
+        """Plain JSON values; no limit is null."""
+        return {
+            "asked": self.asked,
+            "granted": self.granted,
+            "quota": self.quota if math.isfinite(self.quota) else None,
+        }
+
+
+def team_of(asked: int, threads: Collection[object]) -> Team | None:
+    """What was asked for, the threads of the team that were found, and the quota now; None where the team can't be seen."""
+    return Team(asked, len(threads), ControlGroups(Tree(Path("/"))).cpu_quota()) if threads else None
+
+
+@dataclass(frozen=True)
 class Receipt:
     """Proof of placement for one measured case.
 
     `pages_before` and `pages_after` give the pages of each tensor per node, around the timed region; `huge_pages` the
-    share of each, 0 to 1, that lies on huge pages.
+    share of each, 0 to 1, that lies on huge pages. `promised` names the nodes on which all tensors shall lie, where that is
+    more than the requested policy alone sees to. `team` is None where it is not known how many threads there were to be.
     """
 
     requested: Binding
@@ -111,13 +149,16 @@ class Receipt:
     pages_after: Pages
     notes: tuple[str, ...] = ()
     huge_pages: Mapping[str, float] = field(default_factory=dict)
+    promised: tuple[int, ...] = ()
+    team: Team | None = None
 
     def __str__(self) -> str:
         """What was requested, granted and seen, in one line."""
         pages = {
             format_cpulist([node]) if node >= 0 else "none": n for node, n in sorted(self.pages_per_node().items())
         }
-        seen = f"{len(self.threads)} threads on CPUs {format_cpulist(self.observed_cpus) or 'none'}"
+        of = f" of {self.team.asked}" if self.team and self.team.granted < self.team.asked else ""
+        seen = f"{len(self.threads)}{of} threads on CPUs {format_cpulist(self.observed_cpus) or 'none'}"
         lie = ", ".join(f"node {node}: {count}" for node, count in pages.items()) or "none looked at"
         return f"requested {self.requested}, granted {self.effective}, seen {seen}, pages {lie}"
 
@@ -155,19 +196,20 @@ class Receipt:
                 f"and the kernel granted nodes {format_cpulist(self.effective.cpu_nodes)}."
             )
         asked = self.requested.asked_of_kernel
-        if (asked.policy, asked.mem_nodes) != (self.effective.policy, self.effective.mem_nodes):
+        if not asked.places_as(self.effective):
             found.append(
-                f"Memory policy {_policy(asked)} was requested, and the kernel granted {_policy(self.effective)}."
+                f"Memory policy {asked.memory_words} was requested, and the kernel granted {self.effective.memory_words}."
             )
         if not self.threads:
             found.append("No thread was seen computing.")
-        for thread in self.threads:
-            outside = sorted(set(thread.seen) - set(cpus))
-            if outside:
-                found.append(
-                    f"Thread {thread.tid} computed on CPUs {format_cpulist(outside)}, "
-                    f"outside the requested CPUs {format_cpulist(cpus)}."
-                )
+        if self.team:
+            found += self.team.contradictions()
+        if outside := [thread for thread in self.threads if set(thread.seen) - set(cpus)]:
+            who = f"Thread {outside[0].tid}" if len(outside) == 1 else f"{len(outside)} of {len(self.threads)} threads"
+            seen = {cpu for thread in outside for cpu in thread.seen} - set(cpus)
+            found.append(
+                f"{who} computed on CPUs {format_cpulist(seen)}, outside the requested CPUs {format_cpulist(cpus)}."
+            )
         return found + self._page_contradictions()
 
     def _page_contradictions(self) -> list[str]:
@@ -183,12 +225,13 @@ class Receipt:
                 found.append(f"{pages[-1]} of {sum(pages.values())} pages of {name} were never touched.")
             # One thread touches K and V first; query and output are touched by those that compute, on any node.
             touched_first = self.requested.policy is MemPolicy.FIRST_TOUCH and name in ("key", "value")
-            if self.requested.confines_memory or touched_first:
-                elsewhere = {n: count for n, count in pages.items() if n >= 0 and n not in self.requested.mem_nodes}
+            confined = self.requested.confines_memory or touched_first
+            if nodes := self.promised or (self.requested.mem_nodes if confined else ()):
+                elsewhere = {n: count for n, count in pages.items() if n >= 0 and n not in nodes}
                 if elsewhere:
                     found.append(
                         f"{sum(elsewhere.values())} of {sum(pages.values())} pages of {name} lie on nodes "
-                        f"{format_cpulist(elsewhere)} instead of {format_cpulist(self.requested.mem_nodes)}."
+                        f"{format_cpulist(elsewhere)} instead of {format_cpulist(nodes)}."
                     )
         return found
 
@@ -207,6 +250,8 @@ class Receipt:
                     "pages_after": self.pages_after,
                     "notes": self.notes,
                     "huge_pages": self.huge_pages,
+                    **({"promised": format_cpulist(self.promised)} if self.promised else {}),
+                    **({"team": self.team.to_json()} if self.team else {}),
                 }
             ),
         }
@@ -230,6 +275,8 @@ class Receipt:
             after,
             tuple(observed["notes"]),
             observed.get("huge_pages", {}),
+            parse_cpulist(observed.get("promised", "")),
+            Team(told["asked"], told["granted"], told["quota"] or math.inf) if (told := observed.get("team")) else None,
         )
 
 
@@ -242,17 +289,16 @@ def least_huge_pages(observed: Iterable[str]) -> float:
 def contradictions(rows: pd.DataFrame, node_cpus: Mapping[int, Collection[int]]) -> list[str]:
     """What the receipts of tidy rows say against the bindings that were asked for, each sentence once.
 
-    `node_cpus` gives the online CPUs of each node.
+    `node_cpus` gives the CPUs of each node that the run was allowed to use. Receipts of older runs don't hold the size of the
+    team: there the threads that were seen are held against the column ``threads``.
     """
     found: dict[str, None] = {}
     names = ["requested", "effective", "observed"]
-    for columns in rows[names].drop_duplicates().itertuples(index=False):
+    for threads, *columns in rows[["threads", *names]].drop_duplicates().itertuples(index=False):
         receipt = Receipt.from_columns(dict(zip(names, columns, strict=True)))
+        team = receipt.team or Team(0, len(receipt.threads))
+        receipt = replace(receipt, team=replace(team, asked=max(int(threads), team.asked)))
         nodes = receipt.requested.cpu_nodes or tuple(node_cpus)
         cpus = {cpu for node in nodes for cpu in node_cpus.get(node, ())}
         found |= dict.fromkeys(receipt.contradictions(cpus, nodes))
     return list(found)
-
-
-def _policy(binding: Binding) -> str:
-    return f"{binding.policy.value}:{format_cpulist(binding.mem_nodes)}" if binding.mem_nodes else binding.policy.value

@@ -26,7 +26,7 @@ from numa_lab import __version__
 from numa_lab.commands import to_paste
 from numa_lab.errors import MachineMismatch, RunDirectoryError
 from numa_lab.stats import CASE
-from numa_lab.topology import Topology
+from numa_lab.topology import Topology, format_cpulist
 
 __all__ = [
     "CASE", "COLUMNS", "EXECUTIONS", "MACHINE", "SCHEMA_VERSION", "Column", "differences", "load_machine", "load_run",
@@ -59,7 +59,7 @@ COLUMNS = (
     Column(
         "policy",
         pa.string(),
-        "requested memory policy: default, bind, preferred, interleave, weighted-interleave or first-touch (by one thread)",
+        "requested memory policy, as numa_lab.binding.MemPolicy has it: default, bind, interleave, first-touch (by one thread), ...",
     ),
     Column("observed_cpus", pa.string(), "CPUs on which computing threads were seen"),
     Column("local_page_share", pa.float64(), "share of the pages of query, key, value and output on the CPUs' nodes"),
@@ -273,8 +273,10 @@ def load_run(run_dir: str | os.PathLike[str]) -> pd.DataFrame:
     facts = load_machine(folder)
     files = sorted((folder / EXECUTIONS).glob("*.parquet"))
     if not files:
+        failed = [told for path in sorted((folder / EXECUTIONS).glob("*.json")) if (told := read_json(path)["reasons"])]
+        why = f"{len(failed)} failed, one because: {' '.join(failed[0])} When that is mended, " if failed else ""
         raise RunDirectoryError(
-            f"{folder} holds no finished execution: finish it with `{to_paste('numa-lab', 'sweep', '--resume', folder)}`"
+            f"{folder} holds no finished execution: {why}finish it with `{to_paste('numa-lab', 'sweep', '--resume', folder)}`"
         )
     frames = []
     for file in files:
@@ -294,14 +296,16 @@ def load_runs(run_dirs: Sequence[str | os.PathLike[str]], *, mix_machines: bool 
     Raises
     ------
     MachineMismatch
-        The machines differ and `mix_machines` is false; the message names the values that differ.
+        The machines, or the CPUs that were allowed, differ and `mix_machines` is false; the message names what differs.
     """
     machines = [load_machine(run_dir) for run_dir in run_dirs]
     for run_dir, facts in zip(run_dirs[1:], machines[1:], strict=True):
         differing = differences(machines[0], facts)
+        then, now = (format_cpulist(one["topology"].get("allowed_cpus", ())) for one in (machines[0], facts))
+        differing += [f"allowed CPUs: {then} against {now}"] if then != now else []
         if differing and not mix_machines:
             raise MachineMismatch(
-                f"{run_dirs[0]} and {run_dir} come from different machines: {'; '.join(differing)}. "
+                f"{run_dirs[0]} and {run_dir} come from different machines or parts of one: {'; '.join(differing)}. "
                 "Load them apart, or with mix_machines=True"
             )
     return pd.concat(

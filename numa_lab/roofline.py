@@ -58,6 +58,7 @@ def predict(
     *,
     socket_of: Mapping[int, int] | None = None,
     memory_bytes: Mapping[int, int] | None = None,
+    limit_bytes: float = math.inf,
 ) -> list[Strategy]:
     """Predict each way to place a decode step.
 
@@ -71,6 +72,8 @@ def predict(
         The socket of each node with CPUs; inferred as ``socket_groups`` says where it is None.
     memory_bytes
         Memory of each node; where it is not known, everything fits.
+    limit_bytes
+        What this process may hold on all nodes together, by the limits of its control groups.
 
     Returns
     -------
@@ -83,7 +86,7 @@ def predict(
     InvalidInput
         Nothing was measured, or the shape is no decode step.
     """
-    roofline = _roofline(shape, measured, socket_of, memory_bytes)
+    roofline = _roofline(shape, measured, socket_of, memory_bytes, limit_bytes)
     local = tuple(node for node in measured.cpu_nodes if node in measured.mem_nodes)
     found = [roofline.pair(cpu, mem) for cpu in measured.cpu_nodes for mem in measured.mem_nodes]
     if len(local) > 1:
@@ -99,12 +102,13 @@ def predict_interleaved(
     *,
     socket_of: Mapping[int, int] | None = None,
     memory_bytes: Mapping[int, int] | None = None,
+    limit_bytes: float = math.inf,
 ) -> Strategy:
     """Predict ``numactl --interleave``, to compare with: each page on the next memory node, the work split evenly over all CPUs.
 
     Parameters and errors are those of ``predict``.
     """
-    return _roofline(shape, measured, socket_of, memory_bytes).interleaved()
+    return _roofline(shape, measured, socket_of, memory_bytes, limit_bytes).interleaved()
 
 
 def predict_binding(
@@ -115,14 +119,16 @@ def predict_binding(
     *,
     socket_of: Mapping[int, int] | None = None,
     memory_bytes: Mapping[int, int] | None = None,
+    limit_bytes: float = math.inf,
     weights: Mapping[int, float] | None = None,
+    limits: Limits | None = None,
 ) -> Strategy | None:
     """Predict a binding: the CPUs of some nodes share the work evenly, and pages lie on some memory nodes in turn.
 
-    `weights` say how many pages in turn a node gets, where that is not one. None where a node's CPUs or memory were not
-    measured. Other parameters and errors are those of ``predict``.
+    `weights` say how many pages in turn a node gets, where that is not one, and `limits` those of the machine, for who asks for
+    many bindings. None where a node's CPUs or memory were not measured. Other parameters and errors are those of ``predict``.
     """
-    roofline = _roofline(shape, measured, socket_of, memory_bytes)
+    roofline = _roofline(shape, measured, socket_of, memory_bytes, limit_bytes, limits)
     if not set(cpu_nodes) <= set(measured.cpu_nodes) or not set(mem_nodes) <= set(measured.mem_nodes):
         return None
     return roofline.spread(tuple(cpu_nodes), {node: weights[node] if weights else 1.0 for node in mem_nodes})
@@ -160,6 +166,8 @@ def _roofline(
     measured: Measured,
     socket_of: Mapping[int, int] | None,
     memory_bytes: Mapping[int, int] | None,
+    limit_bytes: float = math.inf,
+    limits: Limits | None = None,
 ) -> _Roofline:
     if shape.phase != "decode":
         raise InvalidInput(
@@ -169,7 +177,8 @@ def _roofline(
         raise InvalidInput(
             f"no bandwidth was measured between nodes that may be used: see the notes of `{to_paste('numa-lab', 'probe')}`"
         )
-    return _Roofline(shape, Limits(measured, socket_groups(measured, socket_of)), memory_bytes or {})
+    limits = limits or Limits(measured, socket_groups(measured, socket_of))
+    return _Roofline(shape, limits, memory_bytes or {}, limit_bytes)
 
 
 @dataclass(frozen=True)
@@ -179,6 +188,7 @@ class _Roofline:
     shape: AttentionShape
     limits: Limits
     memory_bytes: Mapping[int, int]
+    limit_bytes: float  # of control groups, for all nodes together
 
     def strategy(
         self, kind: str, label: str, nodes: tuple[int, ...], traffic: Traffic, *,
@@ -190,12 +200,17 @@ class _Roofline:
         for (_, mem), count in traffic.items():
             held[mem] += count
         full = [node for node, count in held.items() if count > self.memory_bytes.get(node, math.inf)]
-        if full:
+        beyond = sum(held.values()) > self.limit_bytes
+        if beyond:
+            limit = (
+                f"does not fit: {gb(sum(held.values()))} into the {gb(self.limit_bytes)} that a control group allows"
+            )
+        elif full:
             limit = f"does not fit: {gb(held[full[0]])} into the {gb(self.memory_bytes[full[0]])} of node {full[0]}"
         elif merge_seconds > seconds:
             limit = f"collecting partial results; without it {limit}"
         total = seconds + merge_seconds
-        return Strategy(kind, label, nodes, total, limit + remark, parts, merge_seconds, not full)
+        return Strategy(kind, label, nodes, total, limit + remark, parts, merge_seconds, not (full or beyond))
 
     def pair(self, cpu: int, mem: int) -> Strategy:
         """The CPUs of one node, and all K and V in the memory of one."""

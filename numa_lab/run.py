@@ -20,6 +20,7 @@ from numa_lab.attention import decode, gqa
 from numa_lab.attention.names import require_backend
 from numa_lab.attention.reference import attention as reference
 from numa_lab.binding import Binding, MemPolicy, effective
+from numa_lab.control_groups import tightest
 from numa_lab.errors import InvalidInput, NodeUnavailable, UntrustedResult
 from numa_lab.reading import read_bandwidth
 from numa_lab.receipt import contradictions
@@ -68,6 +69,10 @@ def start(
     unknown = set(identity) - {*BY_HAND, "label", "binding", "result"}
     if unknown:
         raise InvalidInput(f"execution={identity}: unknown {sorted(unknown)}; leave it empty outside a sweep")
+    if no_texts := [name for name in ("label", "binding", "result") if not isinstance(identity.get(name, ""), str)]:
+        raise InvalidInput(
+            f"execution={identity}: expected a text for {', '.join(no_texts)}; leave it empty outside a sweep"
+        )
     topology = read_topology()
     granted = effective(topology)
     requested = Binding.parse(identity["binding"]) if "binding" in identity else granted
@@ -178,7 +183,7 @@ class Execution:
         UntrustedResult
             A receipt contradicts the binding, or a backend is wrong against the float64 reference.
         """
-        wrong = [*contradictions(rows, self.topology.node_cpus), *_wrong_backends(rows)]
+        wrong = [*contradictions(rows, self.topology.allowed_node_cpus), *_wrong_backends(rows)]
         if result := self.identity.get("result"):
             write_rows(Path(result), rows, machine_facts(self.topology)["fingerprint"])
         if wrong:
@@ -191,12 +196,18 @@ class Execution:
         wanted = pool_bytes(self.topology, self.cores, largest)
         if self.requested.policy is MemPolicy.FIRST_TOUCH:
             nodes = self.requested.mem_nodes
-            free, what = sum(self.topology.node(node).free_bytes for node in nodes), "free"
+            free, what = self.topology.free_bytes(nodes), "free"
             why = "without a policy the kernel takes that of other nodes before it drops file cache"
         else:
             nodes = self.effective.mem_nodes or self.topology.allowed_nodes
-            free, what = sum(self.topology.node(node).available_bytes for node in nodes), "available"
+            free, what = self.topology.available_bytes(nodes), "available"
             why = "a bound process that runs out of it is killed"
+        limit = tightest(self.topology.memory_limits)
+        if limit and largest > limit.available_bytes:
+            raise NodeUnavailable(
+                f"{limit.sentence()}, and K and V need {largest / 2**20:,.0f} MiB: take a smaller kv_len or batch, or raise the "
+                "limit as `numa-lab doctor` says"
+            )
         if largest > free:
             raise NodeUnavailable(
                 f"nodes {format_cpulist(nodes)} have {free / 2**20:,.0f} MiB {what} and K and V need "

@@ -14,10 +14,10 @@ from numa_lab.attention import gqa
 from numa_lab.attention.shapes import AttentionShape
 from numa_lab.binding import Binding
 from numa_lab.mappings import kernel_moves
-from numa_lab.receipt import Receipt, ThreadWatch
+from numa_lab.receipt import Receipt, ThreadWatch, team_of
 from numa_lab.sysfs import format_cpulist
 from numa_lab.topology import Topology
-from numa_lab.workloads import Case
+from numa_lab.workloads import MEMORY_SHARE, Case
 
 CACHE_MULTIPLE = 4  # K and V of so many layers as exceed the last cache this much: a model reads one after another
 BY_HAND = {"run_id": "by-hand", "execution_id": "by-hand", "block": 0, "order": 0}
@@ -25,11 +25,15 @@ BY_HAND = {"run_id": "by-hand", "execution_id": "by-hand", "block": 0, "order": 
 _SIZES = ("batch", "q_heads", "kv_heads", "q_len", "kv_len", "head_dim", "dtype")
 
 
-def pool_bytes(topology: Topology, cpus: Sequence[int], largest_kv_bytes: int) -> int:
-    """Room for K and V that suffices for the largest case and, where the caches are real, exceeds them."""
+def pool_bytes(topology: Topology, cpus: Sequence[int], largest_kv_bytes: int, sharers: int = 1) -> int:
+    """Room for K and V that suffices for the largest case and, where the caches are real, exceeds them.
+
+    `sharers` is how many such rooms there are at once: all of them together leave room below a control group's limit.
+    """
     # The caches of an emulated machine are invented, and filling much memory there takes minutes.
     caches = 0 if topology.emulated else topology.last_cache_bytes_of(cpus)
-    return max(largest_kv_bytes, CACHE_MULTIPLE * caches)
+    limits = (int(MEMORY_SHARE * limit.available_bytes / sharers) for limit in topology.memory_limits)
+    return max(largest_kv_bytes, min([CACHE_MULTIPLE * caches, *limits]))
 
 
 def sample_case(
@@ -85,8 +89,9 @@ def sample_case(
     threads, after = watch.threads(), pages() | ({"output": memory.locate(output)} if own_process else {})
     moved = kernel_moves() - moves
     receipt = Receipt(
-        requested, granted, threads, before, after, _notes(taken, moved), pool.huge_pages if own_process else {}
-    )
+        requested, granted, threads, before, after, _notes(taken, moved), pool.huge_pages if own_process else {},
+        team=team_of(case.threads, openmp.team(case.threads) if openmp.runtime() else ()),
+    )  # fmt: skip
     local = {topology.node_of_cpu(cpu) for cpu in receipt.observed_cpus}
     shared: dict[str, object] = {
         **{name: identity.get(name, default) for name, default in BY_HAND.items()},
@@ -119,7 +124,8 @@ class KVPool:
     """
 
     def __init__(self, nbytes: int, node: int | None = None) -> None:
-        half = -(-nbytes // 2 // memory.HUGE_PAGE_BYTES) * memory.HUGE_PAGE_BYTES
+        page = memory.page_unit(nbytes // 2)
+        half = -(-nbytes // 2 // page) * page
         self.block = memory.empty((2 * half,), torch.uint8, node)
         self.keys, self.values = self.block[:half], self.block[half:]
         numbers = noise(torch.bfloat16)
@@ -129,7 +135,8 @@ class KVPool:
     @cached_property
     def huge_pages(self) -> dict[str, float]:
         """Share of keys and of values on huge pages: looked up once, since the kernel writes out all mappings for it."""
-        return dict.fromkeys(("key", "value"), memory.huge_page_share(self.block))
+        share = memory.huge_page_share(self.block)
+        return {} if math.isnan(share) else dict.fromkeys(("key", "value"), share)
 
     def layers(self, shape: AttentionShape) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """As many K and V of this shape as fit."""

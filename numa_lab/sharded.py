@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from numa_lab.attention import decode
+from numa_lab.attention import addresses, decode
 from numa_lab.attention.partial import merge, partial_attention
 from numa_lab.attention.plans import Memory, Merge, Plan, make_plan
 from numa_lab.handover import Job
@@ -90,13 +90,17 @@ def attend(query: Tensor, pieces: Sequence[Piece], scale: float | None = None) -
     Returns
     -------
     Tensor
-        ``[batch, q_heads, q_len, head_dim]``, of the query's dtype, without gradients.
+        ``[batch, q_heads, q_len, head_dim]``, of the query's dtype, without gradients. Where torch has to see the operators, as
+        transforms (``vmap``, forward AD), tracers and dispatch modes want it, the calling thread computes by torch, and what
+        they make of it comes out.
 
     Raises
     ------
     NumaLabError
         As ``node_team.run_compiled`` raises it.
     """
+    if not addresses.readable(query) or query.dtype != pieces[0].key.dtype:
+        return _here(query, pieces, scale)
     slots, query = 1 + max(piece.slot for piece in pieces), query.detach()
     # All tensors are told their dtype and device: a program may have set other defaults.
     outputs = torch.empty(slots, *query.shape, dtype=query.dtype, device="cpu")
@@ -118,7 +122,7 @@ def attend(query: Tensor, pieces: Sequence[Piece], scale: float | None = None) -
             work[piece.team].append(piece.job(plan, memory, query, outputs, log_sum_exps))
         run_compiled(work)
         if slots > 1:
-            out = decode.empty_output(query)
+            out = torch.empty(query.shape, dtype=query.dtype, device="cpu")
             _memories.merge(query.dtype, query.size(-1))(outputs, log_sum_exps, out)
             return out
     return (outputs[0] if slots == 1 else merge(outputs, log_sum_exps)).to(query.dtype)
@@ -128,6 +132,23 @@ def _by_torch(
     query: Tensor, pieces: Sequence[Piece], outputs: Tensor, log_sum_exps: Tensor, scale: float | None
 ) -> None:
     run_on_leaders([(piece.team, partial(piece.compute, query, outputs, log_sum_exps, scale)) for piece in pieces])
+
+
+def _here(query: Tensor, pieces: Sequence[Piece], scale: float | None) -> Tensor:
+    """The same on the calling thread, by operators that torch can trace, transform and derive: none changes a tensor in place."""
+    of_rows: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = defaultdict(list)
+    with torch.autocast("cpu", enabled=False):  # it casts products of float32, which the query was brought to
+        for piece in pieces:
+            tokens = slice(piece.first, piece.last)
+            key, value = piece.key[piece.rows, :, tokens], piece.value[piece.rows, :, tokens]
+            part = partial_attention(query[piece.rows], key, value, piece.mask, scale)
+            of_rows[piece.rows.start, piece.rows.stop].append(part)
+        merged = {}
+        for rows, parts in of_rows.items():
+            outputs, log_sum_exps = zip(*parts, strict=True)
+            merged[rows] = merge(torch.stack(outputs), torch.stack(log_sum_exps))
+        output = torch.cat([merged[rows] for rows in sorted(merged)])
+    return output.to(query.dtype)
 
 
 def _at(tensor: Tensor, *place: int) -> int:

@@ -5,11 +5,9 @@ Each execution is the measured notebook in a process of its own under numactl.
 
 from __future__ import annotations
 
-import fcntl
 import os
-import tempfile
+import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,20 +15,24 @@ import pandas as pd
 
 from numa_lab import notebook
 from numa_lab.binding import Binding, MemPolicy
-from numa_lab.errors import InvalidInput, NumaLabError
+from numa_lab.errors import InvalidInput, NumaLabError, UntrustedResult
 from numa_lab.libnuma import interleave_weights
 from numa_lab.measured import PROBES, Measured
 from numa_lab.placement import predict_bindings
-from numa_lab.plan import Plan, Planned, expected_cases, missing
+from numa_lab.plan import Plan, Planned, expected_cases, missing, resume_command
 from numa_lab.receipt import contradictions
 from numa_lab.results import EXECUTIONS, PREDICTION, SCHEMA_VERSION, machine_facts, read_json, read_rows, write_json
 from numa_lab.stats import AA_SUFFIX
+from numa_lab.sweep_lock import alone as alone
+from numa_lab.sysfs import format_cpulist
 from numa_lab.timing import MIN_SAMPLES
 from numa_lab.topology import Topology
-from numa_lab.workloads import CASE_KEY, Case, case_key
+from numa_lab.workloads import CASE_KEY, Case, case_key, case_words
 
 MEASURED_NOTEBOOK = "02_attention_under_binding"
 MACHINE_NOTEBOOK = "01_machine"
+MOST_TOLD = 3  # contradictions of one execution
+HOPELESS = 3  # first executions that fail alike: the others would, too
 
 
 def execute(plan: Plan, planned: Planned, run_dir: Path, measured: Path, topology: Topology) -> list[str]:
@@ -53,6 +55,7 @@ def execute(plan: Plan, planned: Planned, run_dir: Path, measured: Path, topolog
         {**plan.parameters, "execution": identity},
         log=folder / f"{key}.log",
         binding=planned.binding,
+        topology=topology,
     )
     reasons = gate(
         outcome,
@@ -89,17 +92,36 @@ def gate(
     """Why the rows of an execution can't be used, as sentences; none where they can."""
     reasons = [notebook.failure(outcome, log)] if outcome.exit_status != 0 else []
     if not rows_path.exists():
-        return [*reasons, "The notebook wrote no result file."]
+        remedy = "" if reasons else " Its last cell must call `finish` with all rows."
+        return [*reasons, f"The notebook wrote no result file.{remedy}"]
     try:
         rows, fingerprint = read_rows(rows_path)
     except NumaLabError as error:
         return [*reasons, str(error)]
     if fingerprint != machine_facts(topology)["fingerprint"]:
-        reasons.append("The rows carry the fingerprint of another machine.")
-    return reasons + _wrong_rows(rows, planned, expected) + contradictions(rows, topology.node_cpus)
+        reasons.append(
+            "The rows carry the fingerprint of another machine: a CPU went on or off line, or the notebook's kernel has another "
+            "torch or Numba than the sweep. Start a new sweep."
+        )
+    return reasons + _wrong_rows(rows, planned, topology, expected) + _misplaced(rows, planned, topology)
 
 
-def _wrong_rows(rows: pd.DataFrame, planned: Planned, expected: Sequence[Case]) -> list[str]:
+def _misplaced(rows: pd.DataFrame, planned: Planned, topology: Topology) -> list[str]:
+    """What the receipts contradict, and what to do about it."""
+    told = contradictions(rows, topology.allowed_node_cpus)
+    if not told:
+        return []
+    more = [f"And {len(told) - MOST_TOLD} more of this kind."] if len(told) > MOST_TOLD else []
+    allowed = format_cpulist(topology.allowed_cpus)
+    return [
+        *told[:MOST_TOLD],
+        *more,
+        f"So this was not {planned.binding} within the CPUs {allowed} that this sweep may use: `numa-lab doctor` looks for what "
+        "moves threads and pages.",
+    ]
+
+
+def _wrong_rows(rows: pd.DataFrame, planned: Planned, topology: Topology, expected: Sequence[Case]) -> list[str]:
     if rows.empty:
         return ["The result file holds no rows."]
     wrong = []
@@ -109,16 +131,36 @@ def _wrong_rows(rows: pd.DataFrame, planned: Planned, expected: Sequence[Case]) 
         ("requested", str(planned.binding)),
     ):
         if set(rows[column]) != {wanted}:
-            wrong.append(f"Rows have {column} {sorted(set(rows[column]))}, expected {wanted}.")
+            wrong.append(
+                f"Rows have {column} {', '.join(sorted(set(rows[column])))}, expected {wanted}: the notebook must hand its "
+                "parameter `execution` on as it is."
+            )
     if not (rows["seconds"] > 0).all() or not (rows["limit_bytes_per_s"] > 0).all():
         wrong.append("Some times or memory limits are not positive.")
     found = {key: sum(~group["cold"]) for key, group in rows.groupby(list(CASE_KEY))}
     absent = [key for case in expected if (key := case_key(case)) not in found]
     if absent:
-        wrong.append(f"{len(absent)} of {len(expected)} cases are missing, {absent[0]} the first.")
+        wrong.append(
+            f"{len(absent)} of {len(expected)} cases were not measured, the first of them {case_words(absent[0])}."
+            + _why_absent(max(key[-1] for key in found), max(case.threads for case in expected), planned, topology)
+        )
     if few := [key for key, samples in found.items() if samples < MIN_SAMPLES]:
-        wrong.append(f"{len(few)} cases have fewer than {MIN_SAMPLES} steady samples, {few[0]} the first.")
+        wrong.append(
+            f"{len(few)} cases have fewer than {MIN_SAMPLES} steady samples, the first of them {case_words(few[0])}: a notebook "
+            "must hand on all of them."
+        )
     return wrong
+
+
+def _why_absent(computed: int, expected: int, planned: Planned, topology: Topology) -> str:
+    """A sentence on the threads that an execution had, where they were others than its CPUs let expect."""
+    if computed == expected:
+        return ""
+    cpus = format_cpulist(topology.cpus_of(planned.binding.cpu_nodes or topology.node_ids))
+    return (
+        f" It computed with up to {computed} threads, and the CPUs {cpus} that this sweep may use for {planned.binding} have "
+        f"{expected} physical cores: were its CPUs changed meanwhile (taskset, cpuset, hotplug)? Start a new sweep."
+    )
 
 
 def measure_machine(run_dir: Path) -> list[str]:
@@ -164,27 +206,29 @@ def predict(plan: Plan, run_dir: Path, measured: Path, topology: Topology) -> li
     return []
 
 
-@contextmanager
-def alone() -> Iterator[None]:
-    """Refuse to measure beside another sweep on this machine.
+def run(plan: Plan, run_dir: Path, topology: Topology, measured: Path) -> Iterator[tuple[Planned, list[str]]]:
+    """Run what is missing, one execution at a time; yields each with the reasons for which the gate refused it.
 
     Raises
     ------
-    NumaLabError
-        Another sweep holds the lock.
+    UntrustedResult
+        No execution of the run has passed the gate, and the first ``HOPELESS`` all failed for the same cause.
     """
-    path = Path(tempfile.gettempdir()) / "numa-lab-sweep.lock"
-    with open(path, "a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise NumaLabError(
-                f"another sweep measures on this machine (it holds {path}): wait for it, two would disturb each other"
-            ) from None
-        yield
+    todo = missing(plan, run_dir)
+    hopeful = len(todo) < len(plan.executions)
+    causes: list[str] = []
+    for planned in todo:
+        reasons = execute(plan, planned, run_dir, measured, topology)
+        yield planned, reasons
+        hopeful = hopeful or not reasons
+        causes.append(_cause(reasons))
+        if not hopeful and len(causes) == HOPELESS and len(set(causes)) == 1:
+            raise UntrustedResult(
+                f"the first {HOPELESS} executions all failed alike, so the sweep has stopped. {' '.join(reasons)} When that is "
+                f"mended, `{resume_command(run_dir, topology)}` goes on"
+            )
 
 
-def run(plan: Plan, run_dir: Path, topology: Topology, measured: Path) -> Iterator[tuple[Planned, list[str]]]:
-    """Run what is missing, one execution at a time; yields each with the reasons for which the gate refused it."""
-    for planned in missing(plan, run_dir):
-        yield planned, execute(plan, planned, run_dir, measured, topology)
+def _cause(reasons: Sequence[str]) -> str:
+    """The first reason without what differs between executions: keys, labels and numbers."""
+    return re.sub(r"\b[0-9a-f]{12}\b|\bc[\d*][\d,*-]*[A-Za-z][\d,*-]+(~aa)?|\d[\d.,:-]*", "#", "".join(reasons[:1]))

@@ -11,26 +11,25 @@ import hashlib
 import json
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from numa_lab.control_groups import ControlGroups, MemoryLimit
 from numa_lab.errors import InvalidInput, NodeUnavailable
 from numa_lab.hardware import (
     Cache,
     Cpu,
     Gpu,
-    hypervisor,
-    is_emulated,
-    model_name,
-    read_allowed,
     read_caches,
     read_cpus,
     read_gpus,
     read_memory,
 )
-from numa_lab.sysfs import Tree, format_cpulist, parse_cpulist
+from numa_lab.identity import hypervisor, is_emulated, model_name
+from numa_lab.machine_files import MachineFiles
+from numa_lab.sysfs import format_cpulist, parse_cpulist
 
 __all__ = ["Cache", "Cpu", "Gpu", "Node", "Topology", "format_cpulist", "parse_cpulist", "read_topology", "spread"]
 
@@ -65,6 +64,8 @@ class Topology:
     model_name: str
     hypervisor: str | None  # its name as far as it is told, None where none is seen
     emulated: bool  # its instructions are run by software, so that times mean nothing
+    isolated_cpus: tuple[int, ...] = ()  # online, and kept free of ordinary work: isolcpus and nohz_full
+    memory_limits: tuple[MemoryLimit, ...] = ()  # of the control groups of this process
 
     @cached_property
     def node_ids(self) -> tuple[int, ...]:
@@ -77,9 +78,42 @@ class Topology:
         return {node.id: node.cpus for node in self.nodes}
 
     @cached_property
+    def allowed_node_cpus(self) -> dict[int, tuple[int, ...]]:
+        """CPUs of each node that this process may use."""
+        allowed = set(self.allowed_cpus)
+        return {node.id: tuple(cpu for cpu in node.cpus if cpu in allowed) for node in self.nodes}
+
+    @cached_property
     def effective_nodes(self) -> tuple[int, ...]:
         """Ids of the nodes whose CPUs and memory this process may use."""
         return tuple(node.id for node in self.nodes if node.effective)
+
+    @cached_property
+    def usable_cpus(self) -> tuple[int, ...]:
+        """The CPUs that this process may use and that are not isolated, which threads are placed on.
+
+        Isolated ones (``isolcpus``, ``nohz_full``) were set aside at boot for something else, and threads that share them are
+        not balanced between them. A process that may use these alone was put there on purpose: then they serve.
+        """
+        isolated = set(self.isolated_cpus)
+        return tuple(cpu for cpu in self.allowed_cpus if cpu not in isolated) or self.allowed_cpus
+
+    @cached_property
+    def _usable(self) -> frozenset[int]:
+        return frozenset(self.usable_cpus)
+
+    @cached_property
+    def _usable_by_node(self) -> dict[int, tuple[int, ...]]:
+        found: dict[int, list[int]] = {}
+        for cpu in self.cpus:
+            if cpu.id in self._usable:
+                found.setdefault(cpu.node, []).append(cpu.id)
+        return {node: tuple(cpus) for node, cpus in found.items()}
+
+    @cached_property
+    def cpu_nodes(self) -> tuple[int, ...]:
+        """Ids of the nodes with CPUs among ``usable_cpus``."""
+        return tuple(node for node in self.node_ids if node in self._usable_by_node)
 
     @cached_property
     def sockets(self) -> tuple[int, ...]:
@@ -117,15 +151,14 @@ class Topology:
             raise InvalidInput(f"CPU {cpu} is not online; online are {format_cpulist(self._cpu_by_id)}") from None
 
     def cpus_of(self, nodes: Iterable[int]) -> tuple[int, ...]:
-        """Online CPUs of these nodes that this process may use."""
-        wanted = set(nodes)
-        allowed = set(self.allowed_cpus)
-        return tuple(cpu.id for cpu in self.cpus if cpu.node in wanted and cpu.id in allowed)
+        """Online CPUs of these nodes that this process may use, without isolated ones (see ``usable_cpus``)."""
+        lists = [self._usable_by_node[node] for node in set(nodes) if node in self._usable_by_node]
+        return lists[0] if len(lists) == 1 else tuple(sorted(cpu for cpus in lists for cpu in cpus))
 
     def physical_cores(self, cpus: Iterable[int]) -> tuple[int, ...]:
-        """One CPU for each physical core among `cpus`: the lowest that this process may use."""
+        """One CPU for each physical core among `cpus`: the lowest of ``usable_cpus``."""
         first: dict[int, int] = {}
-        for cpu in sorted(set(cpus) & set(self.allowed_cpus)):
+        for cpu in sorted(self._usable.intersection(cpus)):
             first.setdefault(self._cpu_by_id[cpu].core, cpu)
         return tuple(sorted(first.values()))
 
@@ -150,6 +183,24 @@ class Topology:
         if threads > len(cores):
             return (*cores, *(cpu for cpu in cpus if cpu not in cores))[:threads]
         return spread(cores, threads)
+
+    def capacity_bytes(self, nodes: Iterable[int]) -> int:
+        """Bytes that this process may hold on these nodes at most: their memory, or less by a control group's limit."""
+        limits = (limit.limit_bytes for limit in self.memory_limits)
+        return min([sum(self.node(node).memory_bytes for node in nodes), *limits])
+
+    def available_bytes(self, nodes: Iterable[int], sharers: int = 1) -> int:
+        """Bytes that this process could still take on these nodes, file cache included, when the machine was read.
+
+        What a control group leaves is divided by the `sharers` that take at once.
+        """
+        limits = (limit.available_bytes // sharers for limit in self.memory_limits)
+        return min([sum(self.node(node).available_bytes for node in nodes), *limits])
+
+    def free_bytes(self, nodes: Iterable[int]) -> int:
+        """As ``available_bytes``, of memory that holds nothing, not even file cache."""
+        limits = (limit.available_bytes for limit in self.memory_limits)
+        return min([sum(self.node(node).free_bytes for node in nodes), *limits])
 
     def last_cache_bytes_of(self, cpus: Iterable[int]) -> int:
         """Bytes of the last-level caches that these CPUs reach, all together; 0 where the kernel does not tell."""
@@ -180,9 +231,14 @@ class Topology:
         self.node(node_id)
         if node_id not in self.effective_nodes:
             raise NodeUnavailable(
-                f"node {node_id} has no CPUs, or no memory, that this process may use; nodes with both: "
-                f"{format_cpulist(self.effective_nodes) or 'none'}"
+                f"node {node_id} has no CPUs, or no memory, that this process may use{self.isolated_words(node_id)}; nodes with "
+                f"both: {format_cpulist(self.effective_nodes) or 'none'}"
             )
+
+    def isolated_words(self, node_id: int) -> str:
+        """Why CPUs of a node are left alone, to be added to a message; empty where none is isolated."""
+        isolated = set(self.node(node_id).cpus).intersection(self.isolated_cpus)
+        return f" (its CPUs {format_cpulist(isolated)} are isolated by isolcpus or nohz_full)" if isolated else ""
 
     def nearest_cpu_node(self, node_id: int) -> int:
         """The node whose CPUs are nearest to this node's memory: itself where it has usable CPUs.
@@ -193,15 +249,14 @@ class Topology:
             No such node, or no CPU may be used at all.
         """
         node = self.node(node_id)
-        candidates = [other.id for other in self.nodes if self.cpus_of([other.id])]
-        if not candidates:
+        if not self.cpu_nodes:
             allowed = format_cpulist(self.allowed_cpus) or "none"
             raise NodeUnavailable(f"no node has CPUs that this process may use (allowed: {allowed}): widen its cpuset")
 
         def nearness(other: int) -> tuple[bool, bool, int, int]:
             return (other != node_id, other not in node.initiators, self.distance(other, node_id) or 0, other)
 
-        return min(candidates, key=nearness)
+        return min(self.cpu_nodes, key=nearness)
 
     def fingerprint(self) -> str:
         """Short hash of the hardware, independent of what this process may use and of free memory."""
@@ -232,6 +287,8 @@ class Topology:
             "distances": [list(row) for row in self.distances] if self.distances else None,
             "allowed_cpus": list(self.allowed_cpus),
             "allowed_nodes": list(self.allowed_nodes),
+            "isolated_cpus": list(self.isolated_cpus),
+            "memory_limits": [vars(limit) for limit in self.memory_limits],
             "gpus": [{"pci": gpu.pci, "node": gpu.node} for gpu in self.gpus],
             "sockets": [{"id": s, "cpus": [cpu.id for cpu in self.cpus if cpu.socket == s]} for s in self.sockets],
             "cpus": [vars(cpu) for cpu in self.cpus],
@@ -255,75 +312,25 @@ def read_topology(root: str | os.PathLike[str] = "/") -> Topology:
     InvalidInput
         `root` is no folder, or holds no sysfs.
     """
-    return _Reader(Path(root)).topology()
-
-
-class _Reader(Tree):
-    """Reads one machine."""
-
-    def __init__(self, root: Path) -> None:
-        super().__init__(root)
-        if not self.cpu_dir.is_dir():
-            what = "holds no sys/devices/system/cpu" if root.is_dir() else "is not a folder"
-            raise InvalidInput(
-                f"root {str(root)!r} {what}: expected / of a Linux with sysfs, or a folder with captured sys and proc"
-            )
-
-    def topology(self) -> Topology:
-        online = self.online()
-        listed = self.node_cpus(online)
-        cpus = read_cpus(self, online, {cpu: node for node, of in listed.items() for cpu in of})
-        allowed_cpus, allowed_nodes = self.allowed(online, list(listed))
-        memory = {node: read_memory(self, node, only=len(listed) == 1) for node in listed}
-        usable = tuple(node for node in allowed_nodes if memory[node][0])
-        nodes = tuple(
-            Node(node, of, *memory[node], node in usable and bool(set(of) & set(allowed_cpus)), self.initiators(node))
-            for node, of in listed.items()
-        )
-        info = self.text("proc/cpuinfo")
-        return Topology(
-            nodes=nodes,
-            cpus=cpus,
-            distances=self.distances(list(listed)),
-            allowed_cpus=allowed_cpus,
-            allowed_nodes=usable,
-            caches=read_caches(self, online),
-            gpus=read_gpus(self, list(listed)),
-            model_name=model_name(self, info),
-            hypervisor=hypervisor(self, info),
-            emulated=is_emulated(self, info),
-        )
-
-    def online(self) -> tuple[int, ...]:
-        if listed := self.text(self.cpu_dir / "online"):
-            return parse_cpulist(listed)
-        found = self.numbered(self.cpu_dir, "cpu")
-        return tuple(cpu for cpu in found if self.text(self.cpu_dir / f"cpu{cpu}/online") != "0")
-
-    def node_cpus(self, online: tuple[int, ...]) -> dict[int, tuple[int, ...]]:
-        """Online CPUs of each node: a node may list CPUs that are offline. Without nodes, one that has everything."""
-        ids = self.numbered(self.root / "sys/devices/system/node", "node")
-        if not ids:
-            return {0: online}
-        present = set(online)
-        return {
-            node: tuple(cpu for cpu in self.cpu_list(self.node_dir(node), "cpumap", "cpulist") if cpu in present)
-            for node in ids
-        }
-
-    def initiators(self, node: int) -> tuple[int, ...]:
-        for access in ("access0", "access1"):  # 0: all initiators, 1: CPUs only
-            if found := self.numbered(self.node_dir(node) / access / "initiators", "node"):
-                return found
-        return ()
-
-    def distances(self, nodes: list[int]) -> tuple[tuple[int, ...], ...] | None:
-        rows = tuple(tuple(map(int, self.text(self.node_dir(node) / "distance").split())) for node in nodes)
-        return rows if all(len(row) == len(nodes) for row in rows) else None
-
-    def allowed(self, online: tuple[int, ...], nodes: list[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        cpus, mems = read_allowed(self)
-        return (
-            tuple(cpu for cpu in online if cpus is None or cpu in cpus),
-            tuple(node for node in nodes if mems is None or node in mems),
-        )
+    files = MachineFiles(Path(root))
+    listed = files.node_cpus
+    allowed_cpus, allowed_nodes = files.allowed
+    memory = {node: read_memory(files, node, only=len(listed) == 1) for node in listed}
+    usable = tuple(node for node in allowed_nodes if memory[node][0])
+    info = files.text("proc/cpuinfo")
+    machine = Topology(
+        nodes=tuple(Node(node, of, *memory[node], False, files.initiators(node)) for node, of in listed.items()),
+        cpus=read_cpus(files, files.online, {cpu: node for node, of in listed.items() for cpu in of}),
+        distances=files.distances(),
+        allowed_cpus=allowed_cpus,
+        allowed_nodes=usable,
+        caches=read_caches(files, files.online),
+        gpus=read_gpus(files, list(listed)),
+        model_name=model_name(files, info),
+        hypervisor=hypervisor(files, info),
+        emulated=is_emulated(files, info),
+        isolated_cpus=files.isolated,
+        memory_limits=ControlGroups(files).memory_limits(),
+    )
+    nodes = (replace(node, effective=node.id in usable and bool(machine.cpus_of([node.id]))) for node in machine.nodes)
+    return replace(machine, nodes=tuple(nodes))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from numa_lab.attention.shapes import AttentionShape, fit, preset
@@ -57,6 +57,16 @@ def case_key(case: Case) -> tuple[object, ...]:
     return (case.shape.kind, *(getattr(case.shape, name) for name in CASE_KEY[1:-1]), case.threads)
 
 
+def case_words(key: Sequence[object]) -> str:
+    """A case in words, from the values of ``CASE_KEY``."""
+    case = dict(zip(CASE_KEY, key, strict=True))
+    threads = "1 thread" if case["threads"] == 1 else f"{case['threads']} threads"
+    return (
+        f"{str(case['attention']).upper()} {case['phase']} in {case['dtype']}, batch {case['batch']}, "
+        f"kv_len {case['kv_len']}, {threads}"
+    )
+
+
 @dataclass(frozen=True)
 class Workload:
     """What one execution measures: a profile, over the heads of a model."""
@@ -94,9 +104,8 @@ class Workload:
 
 
 def usable_bytes(topology: Topology, binding: Binding) -> int:
-    """What K and V may take under a binding."""
-    nodes = binding.mem_nodes or topology.allowed_nodes
-    return int(MEMORY_SHARE * sum(topology.node(node).memory_bytes for node in nodes))
+    """What K and V may take under a binding, by its nodes and by the limits of control groups."""
+    return int(MEMORY_SHARE * topology.capacity_bytes(binding.mem_nodes or topology.allowed_nodes))
 
 
 def workload(profile: str, model: str, kv_len: int = 0, batch: int = 0, *, memory_bytes: int) -> Workload:

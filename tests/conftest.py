@@ -1,23 +1,31 @@
-"""Captured machines, and runs with a planted truth."""
+"""What each test has to leave as it was; captured machines, and runs with a planted truth."""
 
 import json
+import os
 import re
 import shutil
+import sys
 import tarfile
 import tempfile
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import HealthCheck, settings
 
-from numa_lab import results
+from numa_lab import libnuma, results, sweep_lock
 from numa_lab.attention.shapes import preset
 from numa_lab.binding import Binding, MemPolicy
+from numa_lab.errors import NumaLabError
 from numa_lab.sysfs import format_cpulist
 from numa_lab.topology import Cpu, Node, Topology
 from still_running import StillRunning
+
+settings.register_profile("busy", settings.default, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy")  # how long an example takes says nothing on a machine with other work
 
 GIB = 1 << 30
 CAPTURED = Path(__file__).parent / "topologies"
@@ -27,10 +35,12 @@ SAFELY = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
 
 # Of the 70,000 files and links in the archives, those of the kinds that a reader of topologies may look at.
 LOOKED_AT = re.compile(
-    r"/(cpu/online|cpu\d+/(online|cpu_capacity|cpufreq|acpi_cppc/highest_perf)|cpufreq/(policy\d+/)?cpuinfo_max_freq"
+    r"/(cpu/(online|offline|isolated|nohz_full)|cpu\d+/(online|cpu_capacity|cpufreq|acpi_cppc/highest_perf)"
+    r"|cpufreq/(policy\d+/)?cpuinfo_max_freq"
     r"|topology/((thread_siblings|core_cpus)\w*|physical_package_id|core_id|die_id)"
     r"|cache/index\d+/(level|type|size|shared_cpu_\w+)|node\d+/(cpulist|cpumap|distance|meminfo)|initiators/node\d+"
-    r"|bus/pci/devices/.*|pci\w+:\w+/.*/(class|numa_node)|dmi/id/\w+|proc/(cpuinfo|meminfo|self/.*))$"
+    r"|bus/pci/devices/.*|pci\w+:\w+/.*/(class|numa_node)|dmi/id/\w+|regs/identification/midr_el1"
+    r"|proc/(cpuinfo|meminfo|cmdline|self/.*))$"
 )
 
 CASES = [
@@ -51,6 +61,30 @@ def pytest_configure(config):
     config.pluginmanager.register(StillRunning())
 
 
+def _shared_state():
+    """What all tests of this process share and some of them change, by name."""
+    state = {"CPUs of the main thread": os.sched_getaffinity(0), "working directory": os.getcwd()}
+    try:
+        state["memory policy of the main thread"] = libnuma.get_mempolicy()
+    except (NumaLabError, OSError) as error:
+        state["memory policy of the main thread"] = str(error)
+    if torch := sys.modules.get("torch"):
+        with ThreadPoolExecutor(1) as new:
+            state["threads of new threads"] = new.submit(torch.get_num_threads).result()
+        state["threads of the main thread"] = torch.get_num_threads()
+    return state
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind(request):
+    """Let each test leave what all share as it was, so that they pass in any order; in a guest each has its own process."""
+    before = _shared_state()
+    yield
+    if "multinode" not in request.path.parts:
+        after = _shared_state()
+        assert {name: (value, after[name]) for name, value in before.items() if value != after[name]} == {}
+
+
 @pytest.fixture(scope="session")
 def captured():
     """From the name of a captured machine to its root, unpacked once."""
@@ -68,6 +102,17 @@ def captured():
             return roots[name]
 
         yield root
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_other_sweep():
+    """A lock of this test process alone: sweeps and other tests that run on this machine are let be, and keep no test waiting."""
+    own = f"numa_lab.test.{os.getpid()}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sweep_lock, "NAME", f"\0{own}")
+        patch.setattr(sweep_lock, "FILE", sweep_lock.FILE.with_name(own))
+        yield
+        sweep_lock.FILE.unlink(missing_ok=True)
 
 
 @pytest.fixture

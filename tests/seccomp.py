@@ -9,9 +9,15 @@ import struct
 from collections.abc import Iterable
 
 NUMBERS = {  # asm/unistd_64.h, asm-generic/unistd.h
-    "x86_64": {"mbind": 237, "set_mempolicy": 238, "get_mempolicy": 239, "move_pages": 279},
-    "aarch64": {"mbind": 235, "get_mempolicy": 236, "set_mempolicy": 237, "move_pages": 239},
-}
+    "x86_64": {
+        "madvise": 28, "sched_setaffinity": 203,
+        "mbind": 237, "set_mempolicy": 238, "get_mempolicy": 239, "move_pages": 279,
+    },
+    "aarch64": {
+        "madvise": 233, "sched_setaffinity": 122,
+        "mbind": 235, "get_mempolicy": 236, "set_mempolicy": 237, "move_pages": 239,
+    },
+}  # fmt: skip
 _LOAD, _JUMP_EQUAL, _RETURN = 0x20, 0x15, 0x06  # linux/bpf_common.h
 _ALLOW, _ERRNO = 0x7FFF0000, 0x00050000  # linux/seccomp.h
 _PR_SET_NO_NEW_PRIVS, _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 38, 22, 2

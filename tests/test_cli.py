@@ -10,7 +10,9 @@ import pytest
 from click.testing import CliRunner
 
 from numa_lab import mlc
+from numa_lab.binding import Binding
 from numa_lab.cli import main
+from numa_lab.topology import read_topology
 
 
 def call(*words):
@@ -80,9 +82,11 @@ def test_looking_and_planning_never_load_torch_or_numba():
 def test_dry_run_prints_commands_that_can_be_typed():
     lines = call("sweep", "--profile", "smoke", "--bindings", "c0m0", "--dry-run").stdout.splitlines()
     assert len(lines) == 2
+    bound = Binding.parse("c0m0").numactl(read_topology())
     for line in lines:
-        assert line.startswith("numactl --cpunodebind=0 --membind=0 ")
-        program, _, module, measured = shlex.split(line)[3:7]
+        words = shlex.split(line)
+        assert words[: len(bound)] == bound
+        program, _, module, measured = words[len(bound) : len(bound) + 4]
         assert shutil.which(program)
         assert module == "papermill"
         assert Path(measured).is_file()

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 import time
 
@@ -6,10 +7,10 @@ import pytest
 import torch
 
 import test_decode_thread
-from numa_lab import decode_loop
+from numa_lab import decode_loop, memory
 from numa_lab.attention.reference import attention as reference
 from numa_lab.attention.shapes import preset
-from numa_lab.errors import InvalidInput
+from numa_lab.errors import InvalidInput, UntrustedResult
 from numa_lab.optimized import NUMAOptimizedGQA
 from numa_lab.ratios import Ratio
 from numa_lab.topology import read_topology
@@ -45,6 +46,21 @@ def test_runs_alternate_and_the_receipt_is_that_of_the_helpers_cache():
     assert found.speedup.low <= found.speedup.ratio <= found.speedup.high
     with pytest.raises(InvalidInput, match="layers=0"):
         decode_loop.compare(helper, SHAPE, attend_with=test_decode_thread.attn, layers=0)
+
+
+def test_what_is_optional_is_no_doubt_and_what_was_not_seen_is_one(monkeypatch):
+    helper = NUMAOptimizedGQA(NODE)
+    monkeypatch.setattr(memory, "no_huge_pages", lambda: "Invalid argument")  # as kernels say that have none
+    found = decode_loop.compare(helper, SHAPE, attend_with=test_decode_thread.attn, layers=1, tokens=2, seconds=1e-3)
+    assert any("madvise was refused" in note for note in found.receipt.notes)
+    assert decode_loop.require_placed(found, helper).startswith(f"{helper.threads} threads and all pages")
+    for change, told in (
+        ({"pages_after": {"keys": {}}}, "No page of keys could be looked at"),
+        ({"notes": ("something else",)}, "something else"),
+    ):
+        doubtful = dataclasses.replace(found, receipt=dataclasses.replace(found.receipt, **change))
+        with pytest.raises(UntrustedResult, match=told):
+            decode_loop.require_placed(doubtful, helper)
 
 
 def test_slow_calls_make_runs_shorter_not_longer_than_the_time():

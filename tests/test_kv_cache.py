@@ -4,6 +4,8 @@ from functools import partial as partial_call
 
 import pytest
 import torch
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from numa_lab import kv_cache, memory
 from numa_lab.attention import partial
@@ -13,6 +15,11 @@ from numa_lab.kv_cache import NodeShardedKVCache
 from numa_lab.kv_layout import Layout
 from numa_lab.node_team import NodeTeam
 from numa_lab.topology import read_topology
+
+BY_TORCH_ITSELF = pytest.mark.filterwarnings(
+    "ignore:There is a performance drop because we have not yet implemented the batching rule",
+    "ignore:.*torch.jit:DeprecationWarning",
+)
 
 
 @pytest.fixture
@@ -126,6 +133,48 @@ def test_torch_computes_the_parts_that_the_kernel_does_not_serve(monkeypatch, se
     cache.append(key, value)
     expected, _ = reference(query, key, value, torch.ones(3, 20, dtype=torch.bool).tril(17), enable_gqa=True)
     torch.testing.assert_close(cache.attend(query).double(), expected, rtol=0, atol=1e-5)
+
+
+def test_the_usual_heads_of_128_in_bfloat16_are_merged_from_all_nodes(several):
+    cache = NodeShardedKVCache(2, 2, 128, 60, torch.bfloat16, list(several), several, block=7)
+    key, value = torch.randn(2, 2, 2, 45, 128).to(torch.bfloat16)
+    query = torch.randn(2, 22, 1, 128).to(torch.bfloat16)
+    for begin, end in ((0, 5), (5, 12), (12, 45)):  # on one node, on two, on all
+        cache.append(key[:, :, begin:end], value[:, :, begin:end])
+        expected, _ = reference(query, key[:, :, :end], value[:, :, :end], enable_gqa=True)
+        torch.testing.assert_close(cache.attend(query).double(), expected, rtol=0, atol=2e-2)
+    assert min(cache.tokens_per_node.values()) > 0
+
+
+@BY_TORCH_ITSELF
+def test_what_torch_has_to_see_is_computed_by_its_operators(several):
+    cache = NodeShardedKVCache(2, 1, 16, 40, torch.float32, list(several), several, block=3)
+    key, value = torch.randn(2, 2, 1, 30, 16)
+    cache.append(torch._neg_view(key), value, [30, 20])
+    mask = torch.arange(30) < torch.tensor([30, 20]).view(2, 1, 1, 1) - 1 + torch.arange(2).view(2, 1)
+    query = torch.randn(2, 3, 2, 16)
+    expected, _ = reference(query, -key, value, mask, enable_gqa=True)
+    cache.attend(query)  # what is known by now must not be what decides
+
+    def close(output):
+        torch.testing.assert_close(output.double(), expected, rtol=0, atol=1e-5)
+
+    close(cache.attend(torch._neg_view(-query)))
+    close(torch.vmap(cache.attend)(query[None])[0])
+    close(make_fx(lambda q: cache.attend(q))(torch.zeros_like(query))(query))
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(cache.attend(forward_ad.make_dual(query, query))).tangent
+    _, by_formula = torch.func.jvp(lambda q: reference(q, -key, value, mask, enable_gqa=True)[0], (query,), (query,))
+    torch.testing.assert_close(tangent.double(), by_formula, rtol=0, atol=1e-5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        low = cache.attend(query)
+    assert low.dtype == torch.bfloat16
+    torch.testing.assert_close(low.double(), expected, rtol=0, atol=5e-2)
+    for wrong in (query.numpy(), None):
+        with pytest.raises(TypeError, match=r"query is .*: expected a torch\.Tensor"):
+            cache.attend(wrong)
+        with pytest.raises(TypeError, match=r"value is .*: expected a torch\.Tensor"):
+            cache.append(key, wrong)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=["kernel", "torch"])

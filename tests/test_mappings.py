@@ -1,4 +1,7 @@
+import pytest
+
 from numa_lab import mappings
+from numa_lab.sysfs import Tree
 
 NUMA_MAPS = """\
 7f0000000000 bind:0 anon=512 dirty=512 N0=512 kernelpagesize_kB=4
@@ -34,3 +37,38 @@ def test_huge_pages_are_those_of_smaps():
 
 def test_the_kernels_own_moves_are_counted():
     assert mappings.kernel_moves() >= 0
+
+
+@pytest.mark.parametrize(
+    ("told", "words", "nodes"),
+    [
+        ("default", "default", ()),
+        ("local", "local", ()),
+        ("bind:0,2-3", "bind", (0, 2, 3)),
+        ("bind=static|balancing:1", "bind", (1,)),
+        ("prefer (many):0-1", "prefer (many)", (0, 1)),
+        ("weighted interleave:0", "weighted interleave", (0,)),
+    ],
+)
+def test_the_policy_of_a_thread_is_that_of_its_stack(told, words, nodes):
+    assert mappings.thread_policy(f"{NUMA_MAPS}7ffe00000000 {told} stack anon=3 N0=3\n") == (words, nodes)
+    assert mappings.thread_policy("") == ("default", ())
+
+
+@pytest.mark.parametrize(
+    ("told", "page_bytes", "expected"),
+    [
+        ({"hpage_pmd_size": "2097152\n"}, 4096, 2 << 20),
+        ({"hpage_pmd_size": "536870912\n"}, 65536, 512 << 20),
+        ({"enabled": "always [madvise] never\n"}, 16384, 32 << 20),  # before Linux 4.11
+        ({}, 4096, 0),
+        (None, 4096, 2 << 20),  # no sysfs: who asks is told by madvise
+    ],
+)
+def test_the_size_of_huge_pages_is_the_kernels(tmp_path, told, page_bytes, expected):
+    if told is not None:
+        folder = tmp_path / mappings.HUGE_PAGES
+        (folder if told else folder.parent).mkdir(parents=True)
+        for name, text in told.items():
+            (folder / name).write_text(text)
+    assert mappings.huge_page_bytes(Tree(tmp_path), page_bytes) == expected

@@ -1,4 +1,8 @@
+import errno
+import math
+import mmap
 import os
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -6,8 +10,9 @@ import psutil
 import pytest
 import torch
 
-from numa_lab import libnuma, memory
-from numa_lab.errors import MissingDependency, NodeUnavailable, NotPermitted
+from numa_lab import libnuma, mappings, memory
+from numa_lab.errors import LimitReached, MissingDependency, NodeUnavailable, NotPermitted
+from numa_lab.sysfs import Tree
 from numa_lab.topology import read_topology
 
 MIB = 1 << 20
@@ -31,7 +36,7 @@ def test_it_is_a_normal_tensor_on_a_huge_page_boundary(dtype):
     assert tensor.shape == (3, 5, 8)
     assert tensor.dtype is dtype
     assert tensor.is_contiguous()
-    assert tensor.data_ptr() % memory.HUGE_PAGE_BYTES == 0
+    assert tensor.data_ptr() % memory.page_unit(tensor.nbytes) == 0
     assert memory.empty((0, 8), dtype).shape == (0, 8)
 
 
@@ -81,7 +86,7 @@ def test_each_refused_call_has_its_stand_in(monkeypatch):
 
 def test_migrate_asks_again_for_busy_pages_and_leaves_untouched_ones(monkeypatch):
     tensor = memory.empty((8 * memory.PAGE_BYTES,), torch.uint8, huge_pages=False)
-    where, asked = dict.fromkeys(memory._pages(tensor).tolist(), 0), []
+    where, asked = dict.fromkeys(memory.page_addresses(tensor).tolist(), 0), []
     where[next(iter(where))] = -2  # never touched
     busy = list(where)[3]
 
@@ -92,17 +97,20 @@ def test_migrate_asks_again_for_busy_pages_and_leaves_untouched_ones(monkeypatch
                 where[page] = node
 
     monkeypatch.setattr(memory.free_memory, "require", lambda *_: None)
+    monkeypatch.setattr(memory, "locator", lambda: "move_pages")
     monkeypatch.setattr(libnuma, "move_pages", move_pages)
     monkeypatch.setattr(libnuma, "page_status", lambda pages: np.array([where[page] for page in pages.tolist()]))
     assert memory.migrate(tensor, 1) == {memory.UNTOUCHED: 1, 1: 7}
     assert asked[1:] == [[busy], [busy]]
 
 
-def test_what_is_there_already_stays_and_a_full_node_is_refused():
+def test_what_is_there_already_stays_and_a_full_node_is_refused(monkeypatch):
     node = read_topology().effective_nodes[0]
     tensor = memory.empty((4 * MIB,), torch.uint8).fill_(1)
     located = memory.locate(tensor)
-    assert memory.migrate(tensor, node) == located
+    with monkeypatch.context() as patch:
+        patch.setattr(libnuma, "move_pages", lambda *_: pytest.fail("there was nothing to move"))
+        assert memory.migrate(tensor, node) == located
     with pytest.raises(NodeUnavailable, match="77"):
         memory.migrate(tensor, 77)
     assert memory.migrate(torch.empty(0), node) == {}
@@ -128,6 +136,54 @@ def test_huge_pages_are_reported_as_they_are():
     granted = "[never]" not in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
     huge = memory.empty((16 * MIB,), torch.uint8).fill_(1)
     assert (memory.huge_page_share(huge) > 0) == granted
+
+
+@pytest.mark.parametrize(
+    ("huge", "nbytes", "turns", "unit"),
+    [
+        (2 * MIB, 100, 1, 2 * MIB),
+        (2 * MIB, 63 * MIB, 8, memory.PAGE_BYTES),  # fewer than four for each of eight turns
+        (2 * MIB, 64 * MIB, 8, 2 * MIB),
+        (512 * MIB, 2047 * MIB, 1, memory.PAGE_BYTES),
+        (512 * MIB, 2048 * MIB, 1, 512 * MIB),
+        (512 * MIB, 2048 * MIB, 4, memory.PAGE_BYTES),  # one for each of four nodes, if they began on a boundary
+        (0, 2048 * MIB, 1, memory.PAGE_BYTES),
+    ],
+)
+def test_huge_pages_are_taken_where_a_tensor_holds_enough_of_them(monkeypatch, huge, nbytes, turns, unit):
+    monkeypatch.setattr(memory, "HUGE_PAGE_BYTES", huge)
+    assert memory.page_unit(nbytes, turns) == unit
+
+
+def test_a_cache_goes_round_evenly_where_huge_pages_are_as_large_as_itself(monkeypatch):
+    """As on kernels with base pages of 64 KiB, whose huge pages have 512 MiB."""
+    monkeypatch.setattr(memory, "HUGE_PAGE_BYTES", 512 * MIB)
+    turns, nodes = [], (0, 1, 2, 3)
+    monkeypatch.setattr(memory.free_memory, "require", lambda *_: None)
+    monkeypatch.setattr(memory, "placer", lambda: "first touch")
+    monkeypatch.setattr(memory, "_touch", lambda _topology, node, pages, mine: turns.append((node, int(mine.sum()))))
+    memory.interleaved((8 * MIB,), torch.uint8, nodes)
+    assert turns == [(node, 2 * MIB // memory.PAGE_BYTES) for node in nodes]
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.EPERM, errno.ENOSYS])
+def test_without_huge_pages_a_tensor_is_made_all_the_same_and_the_receipt_says_so(monkeypatch, code):
+    class Refusing(mmap.mmap):
+        def madvise(self, *_args):
+            raise OSError(code, os.strerror(code))
+
+    node = read_topology().effective_nodes[0]
+    memory.no_huge_pages.cache_clear()
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(memory.mmap, "mmap", Refusing)
+            for huge_pages in (True, False):
+                tensor = memory.empty((100,), torch.uint8, node, huge_pages=huge_pages).fill_(1)
+                assert memory.locate(tensor) == {node: 1}
+            (note,) = memory.lost()
+        assert f"madvise was refused ({os.strerror(code)})" in note
+    finally:
+        memory.no_huge_pages.cache_clear()
 
 
 def test_where_memory_is_bound_too_much_is_refused_before_it_is_touched():
@@ -166,6 +222,7 @@ def test_without_libnuma_each_call_says_what_is_missing(monkeypatch, call):
             with pytest.raises(MissingDependency, match="apt-get install numactl"):
                 call()
             assert memory.empty((8,), torch.uint8).shape == (8,)
+            assert "libnuma is not installed" in " ".join(memory.lost())
     finally:
         for function in cached:
             function.cache_clear()
@@ -178,6 +235,29 @@ def test_where_move_pages_is_refused_numa_maps_tells(monkeypatch):
     located = memory.locate(tensor)
     assert set(located) == {node}
     assert located[node] >= 64 * MIB // memory.PAGE_BYTES
+
+
+def test_where_the_kernel_tells_nothing_of_pages_no_pages_are_claimed(monkeypatch, tmp_path):
+    tensor = torch.zeros(9)
+    monkeypatch.setattr(mappings, "_PROC", Tree(tmp_path))  # a kernel without CONFIG_NUMA, or gVisor
+    monkeypatch.setattr(memory, "locator", lambda: "numa_maps")
+    assert memory.locate(tensor) == {}
+    assert memory.home(tensor) is None
+    assert math.isnan(memory.huge_page_share(tensor))
+    assert mappings.kernel_moves() == 0
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert memory.lost()[-1] == "there is no numa_maps: no pages were looked at"
+
+
+def test_a_limit_of_address_space_is_told():
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    used = psutil.Process().memory_info().vms
+    resource.setrlimit(resource.RLIMIT_AS, (used + 64 * MIB, before[1]))
+    try:
+        with pytest.raises(LimitReached, match=r"gives no 258 MiB of address space .*ulimit -v"):
+            memory.empty((256 * MIB,), torch.uint8)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 def test_a_strided_view_counts_the_pages_that_it_spans():

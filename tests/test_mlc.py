@@ -10,6 +10,7 @@ from numa_lab.measured import Measured, socket_groups
 
 TEXT = {name: (mlc.FOLDER / f"{name}_mlc.txt").read_text() for name in mlc.PUBLISHED}
 BROADWELL = TEXT["broadwell"]
+NAMED = "Using Read-only traffic type\n\t\tNuma"  # of the matrix of bandwidths
 
 
 def cells(measured, name):
@@ -76,21 +77,36 @@ def outputs(draw):
     count = draw(st.integers(2, 8))
     cpus = sorted(draw(st.sets(st.integers(0, count - 1), min_size=1)))
     cell = st.none() | st.integers(1, 4_000_000).map(lambda tenths: tenths / 10)
+    mark = draw(st.sampled_from(".,"))
     matrix = {cpu: draw(st.lists(cell, min_size=count, max_size=count).filter(any)) for cpu in cpus}
-    tab, end = draw(st.sampled_from(["\t", "   "])), draw(st.sampled_from(["\n", "\t\n", "\r\n", "\n\n"]))
+    tab, end = (
+        draw(st.sampled_from(["\t", "   ", "\u202f \t", "\xa0"])),
+        draw(st.sampled_from(["\n", "\t\n", "\r\n", "\n\n"])),
+    )
     top, name = draw(st.sampled_from([("\t\tNuma node", "Numa node"), ("\tMemory node", "Socket")]))
 
-    def table(title):
-        rows = [[f"{cpu:8}", *("-" if v is None else f"{v:.1f}" for v in row)] for cpu, row in matrix.items()]
-        return [title, "Some note", top, tab.join([name, *map(str, range(count))]), *map(tab.join, rows), ""]
+    def table(title, *notes):
+        rows = [
+            [f"{cpu:8}", *("-" if v is None else f"{v:.1f}".replace(".", mark) for v in row)]
+            for cpu, row in matrix.items()
+        ]
+        return [title, *notes, top, tab.join([name, *map(str, range(count))]), *map(tab.join, rows), ""]
 
     latency = table(
         draw(st.sampled_from(["Measuring idle latencies (in ns)...", "Measuring idle latencies for random access"]))
     )
-    parts = [table("Measuring Memory Bandwidths between nodes within system "), ["ALL Reads        :\t12.5"]]
+    # Where the traffic is not named, the command line says that nothing was written.
+    named = draw(st.sampled_from([["Using Read-only traffic type"], ["Using read-only traffic type", "Some note"], []]))
+    command = (
+        [] if named else [f"Command line parameters: {draw(st.sampled_from(['', '--bandwidth_matrix -Y -b200m']))}"]
+    )
+    parts = [
+        table("Measuring Memory Bandwidths between nodes within system ", *named),
+        [f"ALL Reads        :\t12{mark}5"],
+    ]
     parts += [latency] if draw(st.booleans()) else []
     lines = [line for part in draw(st.permutations(parts)) for line in part]
-    return end.join(["Intel(R) Memory Latency Checker - v3.9", *lines, ""]), matrix, count, latency in parts
+    return end.join(["Intel(R) Memory Latency Checker - v3.9", *command, *lines, ""]), matrix, count, latency in parts
 
 
 @given(outputs())
@@ -115,7 +131,10 @@ def test_every_versions_form_is_read_back(output):
         (lambda text: text.replace("20194.2", "20l94.2"), r"line 27, '1\\t20l94.2.*'20l94.2' is not a positive number"),
         (lambda text: text.replace("20194.2", "nan"), "line 27.*'nan' is not"),
         (lambda text: text.replace("20194.2", "-5.0"), "line 27.*'-5.0' is not"),
-        (lambda text: text.replace("20194.2", "0.0"), "line 27.*'0.0' is not"),
+        (lambda text: text.replace("20194.2", "0,0"), "line 27.*'0,0' is not"),
+        (lambda text: text.replace("20194.2", "20,194"), "line 27.*'20,194' is not"),
+        (lambda text: text.replace("20194.2", "20.194,2"), "line 27.*'20.194,2' is not"),
+        (lambda text: text.replace("20194.2", "20\xa0194,2"), "line 27.*5 values, expected 4"),
         (lambda text: text.replace("144906.6", "fast"), "line 14.*'fast' is not"),
         (lambda text: text.replace("\t14946.7", ""), "line 27.*3 values, expected 4"),
         (lambda text: text.replace("14946.7", "14946.7\t1.0"), "line 27.*5 values, expected 4"),
@@ -125,11 +144,34 @@ def test_every_versions_form_is_read_back(output):
         (lambda text: text + text, "line 75.*second matrix of latencies"),
         (lambda text: re.sub(r"(?s)(Read-only traffic type\n)\t\tNuma.*?(?=\nMeasuring Loaded)", r"\1", text), "line 20.*no line such as"),
         (lambda text: text.replace("Measuring Memory", "Command line parameters: --bandwidth_matrix -W5\nMeasuring Memory"), "without -W"),
+        (lambda text: text.replace(NAMED, "Using 2:1 Reads-Writes traffic type\n\t\tNuma"), "line 23.*not reads alone"),
+        (lambda text: text.replace(NAMED, "\t\tNuma"), "line 20.*neither a line.*without -W"),
+        (lambda text: "Command line parameters: -otypes.txt\n" + text.replace(NAMED, "\t\tNuma"), "neither"),
+        (lambda text: text.replace("in MB/sec", "in GB/sec"), "line 21.*bandwidths in GB/sec, expected MB/sec"),
+        (lambda text: text.replace("(in ns)...", "(in clocks)..."), "line 2.*latencies in clocks, expected ns"),
     ],
 )  # fmt: skip
 def test_what_is_damaged_is_refused_with_its_line(change, message):
     with pytest.raises(InvalidInput, match=message):
         mlc.parse_mlc(change(BROADWELL))
+
+
+def test_an_output_cut_within_a_number_with_a_decimal_comma_is_refused():
+    text = re.sub(r"(\d)\.(\d)", r"\1,\2", TEXT["sapphirerapids"]).rstrip()
+    assert mlc.parse_mlc(text) == mlc.published("sapphirerapids")
+    for lost in (1, 2):
+        with pytest.raises(InvalidInput, match=r"ends within a number|not a positive number"):
+            mlc.parse_mlc(text[:-lost])
+
+
+def test_of_two_outputs_the_command_line_of_one_says_nothing_about_the_other():
+    latency, bandwidth = BROADWELL[: BROADWELL.index("Measuring Peak")], BROADWELL[BETWEEN_NODES:]
+    unnamed = bandwidth.replace(NAMED, "\t\tNuma")
+    tool = "Intel(R) Memory Latency Checker - v3,11\n"
+    read = f"{tool}Command line parameters: --bandwidth_matrix\n{unnamed}"
+    assert mlc.parse_mlc(latency + read).bandwidth(1, 0) == 20194.2e6
+    with pytest.raises(InvalidInput, match="neither a line"):
+        mlc.parse_mlc(f"{tool}Command line parameters: --latency_matrix\n{latency}{tool}{unnamed}")
 
 
 def test_memory_without_cpus_has_a_column_and_no_row():
@@ -144,9 +186,9 @@ def test_memory_without_cpus_has_a_column_and_no_row():
     assert socket_groups(measured) == ((0, 1),)
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "latin-1"])
 def test_files_of_windows_are_read(tmp_path, encoding):
-    (tmp_path / "mlc.txt").write_bytes(BROADWELL.replace("\n", "\r\n").encode(encoding))
+    (tmp_path / "mlc.txt").write_bytes(BROADWELL.replace("\n", "\xa0\r\n").encode(encoding))
     assert mlc.read_mlc(tmp_path / "mlc.txt") == mlc.published("broadwell")
 
 

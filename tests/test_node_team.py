@@ -8,14 +8,14 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
 import pytest
 from numba import cfunc, types
 
 from numa_lab import openmp
-from numa_lab.errors import InvalidInput, NumaLabError
+from numa_lab.errors import InvalidInput, NodeUnavailable, NumaLabError
 from numa_lab.node_team import NodeTeam, run_compiled, run_on_leaders, teams
 from numa_lab.topology import read_topology
 
@@ -145,7 +145,7 @@ def test_compiled_work_is_refused_where_it_would_hang(two):
 
 
 def test_a_leader_that_cant_enter_its_node_is_no_team():
-    with pytest.raises(BrokenExecutor):
+    with pytest.raises(NodeUnavailable, match="CPU 4095"):
         NodeTeam(NODE, [4095])
 
 
@@ -204,7 +204,7 @@ def test_a_stream_of_compiled_work_keeps_nobody_out_and_ends_with_the_team(two):
     while not counters.words[0]:
         time.sleep(0.001)
     for _ in range(50):
-        two[0].submit(int).result(timeout=5)
+        two[0].submit(int).result(timeout=600)
     two[0].shutdown()
     thread.join()
     assert ended == ["cannot schedule new futures after shutdown"]
@@ -217,7 +217,7 @@ def test_a_team_that_nobody_has_any_more_ends():
     (leader,) = (thread for thread in threading.enumerate() if thread.name.startswith("numa-forgotten"))
     del team
     gc.collect()
-    leader.join(timeout=5)
+    leader.join(timeout=600)
     assert not leader.is_alive()
 
 
@@ -261,5 +261,5 @@ nothing = cfunc(types.void(types.int64))(lambda _: None)
 run_compiled({{teams([{NODE}])[{NODE}]: [(nothing.address, 0, 1)]}})
 print("done")
 """
-    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=1200)
     assert (found.returncode, found.stdout, found.stderr) == (0, "done\n", "")

@@ -1,6 +1,8 @@
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from functools import partial
 
@@ -9,8 +11,10 @@ import psutil
 import pytest
 
 from numa_lab import notebook
+from numa_lab import supervisor as supervisor_module
 from numa_lab.binding import Binding
 from numa_lab.errors import InvalidInput, MissingDependency
+from numa_lab.topology import read_topology
 
 
 @pytest.fixture
@@ -74,19 +78,69 @@ def test_parameters_arrive_and_a_stale_output_is_gone(book, tmp_path):
 
 
 @pytest.mark.notebook
+def test_an_execution_stays_inside_the_mask_of_who_starts_it(book, tmp_path):
+    node, allowed = read_topology().effective_nodes[0], os.sched_getaffinity(0)
+    cpu = max(read_topology().cpus_of([node]))
+    path = book("import os\nprint(sorted(os.sched_getaffinity(0)))")
+    os.sched_setaffinity(0, {cpu})
+    try:
+        binding = Binding.parse(f"c{node}m{node}")
+        outcome = notebook.execute(path, tmp_path / "out.ipynb", {}, log=tmp_path / "log", binding=binding)
+    finally:
+        os.sched_setaffinity(0, allowed)
+    assert outcome.exit_status == 0
+    assert nbformat.read(tmp_path / "out.ipynb", as_version=4).cells[-1].outputs[0].text == f"[{cpu}]\n"
+
+
+@pytest.mark.notebook
 def test_a_killed_kernel_is_a_failure_although_papermill_may_say_completed(book, tmp_path):
     source = "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)"
     outcome = notebook.execute(book(source), tmp_path / "out.ipynb", {}, log=tmp_path / "log")
     assert outcome.exit_status not in (0, None)
 
 
+def seconds(number):
+    """So many, and a fraction that tells what sleeps for this test process from what does for another."""
+    return f"{number}.{os.getpid()}"
+
+
+def asleep(number):
+    return [p for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"] == ["sleep", seconds(number)]]
+
+
 @pytest.mark.notebook
-def test_nothing_outlives_the_time_limit(book, tmp_path):
-    source = "import subprocess, os\nsubprocess.Popen(['sleep', '600'], start_new_session=True)\nwhile True: pass"
-    outcome = notebook.execute(book(source), tmp_path / "out.ipynb", {}, log=tmp_path / "log", limit_seconds=6)
-    assert outcome.exit_status is None
-    assert not running(tmp_path)
-    assert not [p for p in psutil.Process().children(recursive=True) if "600" in p.cmdline()]
+def test_nothing_outlives_the_time_limit_and_nothing_else_is_ended(book, tmp_path):
+    ready, outcomes, others = tmp_path / "ready", [], []
+    path = book(
+        f"import subprocess\nsubprocess.Popen(['setsid', '--fork', 'sleep', '{seconds(601)}'])\n"
+        f"subprocess.Popen(['sleep', '{seconds(602)}'], start_new_session=True)\nopen({str(ready)!r}, 'w').close()\nwhile True: pass"
+    )
+    for limit in (10, 30, 90):  # a kernel may take long to start
+        execute = partial(notebook.execute, path, tmp_path / "out.ipynb", {}, log=tmp_path / "log", limit_seconds=limit)
+        executing = threading.Thread(target=lambda execute=execute: outcomes.append(execute()))
+        executing.start()
+        while executing.is_alive() and not ready.exists():
+            time.sleep(0.1)
+        if ready.exists():
+            break
+        executing.join()
+    try:
+        # Started meanwhile: a child, and an orphan, which would become a child of this process if it took in orphans.
+        others.append(psutil.Popen(["sleep", seconds(603)]))
+        subprocess.run(["setsid", "--fork", "sleep", seconds(604)], check=True)
+        wait_for(lambda: asleep(604), 30)
+        others += asleep(604)
+        executing.join()
+        assert outcomes[-1].exit_status is None
+        assert not running(tmp_path)
+        assert not asleep(601)
+        assert not asleep(602)
+        assert all(other.is_running() and other.status() != psutil.STATUS_ZOMBIE for other in others)
+    finally:
+        executing.join()
+        for other in others:
+            other.kill()
+            other.wait()
 
 
 @pytest.mark.notebook
@@ -107,6 +161,29 @@ def test_a_busy_kernel_ends_when_its_sweep_is_killed(book, tmp_path):
     parent.kill()
     parent.wait()
     wait_for(lambda: not any(kernel.is_running() and kernel.status() != psutil.STATUS_ZOMBIE for kernel in kernels), 15)
+
+
+@pytest.mark.parametrize(
+    ("words", "status"),
+    [
+        (["sh", "-c", "exit 7"], 7),
+        (["sh", "-c", "kill -TERM $$"], -signal.SIGTERM),
+        (["sh", "-c", "kill -KILL $$"], -signal.SIGKILL),
+        (["no-such-program"], 127),
+        (["sh", "-c", f"setsid --fork sleep {seconds(605)}; sleep {seconds(606)} & exit 0"], 0),
+    ],
+)
+def test_a_supervised_command_ends_as_it_ends_with_all_that_it_started(words, status):
+    supervisor = [sys.executable, "-IS", supervisor_module.__file__, str(os.getpid())]
+    assert subprocess.run([*supervisor, *words], stderr=subprocess.DEVNULL).returncode == status
+    assert not asleep(605)
+    assert not asleep(606)
+
+
+def test_a_supervisor_whose_starter_is_gone_starts_nothing(tmp_path):
+    words = [sys.executable, "-IS", supervisor_module.__file__, "1", "touch", str(tmp_path / "started")]
+    assert subprocess.run(words).returncode == 1
+    assert not (tmp_path / "started").exists()
 
 
 def running(folder):

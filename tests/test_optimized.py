@@ -8,12 +8,13 @@ import torch
 
 from numa_lab import libnuma, memory, openmp, optimized
 from numa_lab.attention.reference import attention as reference
-from numa_lab.errors import InvalidInput, NodeUnavailable
+from numa_lab.errors import InvalidInput, MissingDependency, NodeUnavailable
 from numa_lab.hardware import Gpu
 from numa_lab.optimized import NUMAOptimizedGQA, scaled_dot_product_attention_gqa
 from numa_lab.topology import read_topology
 
 NODE = read_topology().effective_nodes[0]
+CPUS = set(read_topology().cpus_of([NODE]))  # as seen outside, whose mask is not tested
 
 
 def state():
@@ -26,6 +27,10 @@ def state():
     return threads, openmp.run_on_each(look, threads)
 
 
+def masks():
+    return openmp.run_on_each(lambda _number: os.sched_getaffinity(0), torch.get_num_threads())
+
+
 def inputs(dtype=torch.float32, q_len=1, kv_len=40):
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(2, 8, q_len, 64, generator=generator)
@@ -36,7 +41,7 @@ def inputs(dtype=torch.float32, q_len=1, kv_len=40):
 def assert_inside(helper):
     threads, team = state()
     assert threads == helper.threads
-    assert team[0][0] == set(read_topology().cpus_of([NODE])) or len(helper.cpus) > 1
+    assert team[0][0] == CPUS, "threads that it starts would inherit another mask than the node's"
     assert [mask for mask, _ in team[1:]] == [{cpu} for cpu in helper.cpus[1:]]
     assert {policy for _, policy in team} == {(libnuma.MPOL_PREFERRED, frozenset({NODE}))}
 
@@ -143,6 +148,25 @@ def test_tensors_lie_on_the_node_and_the_receipt_says_so():
     ] == []
 
 
+def test_without_libnuma_threads_are_pinned_and_the_receipt_says_what_is_lost(monkeypatch):
+    def absent():
+        raise MissingDependency("libnuma.so.1 is not installed")
+
+    monkeypatch.setattr(libnuma, "library", absent)
+    outside, helper = masks(), NUMAOptimizedGQA(NODE)
+    with helper:
+        output = helper.compute(*inputs())
+        assert masks()[1:] == [{cpu} for cpu in helper.cpus[1:]]
+    assert masks() == outside
+    assert output.shape == (2, 8, 1, 64)
+    receipt = helper.receipt()
+    assert receipt.pages_after == {}
+    assert any("libnuma is not installed" in note for note in receipt.notes)
+    assert "Memory policy" in " ".join(receipt.contradictions(helper.cpus, [NODE]))
+    with pytest.raises(MissingDependency):
+        helper.empty((9,))
+
+
 def test_the_memory_pool_hands_the_same_touched_memory_out_again():
     helper = NUMAOptimizedGQA(NODE)
     first = helper.memory_pool({"query": (1, 8, 1, 64), "key": (1, 2, 4096, 64)}, torch.bfloat16)
@@ -180,3 +204,29 @@ def test_the_guides_function_agrees_with_float64_and_writes_where_it_is_told():
 def test_an_output_tensor_that_does_not_fit_is_refused(wrong):
     with pytest.raises(InvalidInput, match=r"expected \(2, 8, 5, 64\) of torch.float32"):
         scaled_dot_product_attention_gqa(*inputs(q_len=5), output_tensor=wrong)
+
+
+def test_an_output_of_another_type_is_refused():
+    query, key, value = inputs()
+    with pytest.raises(TypeError, match=r"output_tensor is numpy\.ndarray: expected a torch\.Tensor"):
+        scaled_dot_product_attention_gqa(query, key, value, output_tensor=query.numpy())
+
+
+@pytest.mark.guest(None)  # to load torch's compiler takes minutes in a guest
+def test_a_compiled_model_calls_it_between_graphs_without_a_word(capfd):
+    helper, (query, key, value) = NUMAOptimizedGQA(NODE, threads=1), inputs()
+    threads = []  # with which the graphs compute
+
+    def model(query):
+        with helper:
+            inside = scaled_dot_product_attention_gqa(query, key, value)
+        return inside + helper.compute(2 * query, key, value)
+
+    def look(graph, _):
+        return lambda *given: (threads.append(torch.get_num_threads()), graph.forward(*given))[1]
+
+    outside = state()
+    torch.testing.assert_close(torch.compile(model, backend=look)(query), model(query))
+    assert 1 in threads
+    assert state() == outside
+    assert capfd.readouterr() == ("", "")

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from numa_lab import mlc, placement
 from numa_lab.attention.shapes import preset
 from numa_lab.binding import Binding
+from numa_lab.control_groups import MemoryLimit
 from numa_lab.errors import InvalidInput, RunDirectoryError
 from numa_lab.measured import Measured
 from numa_lab.results import write_json
@@ -200,6 +201,18 @@ def test_a_topology_gives_sockets_and_room_and_what_may_be_used(four_nodes):
     assert not found["c0m0"].fits
     assert found["c0m0"].limit == "does not fit: 2.1 GB into the 1.1 GB of node 0"
     assert plan.choice.label == "sharded 0-2"
+    limits = (MemoryLimit("/sys/fs/cgroup/memory.max", 2 << 30, 0), MemoryLimit("/memory.high", 3 << 29, 0, True))
+    limited = dataclasses.replace(four_nodes, memory_limits=limits)
+    assert by_label(placement.plan_placement(LONG, limited, measured).strategies)["c0m0"].fits
+    with pytest.raises(
+        InvalidInput, match=r"hold 1.1, 1.1, 1.1, 1.1 GB, and a control group lets this process hold 1.6:"
+    ):
+        placement.plan_placement(wide, limited, measured)
+    (bound,) = placement.predict_bindings([(Binding.parse("c0-2i0-2"), wide)], limited, measured)
+    assert (bound.fits, bound.limit) == (False, "does not fit: 2.1 GB into the 1.6 GB that a control group allows")
+    assert placement.predict_bindings([(Binding.parse("c0u9m0"), wide)], four_nodes, measured) == [None]
+    isolated = dataclasses.replace(four_nodes, isolated_cpus=(2, 3))
+    assert "sharded 0,2" in by_label(placement.plan_placement(LONG, isolated, measured).strategies)
     with pytest.raises(InvalidInput, match="fit nowhere"):
         placement.plan_placement(LONG.replace(batch=64), four_nodes, measured)
     with pytest.raises(InvalidInput, match="measured were nodes 0-1, and the machine has 0-3"):

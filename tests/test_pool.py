@@ -4,6 +4,8 @@ import threading
 import psutil
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from numa_lab import memory, openmp, pool
 from numa_lab.attention.reference import attention as reference
@@ -36,6 +38,21 @@ def test_a_batch_comes_back_in_order_and_right(threads):
     for output, *arguments in zip(outputs, queries, keys, values, strict=True):
         assert (output - reference(*arguments, enable_gqa=True)[0]).abs().max() < 1e-5
     assert threads.parallel_gqa_compute([], [], []) == []
+
+
+def test_what_the_calling_thread_has_set_holds_for_its_batch(threads):
+    queries, keys, values = batch(3)
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.inference_mode():
+        outputs = threads.parallel_gqa_compute(queries, keys, values)
+    assert [(output.dtype, output.is_inference()) for output in outputs] == [(torch.bfloat16, True)] * 3
+    negated = threads.parallel_gqa_compute([torch._neg_view(one) for one in queries], keys, values)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # it knows no other kernel of the CPU
+        counted = threads.parallel_gqa_compute(queries, keys, values)
+    assert counter.get_total_flops() == sum(4 * one.numel() * 30 for one in queries)
+    for plain, minus, *arguments in zip(counted, negated, queries, keys, values, strict=True):
+        torch.testing.assert_close(plain.double(), reference(*arguments, enable_gqa=True)[0], rtol=0, atol=1e-5)
+        arguments[0] = -arguments[0]
+        torch.testing.assert_close(minus.double(), reference(*arguments, enable_gqa=True)[0], rtol=0, atol=1e-5)
 
 
 def test_leaders_share_the_cores_of_a_node():

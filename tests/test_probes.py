@@ -4,13 +4,13 @@ import itertools
 import json
 import os
 import threading
-import time
 
 import numpy as np
 import pytest
 import torch
 
 from numa_lab import memory, openmp, probes, reading, simd
+from numa_lab.control_groups import MemoryLimit
 from numa_lab.errors import InvalidInput, NumaLabError
 from numa_lab.topology import read_topology
 
@@ -114,11 +114,18 @@ def state():
     return os.sched_getaffinity(0), torch.get_num_threads(), later
 
 
-def test_this_machine_is_probed_plausibly_within_its_time(small):
-    before, seen = state(), []
-    begin = time.perf_counter()
+def test_this_machine_is_probed_plausibly_within_its_time(small, monkeypatch):
+    before, seen, given = state(), [], []
+    read_bandwidth = probes.read_bandwidth
+
+    def noted(*arguments, seconds):
+        given.append(seconds)
+        return read_bandwidth(*arguments, seconds=seconds)
+
+    monkeypatch.setattr(probes, "read_bandwidth", noted)
     found = probes.probe_nodes(small, seconds=1.0, progress=lambda *step: seen.append(step))
-    assert time.perf_counter() - begin < 10
+    cells = seen[-1][1] - 1  # besides all nodes at once
+    assert 0 < sum(given[:cells]) <= 1 + cells * probes.MIN_CELL_SECONDS
     node = small.effective_nodes[0]
     at = small.node_ids.index(node)
     assert 5e8 < found.read_bytes_per_s[at][at] < 1e13
@@ -167,6 +174,15 @@ def test_a_smaller_buffer_is_noted(three_nodes):
     assert "buffer of 16 MiB instead of 32 MiB" in probes.probe_nodes(topology, seconds=0.1).notes[0]
 
 
+def test_what_a_control_group_leaves_is_shared_by_buffers_that_are_filled_at_once(three_nodes):
+    limit = MemoryLimit("/sys/fs/cgroup/memory.max", 1 << 30, 64 << 20)
+    found = probes.probe_nodes(dataclasses.replace(three_nodes, memory_limits=(limit,)), seconds=0.1)
+    assert found.notes == tuple(
+        f"Node {node}: buffer of 16 MiB instead of 32 MiB, half of its available memory; caches may hold part of it."
+        for node in (0, 1)
+    )
+
+
 def test_state_comes_back_after_an_error(three_nodes, monkeypatch):
     def fail(*_args, **_options):
         raise ZeroDivisionError
@@ -205,3 +221,9 @@ def test_without_torchs_openmp_its_own_sum_stands_in_and_says_so(small, monkeypa
     found = probes.probe_nodes(small, seconds=0.1)
     assert "torch.sum was timed" in found.notes[0]
     assert found.all_nodes_bytes_per_s > 0
+
+
+@pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan")])
+def test_a_time_that_makes_no_sense_is_refused(seconds):
+    with pytest.raises(InvalidInput, match=f"seconds={seconds}: expected a positive time"):
+        probes.probe_nodes(read_topology(), seconds=seconds)

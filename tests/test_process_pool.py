@@ -53,10 +53,10 @@ def test_attention_is_computed_where_its_tensors_lie(processes):
 
 def test_a_killed_process_is_told_and_started_anew_on_request(processes):
     victim = processes.submit(os.getpid).result()
-    working = processes.submit(time.sleep, 60)
+    working = processes.submit(time.sleep, 3600)
     os.kill(victim, signal.SIGKILL)
     with pytest.raises(BrokenProcessPool):
-        working.result(timeout=30)
+        working.result(timeout=600)
     with pytest.raises(BrokenProcessPool):
         processes.submit(os.getpid)
     processes.restart(NODE)

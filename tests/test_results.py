@@ -86,6 +86,26 @@ def test_two_machines_are_mixed_on_request_only_and_keep_their_fingerprints(run_
     assert mixed["machine"].value_counts().to_dict() == {"here": 2, "there": 1}
 
 
+def test_runs_of_one_machine_with_different_cpus_are_not_mixed_silently(run_dir, tmp_path):
+    facts = json.loads((run_dir / "machine.json").read_text())
+    for name, cpus in (("wide", [0, 1]), ("narrow", [1])):
+        results.write_json(tmp_path / name / "machine.json", facts | {"topology": {"allowed_cpus": cpus}})
+        results.write_rows(tmp_path / name / "executions" / "x.parquet", [row()], "here")
+    with pytest.raises(MachineMismatch, match="allowed CPUs: 0-1 against 1"):
+        results.load_runs([tmp_path / "wide", tmp_path / "narrow"])
+    assert len(results.load_runs([tmp_path / "wide", tmp_path / "narrow"], mix_machines=True)) == 2
+
+
+def test_a_run_of_which_nothing_passed_says_why(run_dir):
+    for file in (run_dir / "executions").glob("*.parquet"):
+        file.unlink()
+    results.write_json(run_dir / "executions" / "one.json", {"status": "failed", "reasons": ["Node 1 is full."]})
+    with pytest.raises(
+        RunDirectoryError, match=r"1 failed, one because: Node 1 is full\. When that is mended, finish it"
+    ):
+        results.load_run(run_dir)
+
+
 def test_a_folder_that_can_not_be_written_and_a_full_disk_are_said(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunDirectoryError, match="can't be written"):

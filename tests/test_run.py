@@ -5,6 +5,7 @@ import pytest
 
 from numa_lab import openmp, results, run
 from numa_lab.binding import Binding
+from numa_lab.control_groups import MemoryLimit
 from numa_lab.errors import InvalidInput, NodeUnavailable, UntrustedResult
 from numa_lab.receipt import Receipt
 from numa_lab.workloads import CASE_KEY, case_key
@@ -52,6 +53,12 @@ def test_under_first_touch_one_pinned_thread_fills_k_and_v(monkeypatch, four_nod
     )
     with pytest.raises(NodeUnavailable, match=r"nodes 1 have 0 MiB free .* takes that of other nodes"):
         started.pool()
+    limit = MemoryLimit("/sys/fs/cgroup/memory.high", 1 << 20, 1 << 10, True)
+    limited = dataclasses.replace(started, topology=dataclasses.replace(four_nodes, memory_limits=(limit,)))
+    with pytest.raises(
+        NodeUnavailable, match=r"memory\.high limits this process to 1 MiB, of which 0 MiB are left .* K and V"
+    ):
+        limited.pool()
 
 
 def test_finish_writes_what_the_sweep_asked_for(measured, tmp_path):
@@ -78,6 +85,7 @@ def test_finish_refuses_a_contradiction_and_a_wrong_backend(measured, monkeypatc
         ({"preset": "llama-9"}, "llama-3-8b"),
         ({"profile": "slow"}, "smoke"),
         ({"execution": {"labl": "c0m0"}}, "labl"),
+        ({"execution": {"binding": None}}, "expected a text for binding"),
     ],
 )
 def test_a_parameter_that_makes_no_sense_is_named(changed, message):

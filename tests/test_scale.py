@@ -1,13 +1,22 @@
-"""Machines with hundreds of CPUs and 16 nodes and more: everything stays right, and quick enough to wait for."""
+"""Machines with hundreds of CPUs and 16 nodes and more: everything stays right, and quick enough to wait for.
 
+Limits are CPU time, five times and more what it takes alone, so that other work on the machine does not matter; what grows with the
+square of the machine takes hours.
+"""
+
+import os
 import time
 
 import pytest
 
-from numa_lab import notebook, plan, receipt, stats
+from numa_lab import notebook, placement, plan, receipt, stats
+from numa_lab.attention.shapes import preset
 from numa_lab.binding import Binding
+from numa_lab.measured import Measured
+from numa_lab.overview import overview
 from numa_lab.report import figures, verdicts
 from numa_lab.results import load_machine, load_run
+from numa_lab.sysfs import format_cpulist
 from numa_lab.topology import read_topology
 
 MEASURED = notebook.find("02_attention_under_binding")
@@ -35,6 +44,66 @@ def test_a_large_machine_is_read_and_planned(captured, name, bindings):
     assert len({planned.execution_id for planned in made.executions}) == len(made.executions)
     assert {cpu for node in topology.nodes for cpu in node.cpus} == {cpu.id for cpu in topology.cpus}
     assert seconds < SECONDS
+
+
+NODES, CPUS = 72, 4608
+
+
+@pytest.fixture
+def largest(tmp_path):
+    """So many nodes with two threads on each core; each core has a cache, and each node another."""
+    half = CPUS // 2
+
+    def write(folder, **files):
+        os.makedirs(tmp_path / folder, exist_ok=True)
+        for name, text in files.items():
+            with open(tmp_path / folder / name, "w") as file:
+                file.write(text)
+
+    write("proc/self", status=f"Cpus_allowed_list:\t0-{CPUS - 1}\nMems_allowed_list:\t0-{NODES - 1}\n")
+    write("proc", cpuinfo="model name\t: The largest\n")
+    write("sys/devices/system/cpu", online=f"0-{CPUS - 1}\n")
+    of_node = [f"{32 * n}-{32 * n + 31},{half + 32 * n}-{half + 32 * n + 31}" for n in range(NODES)]
+    for node, cpus in enumerate(of_node):
+        distances = " ".join("10" if node == other else "32" for other in range(NODES))
+        memory = f"Node {node} MemTotal: 260000000 kB\nNode {node} MemFree: 250000000 kB\n"
+        write(f"sys/devices/system/node/node{node}", cpulist=cpus, distance=distances, meminfo=memory)
+    for cpu in range(CPUS):
+        core, node, folder = cpu % half, cpu % half // 32, f"sys/devices/system/cpu/cpu{cpu}"
+        siblings = f"{core},{core + half}"
+        write(f"{folder}/topology", thread_siblings_list=siblings, physical_package_id=f"{node // 2}")
+        write(f"{folder}/cache/index0", level="2", type="Unified", size="1024K", shared_cpu_list=siblings)
+        write(f"{folder}/cache/index1", level="3", type="Unified", size="32768K", shared_cpu_list=of_node[node])
+    return tmp_path
+
+
+def test_72_nodes_with_4608_cpus_are_read_and_planned(largest, monkeypatch):
+    opened, really = [], os.open
+    monkeypatch.setattr(os, "open", lambda path, *rest: opened.append(path) or really(path, *rest))
+    begin = time.process_time()
+    topology = read_topology(largest)
+    text = overview(topology)
+    read = time.process_time() - begin
+    assert len(opened) < 6 * CPUS, "a file for each CPU and cache, and none twice"
+    assert (len(topology.cpus), len(topology.sockets), topology.last_cache_bytes) == (CPUS, 36, NODES * 32 << 20)
+    assert topology.cpus_for([71]) == tuple(range(71 * 32, 72 * 32))
+    assert f"\n  71  248.0 GiB  238.4 GiB  yes            {format_cpulist(topology.node_cpus[71])}\n" in text
+    chosen = plan.choose_bindings("matrix", topology)
+    made = plan.make_plan(
+        profile="quick", bindings=chosen, topology=topology, measured=MEASURED, parameters={}, run_id="x", command=""
+    )
+    planned = time.process_time() - begin - read
+    assert len(made.executions) == 5 * (NODES * NODES + 1)
+    rows = tuple(tuple(9e10 if cpu == mem else 2e10 + cpu for mem in range(NODES)) for cpu in range(NODES))
+    measured = Measured(topology.node_ids, rows, None, None)
+    shape = preset("llama-3-8b")
+    predicted = placement.predict_bindings(
+        [(binding, shape) for binding in chosen for _ in range(9)], topology, measured
+    )
+    assert predicted[0].limit == "memory of node 0, 90.0 GB/s"
+    assert read < 4
+    assert planned < 15
+    assert time.process_time() - begin - read - planned < 15, "as many predictions as a profile has decode cases"
 
 
 def test_a_run_on_16_nodes_is_judged_and_drawn(synthetic_rows, synthetic_run):

@@ -13,10 +13,13 @@ from pathlib import Path
 
 import psutil
 import pytest
+from click.testing import CliRunner
 
-from numa_lab import libnuma, notebook, plan, results, run, sweep
-from numa_lab.errors import InvalidInput, MachineMismatch, NodeUnavailable, NumaLabError, RunDirectoryError
-from numa_lab.topology import read_topology
+from numa_lab import libnuma, notebook, plan, results, run, sweep, sweep_lock
+from numa_lab.cli import main
+from numa_lab.errors import InvalidInput, MachineMismatch, NodeUnavailable, RunDirectoryError, UntrustedResult
+from numa_lab.report import receipts
+from numa_lab.topology import parse_cpulist, read_topology
 
 MEASURED = notebook.find(sweep.MEASURED_NOTEBOOK)
 
@@ -148,14 +151,16 @@ def test_a_changed_notebook_and_another_machine_are_not_resumed(finished, tmp_pa
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [
-        (lambda rows: rows.assign(label="c7m7"), r"Rows have label \['c7m7'\]"),
-        (lambda rows: rows.assign(effective="c0m*"), "the kernel granted default"),
-        (lambda rows: rows[rows["attention"] != "mqa"], "cases are missing"),
-        (lambda rows: rows[rows["sample"] < 3], "fewer than 5 steady samples"),
+        (lambda rows: rows.assign(label="c7m7"), r"Rows have label c7m7, expected c\d+m\d+(~aa)?: the notebook must hand"),
+        (lambda rows: rows.assign(effective="c0m*"), "the kernel granted default.*this was not c.* `numa-lab doctor`"),
+        (lambda rows: rows[rows["attention"] != "mqa"], r"2 of \d+ cases were not measured, the first of them MQA decode in bfloat16"),
+        (lambda rows: rows.assign(threads=rows["threads"] + 90), r"It computed with up to \d+ threads, and the CPUs .* have \d+ physical"),
+        (lambda rows: rows.assign(observed=rows["observed"].map(on_cpu_4000)), r"computed on CPUs 4000, outside the requested CPUs"),
+        (lambda rows: rows[rows["sample"] < 3], "fewer than 5 steady samples, the first of them GQA decode"),
         (lambda rows: rows.assign(seconds=0.0), "not positive"),
         (lambda rows: rows.iloc[:0], "holds no rows"),
     ],
-)
+)  # fmt: skip
 def test_the_gate_refuses_rows_that_can_not_be_trusted(finished, tmp_path, spoil, reason):
     planned, topology = plan.load_plan(finished), read_topology()
     first = planned.executions[0]
@@ -167,39 +172,127 @@ def test_the_gate_refuses_rows_that_can_not_be_trusted(finished, tmp_path, spoil
         notebook.Outcome(0, 1.0), tmp_path / "rows.parquet", first, topology, tmp_path / "log", expected
     )
     assert re.search(reason, " ".join(refused))
+    assert len(refused) <= 6
+    assert not re.search(r"\(['\"]|\['|None", " ".join(refused)), "a message shows Python's own form of a value"
+
+
+def on_cpu_4000(observed):
+    told = json.loads(observed)
+    return json.dumps(told | {"threads": [thread | {"seen": "4000"} for thread in told["threads"]]})
+
+
+@pytest.mark.notebook
+def test_threads_outside_the_mask_that_a_sweep_was_given_are_refused(finished, tmp_path):
+    """As if numactl had widened an execution to its whole node."""
+    topology = read_topology()
+    first = plan.load_plan(finished).executions[0]
+    masked = dataclasses.replace(topology, allowed_cpus=topology.cpus_of(first.binding.cpu_nodes)[:1])
+    rows = finished / "executions" / f"{first.execution_id}.parquet"
+    (tmp_path / "log").write_text("")
+    refused = " ".join(sweep.gate(notebook.Outcome(0, 1.0), rows, first, masked, tmp_path / "log", []))
+    seen = {cpu for text in results.read_rows(rows)[0]["observed_cpus"] for cpu in parse_cpulist(text)}
+    assert bool(seen - set(masked.allowed_cpus)) == ("outside the requested CPUs" in refused)
+    assert receipts.found_contradictions(results.read_rows(rows)[0], results.load_machine(finished)) == []
 
 
 def test_the_gate_names_the_exit_status_and_a_missing_result(tmp_path):
-    planned = planned_sweep(executions=1)
-    (tmp_path / "log").write_text("Traceback\nValueError: the reason\n\n")
-    reasons = sweep.gate(
-        notebook.Outcome(138, 1.0), tmp_path / "none", planned.executions[0], read_topology(), tmp_path / "log", []
-    )
-    assert reasons == [
-        "papermill ended with exit status 138: ValueError: the reason",
+    first, machine = planned_sweep(executions=1).executions[0], read_topology()
+    log = tmp_path / "executions" / "key.log"
+    log.parent.mkdir()
+    log.write_text("Traceback\nValueError: the reason\n\n")
+
+    def told(status):
+        return sweep.gate(notebook.Outcome(status, 1.0), tmp_path / "none", first, machine, log, [])
+
+    where = "(all that it printed: executions/key.log)"
+    assert told(138) == [
+        f"papermill ended with exit status 138: ValueError: the reason {where}.",
         "The notebook wrote no result file.",
     ]
-    assert "did not end" in sweep.gate(
-        notebook.Outcome(None, 1.0), tmp_path / "none", planned.executions[0], read_topology(), tmp_path / "log", []
-    )[0]  # fmt: skip
+    assert told(-9)[0].startswith(
+        "papermill was killed by signal 9: ValueError: the reason, as happens where memory runs"
+    )
+    assert told(None)[0] == f"It did not end within {notebook.LIMIT_SECONDS} s and was killed {where}."
+    log.write_text(
+        "libnuma: Warning: cpu argument 7 is out of range\n\n<7> is invalid\nusage: numactl [--all | -a]\n<length> can have g\n"
+    )
+    assert told(1)[0].startswith(
+        "numactl refused the binding, since cpu argument 7 is out of range: were CPUs or nodes taken"
+    )
+    log.write_text("nbclient.exceptions.DeadKernelError: Kernel died\n")
+    assert "Kernel died, as happens where memory runs out" in told(1)[0]
+    assert told(0) == ["The notebook wrote no result file. Its last cell must call `finish` with all rows."]
+
+
+def failing(monkeypatch, tmp_path, reasons):
+    """Sweep a plan of which no execution does anything but fail for the next of the reasons; how many were begun."""
+    begun = []
+
+    def execute(plan, planned, run_dir, measured, topology):
+        begun.append(planned)
+        return reasons(planned, len(begun))
+
+    monkeypatch.setattr(sweep, "execute", execute)
+    for _ in sweep.run(planned_sweep(executions=4), tmp_path, read_topology(), MEASURED):
+        pass
+    return len(begun)
+
+
+def test_a_sweep_whose_first_executions_all_fail_alike_stops_and_says_why(monkeypatch, tmp_path):
+    def alike(planned, number):
+        return [f"Nodes of {planned.label} have {number}.5 MiB: see executions/{planned.execution_id}.log"]
+
+    with pytest.raises(UntrustedResult, match=r"first 3 executions all failed alike.* 3\.5 MiB: .*--resume"):
+        failing(monkeypatch, tmp_path, alike)
+
+
+@pytest.mark.parametrize(
+    "reasons",
+    [
+        lambda planned, number: ["No memory."] if number != 2 else ["No CPUs."],
+        lambda planned, number: ["No memory."] if number != 3 else [],
+    ],
+    ids=["different causes", "one passes"],
+)
+def test_a_sweep_goes_on_where_not_all_fail_alike(monkeypatch, tmp_path, reasons):
+    assert failing(monkeypatch, tmp_path, reasons) == len(planned_sweep(executions=4).executions)
+
+
+def test_a_run_of_another_mask_is_not_resumed_and_has_other_keys(tmp_path, four_nodes):
+    masked = dataclasses.replace(four_nodes, allowed_cpus=(1, 2, 3))
+
+    def made(topology):
+        return plan.make_plan(
+            profile="smoke", bindings=plan.choose_bindings("c0m0,c*m*", topology), topology=topology, measured=MEASURED,
+            parameters={}, run_id="test", command="numa-lab sweep",
+        )  # fmt: skip
+
+    planned = made(masked)
+    keys = {one.execution_id for one in planned.executions}
+    assert keys.isdisjoint(one.execution_id for one in made(four_nodes).executions)
+    commands = {one.label: one.command for one in planned.executions}
+    assert commands["c0m0"].startswith("numactl --physcpubind=1 --membind=0 python")
+    assert commands["c*m*"].startswith("taskset -c 1-3 python")
+    plan.prepare(planned, tmp_path, masked)
+    plan.check_resumable(planned, tmp_path, masked, MEASURED)
+    with pytest.raises(
+        MachineMismatch, match=f"begun on CPUs 1-3, .* 0-5.* `taskset -c 1-3 numa-lab sweep --resume {tmp_path}`"
+    ):
+        plan.check_resumable(planned, tmp_path, four_nodes, MEASURED)
+    for changed in ({"allowed_cpus": (1, 2)}, {"allowed_cpus": (1, 2, 3), "allowed_nodes": (0, 1)}):
+        with pytest.raises(MachineMismatch, match="let it use the same"):
+            plan.check_resumable(planned, tmp_path, dataclasses.replace(four_nodes, **changed), MEASURED)
 
 
 @pytest.mark.notebook
 def test_ctrl_c_leaves_what_has_finished_usable_and_no_kernel_behind(tmp_path):
     run_dir = tmp_path / "run"
-    words = [
-        sys.executable,
-        "-m",
-        "numa_lab",
-        "sweep",
-        "--profile",
-        "smoke",
-        "--executions",
-        "9",
-        "--no-probes",
-        "--out",
-        str(run_dir),
-    ]
+    code = (
+        "from pathlib import Path\nfrom numa_lab import cli, sweep_lock\n"
+        f"sweep_lock.NAME, sweep_lock.FILE = {sweep_lock.NAME!r}, Path({str(sweep_lock.FILE)!r})\ncli.main()"
+    )
+    options = ["--profile", "smoke", "--executions", "9", "--no-probes", "--out", str(run_dir)]
+    words = [sys.executable, "-c", code, "sweep", *options]
     sweeping = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
     end = time.monotonic() + 90
     while not list(run_dir.glob("executions/*.parquet")):
@@ -248,9 +341,12 @@ def test_a_damaged_plan_is_said_to_be_damaged(tmp_path):
             plan.load_plan(tmp_path)
 
 
-def test_two_sweeps_do_not_measure_at_once():
-    with sweep.alone(), pytest.raises(NumaLabError, match="another sweep"), sweep.alone():
-        pass
+def test_a_sweep_is_refused_while_another_measures_and_leaves_nothing(tmp_path):
+    with sweep.alone():
+        result = CliRunner().invoke(main, ["sweep", "--profile", "smoke", "--out", str(tmp_path / "run")])
+    assert result.exit_code == 1
+    assert f"another sweep measures on this machine: this process, {os.getpid()}" in result.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_plan_survives_its_file_without_a_path_of_this_machine(tmp_path):

@@ -1,10 +1,14 @@
+import json
 import os
+import subprocess
+import sys
 import threading
 
 import pytest
 import torch
 
 from numa_lab import libnuma, openmp, team
+from numa_lab.errors import NodeUnavailable
 from numa_lab.topology import read_topology
 
 
@@ -50,12 +54,14 @@ def test_every_thread_gets_the_policy_and_gives_it_back(node):
 
 
 def test_threads_born_inside_are_given_back_too():
-    everywhere = os.sched_getaffinity(0)
-    with team.pinned_team([min(everywhere)]):
-        torch.set_num_threads(4)
-        openmp.team()
-    assert [thread.cpus for thread in openmp.team(4)] == [everywhere] * 4
-    openmp.set_threads(len(everywhere))
+    everywhere, threads = os.sched_getaffinity(0), torch.get_num_threads()
+    try:
+        with team.pinned_team([min(everywhere)]):
+            torch.set_num_threads(4)
+            openmp.team()
+        assert [thread.cpus for thread in openmp.team(4)] == [everywhere] * 4
+    finally:
+        torch.set_num_threads(threads)  # of threads that are started later, too
 
 
 def test_the_leader_may_keep_more_than_its_cpu():
@@ -70,7 +76,10 @@ def test_the_leader_may_keep_more_than_its_cpu():
 
 def test_a_cpu_that_is_not_allowed_raises_and_restores():
     before, threads = os.sched_getaffinity(0), torch.get_num_threads()
-    with pytest.raises(OSError, match="Invalid argument"), team.pinned_team([4095]):
+    with (
+        pytest.raises(NodeUnavailable, match=r"CPU 4095\): Invalid argument.*CPUs .* by its mask"),
+        team.pinned_team([4095]),
+    ):
         pass
     assert os.sched_getaffinity(0) == before
     assert torch.get_num_threads() == threads
@@ -123,3 +132,52 @@ def test_a_forked_child_computes():
         finally:
             os._exit(status)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+GIVEN_FEWER = """
+import json
+import torch
+from numa_lab import NUMAOptimizedGQA, NUMAThreadPool, doctor, openmp, team
+from numa_lab.errors import UntrustedResult
+from numa_lab.kv_cache import NodeShardedKVCache
+from numa_lab.run import start
+
+cpu = min(openmp.team(1)[0].cpus)
+outside = openmp.team(1)
+placement = team.Placement([cpu] * 3)
+before = placement.enter()
+granted = before.granted, [sorted(thread.cpus) == [cpu] for thread in openmp.team()]
+placement.leave(before)
+assert openmp.team(1) == outside
+helper = NUMAOptimizedGQA(0, threads=2)
+with helper:
+    query, key = torch.ones(1, 4, 1, 64), torch.ones(1, 2, 999, 64)
+    torch.testing.assert_close(helper.compute(query, key, key), query)
+receipts = [helper.receipt()]
+with NUMAThreadPool() as pool:
+    receipts += pool.receipt().values()
+cache = NodeShardedKVCache(1, 2, 64, 9, torch.float32)
+receipts += cache.receipt().values()
+found = [receipt.contradictions(receipt.observed_cpus, receipt.effective.cpu_nodes) for receipt in receipts]
+execution = start(profile="smoke", preset="llama-3-8b", kv_len=64)
+try:
+    refused = execution.finish(execution.measure())
+except UntrustedResult as error:
+    refused = str(error)
+print(json.dumps([granted, found, refused, [finding.seen for finding in doctor.examine()]]))
+"""
+
+
+@pytest.mark.skipif(len(read_topology().cpus_for([0])) < 2, reason="a team of two needs two cores")
+def test_a_team_that_openmp_makes_smaller_is_told_everywhere():
+    done = subprocess.run(
+        [sys.executable, "-c", GIVEN_FEWER],
+        env=os.environ | {"OMP_THREAD_LIMIT": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    granted, found, refused, seen = json.loads(done.stdout)
+    assert granted == [1, [True]]
+    assert len(found) == 3
+    for told in (*map(" ".join, found), refused):
+        assert "2 threads were requested and 1 computed" in told
+    assert "OMP_THREAD_LIMIT=1" in seen

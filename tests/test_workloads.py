@@ -1,7 +1,11 @@
+import dataclasses
+
 import pytest
 
+from numa_lab.binding import Binding
+from numa_lab.control_groups import MemoryLimit
 from numa_lab.errors import InvalidInput
-from numa_lab.workloads import PROFILES, case_key, workload
+from numa_lab.workloads import PROFILES, case_key, usable_bytes, workload
 
 GIB = 1 << 30
 
@@ -35,3 +39,11 @@ def test_the_guide_keeps_its_own_batch_and_length_and_shrinks_with_a_message():
 def test_unknown_names_list_the_known_ones(profile, model, kv_len, message):
     with pytest.raises(InvalidInput, match=message):
         workload(profile, model, kv_len, memory_bytes=GIB)
+
+
+def test_the_shapes_are_those_that_a_control_group_has_room_for(four_nodes):
+    small = dataclasses.replace(four_nodes, memory_limits=(MemoryLimit("/sys/fs/cgroup/memory.max", GIB // 2, 0),))
+    for label in ("c0m0", "c0-1i0-3", "c*m*"):
+        assert usable_bytes(small, Binding.parse(label)) == GIB // 4, "whatever is in use now: plan and execution agree"
+    assert usable_bytes(four_nodes, Binding.parse("c0-1i0-3")) == 2 * GIB
+    assert "may take" in workload("quick", "guide", memory_bytes=usable_bytes(small, Binding())).message

@@ -2,10 +2,66 @@
 
 from __future__ import annotations
 
+import numbers
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor
 
-from numa_lab.errors import InvalidInput
+from numa_lab.errors import InvalidInput, WrongType
+
+
+def require_tensors(**arguments: Any) -> None:
+    """Refuse what is no tensor.
+
+    Raises
+    ------
+    WrongType
+        Naming the argument, what it is, and how to make a tensor of it.
+    """
+    for name, given in arguments.items():
+        if not isinstance(given, Tensor):
+            fix = f"torch.from_numpy({name})" if isinstance(given, np.ndarray) else f"torch.as_tensor({name})"
+            fix = "" if given is None else f"; make one of it with {fix}"
+            raise WrongType(f"{name} is {_type(given)}: expected a torch.Tensor{fix}")
+
+
+def require_options(dropout_p: object, is_causal: object, scale: object, enable_gqa: object) -> None:
+    """Refuse types of the other arguments that torch's own refuses too.
+
+    Raises
+    ------
+    WrongType
+        Naming the argument, what it is, and what was expected.
+    """
+    if type(is_causal) is not bool or type(enable_gqa) is not bool:
+        name, flag = ("enable_gqa", enable_gqa) if type(is_causal) is bool else ("is_causal", is_causal)
+        raise WrongType(f"{name} is {_type(flag)} {flag!r}: expected True or False")
+    if as_number("dropout_p", dropout_p) is None:
+        raise WrongType("dropout_p is None: expected a number")
+    as_number("scale", scale)
+
+
+def as_number(name: str, given: object) -> float | None:
+    """A number, or None, as torch takes them: a tensor may stand for one where it has no dimensions and no gradient.
+
+    Raises
+    ------
+    WrongType
+        It is nothing like that.
+    """
+    if given is None or type(given) is float:
+        return given
+    single = isinstance(given, Tensor) and given.dim() == 0 and not given.requires_grad and not given.is_complex()
+    if not single and not isinstance(given, numbers.Real):
+        raise WrongType(f"{name} is {_type(given)} {given!r}: expected a number")
+    return float(given)  # type: ignore[arg-type]
+
+
+def _type(value: object) -> str:
+    kind = type(value)
+    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
 
 
 def check(
@@ -52,16 +108,17 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
 
 def _check_heads(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[int, ...]:
     """The output's dimensions in front of q_len, after broadcasting those of the batch as torch does."""
-    shapes = _shapes(query, key, value)
     last = -2
     if enable_gqa:
         last = -3
         if min(query.dim(), key.dim(), value.dim()) < 3:
-            raise InvalidInput(f"{shapes}: enable_gqa=True expects a dimension of heads, third from last")
+            raise InvalidInput(
+                f"{_shapes(query, key, value)}: enable_gqa=True expects a dimension of heads, third from last"
+            )
         q_heads, kv_heads = query.size(-3), key.size(-3)
         if kv_heads != value.size(-3) or not q_heads or not kv_heads or q_heads % kv_heads:
             raise InvalidInput(
-                f"{shapes}: {q_heads} query heads with {kv_heads} KV heads in key and {value.size(-3)} in value: "
+                f"{_shapes(query, key, value)}: {q_heads} query heads with {kv_heads} KV heads in key and {value.size(-3)} in value: "
                 "enable_gqa=True expects as many in key as in value, and a multiple of them in query"
             )
     leading = query.shape[:last]
@@ -72,6 +129,7 @@ def _check_heads(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) ->
             fix = "give all three the same batch"
             if not enable_gqa and query.dim() > 2 and query.shape[:-3] == key.shape[:-3] == value.shape[:-3]:
                 fix = "set enable_gqa=True to let a group of query heads share a KV head"
+            shapes = _shapes(query, key, value)
             raise InvalidInput(f"{shapes}: the dimensions in front of the last {-last} don't match; {fix}") from error
     return (*leading, query.size(-3)) if enable_gqa else tuple(leading)
 

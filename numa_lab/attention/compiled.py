@@ -3,14 +3,17 @@
 Numba's own cache hardly helps here (it compiles on, from what it stored), so the finished machine code is stored, through
 llvmlite's public interface. A file is named after all that decides about its content: this package's sources, the versions
 of Numba and llvmlite, the CPU and its features. It is written under another name and renamed, so that any number of
-processes may share the folder, and begins with a checksum, so that a damaged one is made anew.
+processes may share the folder, and begins with a checksum, so that a damaged one is made anew. Where it can't be kept (no home,
+a folder that can't be written, a full disk) each process compiles for itself.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import stat
 import tempfile
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,9 +21,8 @@ from typing import Any
 import llvmlite
 import llvmlite.binding as llvm
 import numba
-import platformdirs
 
-from numa_lab import simd
+from numa_lab import cache_folder, simd
 from numa_lab.attention import decode_kernel, merge_kernel, tiles
 from numa_lab.attention.decode_kernel import Spec
 from numa_lab.attention.merge_kernel import MergeSpec
@@ -33,17 +35,20 @@ _engines: list[Any] = []  # they own the machine code
 @cache
 def address(spec: Spec | MergeSpec) -> int:
     """Address of the compiled ``void (void *)`` of one version of a kernel: loaded from disk, or compiled and stored."""
-    path = folder() / f"kernel-{_fingerprint(spec)}.o"
-    code = _read(path)
+    kept = folder()
+    path = kept / f"kernel-{_fingerprint(spec)}.o" if kept else None
+    code = _read(path) if path else None
     if code is None:
         code = machine_code(spec)
-        _write(path, code)
+        if path:
+            _write(path, code)
     return _load(code)
 
 
-def folder() -> Path:
-    """Where compiled kernels are kept."""
-    return Path(platformdirs.user_cache_dir("numa_lab")) / "kernels"
+def folder() -> Path | None:
+    """Where compiled kernels are kept; None where this user has no place for them."""
+    kept = cache_folder.path()
+    return kept / "kernels" if kept else None
 
 
 def machine_code(spec: Spec | MergeSpec) -> bytes:
@@ -109,8 +114,17 @@ def _fingerprint(spec: Spec | MergeSpec) -> str:
 
 
 def _read(path: Path) -> bytes | None:
+    """The code that was kept; None where there is none that can be used.
+
+    It runs in this process, so it is taken from this user and from root alone: XDG_CACHE_HOME may name a folder of many users.
+    """
     try:
-        stored = path.read_bytes()
+        # Without waiting: whatever else may bear the name, as a pipe, is no code.
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            about = os.fstat(file.fileno())
+            if not stat.S_ISREG(about.st_mode) or about.st_uid not in (0, os.geteuid()):
+                return None
+            stored = file.read()
     except OSError:  # there is none, or this user may not see it: it is compiled
         return None
     code = stored[_DIGEST_BYTES:]
@@ -119,10 +133,12 @@ def _read(path: Path) -> bytes | None:
 
 def _write(path: Path, code: bytes) -> None:
     """Keep the code for other processes, where the folder can be written: without it, each compiles for itself."""
-    try:
+    with suppress(
+        OSError
+    ):  # as where the folder can't be made, is none, or can't be written, and where the disk is full
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as file:
-            file.write(hashlib.sha256(code).digest() + code)
-        os.replace(file.name, path)
-    except OSError:
-        return
+        # A file that is not renamed, as it was not written whole, is removed.
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".", ignore_cleanup_errors=True) as own:
+            whole = Path(own) / path.name
+            whole.write_bytes(hashlib.sha256(code).digest() + code)
+            os.replace(whole, path)

@@ -8,14 +8,19 @@ and no dropout. ``refusal`` says which of them an input misses.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from numa_lab import openmp, simd
-from numa_lab.attention.checks import check
-from numa_lab.attention.plans import KINDS, Plan, layout, make_plan
+from numa_lab.attention import addresses, autocast
+from numa_lab.attention.addresses import Same, guard, unwatched
+from numa_lab.attention.checks import check, require_options, require_tensors
+from numa_lab.attention.plans import KINDS, Plan, make_plan
 from numa_lab.errors import InvalidInput
 
 MAX_HEAD_DIM = 256
@@ -23,7 +28,19 @@ MAX_Q_LEN = 16
 LEAST_SCALE = 1e-30  # smaller ones vanish beside -inf in float32
 
 MAX_PLANS = 1024
-_plans: dict[tuple[object, ...], Plan] = {}
+MAX_ALIKE = 8  # plans of calls that differ in nothing but what only a guard tells
+
+
+class _Known(NamedTuple):
+    """A plan that is ready for calls like one that was checked."""
+
+    same: Same
+    plan: Plan
+    writes: Same  # for which outputs
+    autocast: torch.dtype | None  # under which it was checked
+
+
+_known: dict[tuple[object, ...], tuple[_Known, ...]] = {}
 
 
 def refusal(
@@ -33,15 +50,21 @@ def refusal(
     attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     scale: float | None = None,
+    readable: bool | None = None,
 ) -> str:
-    """Why these inputs can't be served, as a phrase; empty where they can. They fit together (see ``gqa_attention``)."""
-    head_dim = query.size(-1)
+    """Why these inputs can't be served, as a phrase; empty where they can. They fit together (see ``gqa_attention``).
+
+    `readable` is what ``addresses.readable`` said of them, where it was asked already.
+    """
     if unavailable():
         return unavailable()
     if query.dtype not in KINDS or query.device.type != "cpu":
         return f"{query.dtype} on {query.device}"
-    if not type(query) is type(key) is type(value) is Tensor:
-        return "a subclass of Tensor"
+    if readable is None:
+        readable = addresses.readable(query, key, value, *([] if attn_mask is None else [attn_mask]))
+    if not readable:
+        return "tensors that are more than numbers in memory, or a call that a mode, a tracer or a transform of torch watches"
+    head_dim = query.size(-1)
     if dropout_p:
         return f"dropout_p={dropout_p}"
     if scale is not None and not LEAST_SCALE < scale < math.inf:
@@ -121,18 +144,23 @@ def decode_attention(
     InvalidInput
         The inputs don't fit together, or are none that the kernel serves.
     """
+    if is_compiling():  # a graph ends here, which can't look into compiled kernels
+        eager: Callable[..., Tensor | tuple[Tensor, Tensor]] = torch.compiler.disable(decode_attention)
+        return eager(query, key, value, attn_mask, is_causal=is_causal, scale=scale, out=out, return_lse=return_lse)
     usual = attn_mask is None and scale is None and not is_causal and not return_lse
     if usual and (output := plain(query, key, value, True, out)) is not None:
         return output
+    require_tensors(query=query, key=key, value=value, **({} if attn_mask is None else {"attn_mask": attn_mask}))
+    require_options(0.0, is_causal, scale, enable_gqa=True)
     check(query, key, value, attn_mask, 0.0, is_causal, enable_gqa=True)
     if why := refusal(query, key, value, attn_mask, 0.0, scale):
         raise InvalidInput(f"decode_attention does not serve {why}: use gqa_attention, which has other backends")
     if out is None:
         out = empty_output(query)
-    elif out.shape != query.shape or out.dtype != query.dtype or out.stride(-1) != 1 or out.device.type != "cpu":
+    elif not addresses.writable(out) or out.shape != query.shape or out.dtype != query.dtype or out.stride(-1) != 1:
         raise InvalidInput(
-            f"out is {out.dtype} {tuple(out.shape)} with strides {out.stride()}: expected {query.dtype} "
-            f"{tuple(query.shape)} on the CPU with a contiguous head_dim"
+            f"out is {out.dtype} {tuple(out.shape)} with strides {out.stride()} on {out.device}: expected {query.dtype} "
+            f"{tuple(query.shape)} in the CPU's memory, with a contiguous head_dim, and no tensor that gradients are asked of"
         )
     lse = torch.empty(query.shape[:-1], dtype=torch.float32, device="cpu") if return_lse else None
     if is_causal:
@@ -144,8 +172,13 @@ def decode_attention(
 
 
 def empty_output(query: Tensor) -> Tensor:
-    """Memory for the result: contiguous, whatever the query's strides, and whatever dtype and device a program made the default."""
-    return torch.empty(query.shape, dtype=query.dtype, device="cpu")
+    """Memory for the result, in the layout of the query where its rows are contiguous, as torch's own has it on the CPU.
+
+    Its dtype and device are the query's, whatever a program made the default.
+    """
+    out = torch.empty_like(query)
+    # Where rows of the query overlap, the last dimension may not be the innermost one.
+    return out if out.stride(-1) == 1 else torch.empty(query.shape, dtype=query.dtype, device="cpu")
 
 
 def causal(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -156,42 +189,44 @@ def causal(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, T
 
 
 def plain(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool, out: Tensor | None = None) -> Tensor | None:
-    """Attention without mask and options, for shapes that were served before; None for others, which have to be checked.
+    """Attention without mask and options, for calls like those that were served before; None for others, which have to be checked.
 
     The layers of a model ask alike, and checking takes longer than attention to a short context.
     """
-    plan = _plans.get(_signature(query, key, value, enable_gqa))
-    if plan is None:
+    if not unwatched(query, key, value):
         return None
-    if out is None:
-        out = torch.empty_like(query)  # 1 us less than torch.empty
-    elif layout(out) != plan.out:
+    try:
+        keys, alike = key.shape, _known.get(_signature(query, key, enable_gqa))
+    except (AttributeError, RuntimeError):  # no tensor, or one without strides
         return None
-    plan.run(query, key, value, None, out, None)
-    return out
+    for same, plan, writes, autocasts in alike or ():
+        if same(query, key, value) and keys == value.shape and (autocasts is None or autocasts == autocast.dtype()):
+            if out is None:
+                out = torch.empty_like(query)  # 1 us less than torch.empty
+            elif not writes(out):
+                return None
+            plan.run(keys[-2], query, key, value, None, out, None)
+            return out
+    return None
 
 
 def remember(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
     """Let ``plain`` serve inputs like these, which were checked."""
-    signature = _signature(query, key, value, enable_gqa)
-    if signature in _plans:  # it was the output that had to be checked
+    out, signature, under = torch.empty_like(query), _signature(query, key, enable_gqa), autocast.dtype()
+    alike = _known.get(signature, ())
+    # It is known where it was the output that had to be checked. It can't be where rows of the query overlap: see empty_output.
+    if out.stride(-1) != 1 or any(one.autocast == under and one.same(query, key, value) for one in alike):
         return
-    if len(_plans) >= MAX_PLANS:
-        _plans.clear()
-    out = torch.empty_like(query)
-    if out.stride(-1) == 1:  # it isn't, where rows of the query overlap
-        _plans[signature] = make_plan(query, key, value, None, None, out, torch.get_num_threads())
+    if len(_known) >= MAX_PLANS:
+        _known.clear()
+    plan = make_plan(query, key, value, None, None, out, torch.get_num_threads())
+    known = _Known(guard(query, key, value, any_rows=(1, 2)), plan, guard(out), under)
+    _known[signature] = (known, *alike[: MAX_ALIKE - 1])
 
 
-def _signature(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[object, ...]:
-    """All that decides whether and how inputs are served, beside their numbers and addresses: not how many keys there are."""
-    keys = key.shape
-    learns = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-    return (
-        type(query), type(key), type(value), query.dtype, key.dtype, value.dtype,
-        query.is_cpu, key.is_cpu, value.is_cpu, learns, enable_gqa, torch.get_num_threads(),
-        query.shape, keys[:-2], keys[-1], keys == value.shape, query.stride(), key.stride(), value.stride(),
-    )  # fmt: skip
+def _signature(query: Tensor, key: Tensor, enable_gqa: bool) -> tuple[object, ...]:
+    """What calls are looked up by; a guard tells whether they are alike in the rest."""
+    return query.shape, key.stride(), enable_gqa, torch.get_num_threads(), torch.is_grad_enabled()
 
 
 def run(
@@ -207,5 +242,5 @@ def run(
     if attn_mask is not None:
         attn_mask = attn_mask.expand(*query.shape[:-1], key.size(-2))
     make_plan(query, key, value, attn_mask, scale, out, torch.get_num_threads()).run(
-        query, key, value, attn_mask, out, lse
+        key.size(-2), query, key, value, attn_mask, out, lse
     )

@@ -8,6 +8,7 @@ of its parts, by the last thread to arrive ("flash-decoding": Dao et al., 2023).
 from __future__ import annotations
 
 import math
+import mmap
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,7 +69,7 @@ class Spec:
         """Bytes that each thread needs: two parts, the packed query, and scores; whole pages, so that threads share none."""
         per_row = self.rows.query_bytes + self.rows.sum_bytes + PITCH
         needed = 2 * self.part_bytes(query_rows) + query_rows * per_row
-        return -(-needed // 4096) * 4096
+        return -(-needed // mmap.PAGESIZE) * mmap.PAGESIZE
 
     def build(self) -> Any:
         """Compile it (``build``)."""

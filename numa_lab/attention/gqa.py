@@ -9,14 +9,18 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from functools import cache
+from operator import is_
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.compiler import is_compiling
 
-from numa_lab.attention import decode, names
-from numa_lab.attention.checks import check
+from numa_lab.attention import addresses, autocast, by_torch, decode, graphs, names
+from numa_lab.attention.checks import check, require_options, require_tensors
 from numa_lab.attention.names import require_backend
+
+Arguments = tuple[Tensor, Tensor, Tensor, Tensor | None, float, bool, float | None, bool]
+Backend = Callable[[Tensor, Tensor, Tensor, Tensor | None, float, bool, float | None, bool], Tensor]
 
 
 def gqa_attention(
@@ -31,11 +35,15 @@ def gqa_attention(
     *,
     backend: str = "auto",
 ) -> Tensor:
-    """Attention with the meaning of torch's ``scaled_dot_product_attention``.
+    """Attention with the meaning of torch's ``scaled_dot_product_attention``, whatever is active.
 
     The inputs are never changed. Rows that may look at no key give zeros, as torch gives them. Dropout is torch's:
     backends draw different random numbers. ``is_causal`` counts from the upper left corner, so with q_len 1 it leaves
     the first key alone: a decode step must not set it.
+
+    Where tensors are more than numbers in the CPU's memory (subclasses, negated views, nested ones), or somebody watches the
+    operators (``torch.func``, forward AD, tracers, modes), torch's own computes and decides what is right. Autocast casts as it casts
+    torch's own. Graphs of ``torch.compile`` hold it as one operator, ``numa_lab::gqa_attention``, where no gradient is wanted.
 
     Parameters
     ----------
@@ -56,25 +64,23 @@ def gqa_attention(
     enable_gqa
         q_heads may be a multiple of kv_heads; query head h then uses KV head h // group.
     backend
-        ``auto``, or a key of ``BACKENDS``.
+        ``auto``, or a key of ``BACKENDS``; what ``numba`` does not serve is torch's.
 
     Returns
     -------
     Tensor
-        ``[..., q_heads, q_len, head_dim]``, of the query's dtype.
+        ``[..., q_heads, q_len, head_dim]``, of the query's dtype, or of autocast's.
 
     Raises
     ------
     InvalidInput
         Shapes, dtypes or devices don't fit together, or there is no such backend.
+    WrongType
+        An argument is of a type that torch's own refuses too, such as an array. It is a TypeError.
     """
-    plain = attn_mask is None and scale is None and not dropout_p and not is_causal and backend in ("auto", "numba")
-    if plain and (output := decode.plain(query, key, value, enable_gqa)) is not None:
-        return output
-    name = choose_backend(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, backend=backend)
-    if plain and name == "numba":
-        decode.remember(query, key, value, enable_gqa)
-    return BACKENDS[name](query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    if is_compiling():
+        return _in_graph(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, backend)
+    return _compute(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, backend)
 
 
 def choose_backend(
@@ -95,20 +101,104 @@ def choose_backend(
 
     Raises
     ------
-    InvalidInput
+    InvalidInput, WrongType
         As ``gqa_attention``.
     """
+    return _choose(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, backend)[0]
+
+
+def _compute(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    backend: str,
+) -> Tensor:
+    plain = (
+        attn_mask is None and scale is None and is_causal is False and isinstance(dropout_p, float | int)
+        and not dropout_p and type(enable_gqa) is bool and backend in ("auto", "numba")
+    )  # fmt: skip
+    if plain and (output := decode.plain(query, key, value, enable_gqa)) is not None:
+        return output
+    name, arguments = _choose(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, backend)
+    if plain and name == "numba" and all(map(is_, arguments, (query, key, value))):  # nothing was cast
+        decode.remember(query, key, value, enable_gqa)
+    return BACKENDS[name](*arguments)
+
+
+def _choose(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    backend: str,
+) -> tuple[str, Arguments]:
+    """The backend's name, and the arguments for it, checked where they can be, and cast where autocast does so."""
     require_backend(backend)
+    tensors = [query, key, value] if attn_mask is None else [query, key, value, attn_mask]
+    readable = addresses.readable(*tensors)
+    if not readable and addresses.watched(*tensors):
+        composed = backend not in ("auto", "numba") and addresses.usual(*tensors)
+        name = backend if composed else "torch"
+        return name, (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    if not readable:
+        require_tensors(query=query, key=key, value=value, **({} if attn_mask is None else {"attn_mask": attn_mask}))
+    require_options(dropout_p, is_causal, scale, enable_gqa)
+    dropout_p, scale = float(dropout_p), None if scale is None else float(scale)
+    if not readable:
+        if any(one.layout != torch.strided or one.is_nested for one in tensors):  # without strides, or without a shape
+            return "torch", (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        query, key, value = _with_memory(query), _with_memory(key), _with_memory(value)
+        attn_mask = None if attn_mask is None else _with_memory(attn_mask)
+    if autocast.dtype() is not None:
+        query, key, value = autocast.cast(query), autocast.cast(key), autocast.cast(value)
+        attn_mask = None if attn_mask is None else autocast.cast(attn_mask)
+    arguments = query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
     check(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
     if backend == "auto" and is_causal and query.size(-2) > 1:
-        return "torch"  # a prompt
+        return "torch", arguments  # a prompt
     if backend in ("auto", "numba"):
-        if not decode.refusal(query, key, value, attn_mask, dropout_p, scale):
-            return "numba"
+        if not decode.refusal(query, key, value, attn_mask, dropout_p, scale, readable):
+            return "numba", arguments
         if why := decode.unavailable():
             _warn_once(why)
-        return _fastest_of_torch(query, key, is_causal, enable_gqa)
-    return backend
+        return _fastest_of_torch(query, key, is_causal, enable_gqa) if readable else "torch", arguments
+    return backend, arguments
+
+
+def _with_memory(one: Tensor) -> Tensor:
+    """The same with numbers in memory where torch keeps none because all are zero: its fastest kernel doesn't look for that."""
+    return torch.zeros(one.shape, dtype=one.dtype, device=one.device) if one._is_zerotensor() else one
+
+
+def _in_graph(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    backend: str,
+) -> Tensor:
+    """What a graph records: one operator (``numa_lab.attention.graphs``), or torch's own where gradients or dropout are wanted."""
+    require_backend(backend)
+    if backend in ("auto", "numba") and graphs.serves(query, key, value, attn_mask, dropout_p, scale):
+        query, key, value = autocast.cast(query), autocast.cast(key), autocast.cast(value)
+        attn_mask = None if attn_mask is None else autocast.cast(attn_mask)
+        output: Tensor = torch.ops.numa_lab.gqa_attention(query, key, value, attn_mask, is_causal, scale, enable_gqa)
+        return output
+    name = "torch" if backend in ("auto", "numba") else backend
+    return BACKENDS[name](query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
 
 
 @cache
@@ -174,83 +264,21 @@ def _numba(
     return out
 
 
-def _torch(
+BACKENDS: dict[str, Backend] = dict(
+    zip(names.BACKENDS, (_numba, by_torch.plain, by_torch.folded, by_torch.guide), strict=True)
+)
+
+
+def _of_operator(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attn_mask: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-    enable_gqa: bool,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
 ) -> Tensor:
-    """torch's own, in one call."""
-    return scaled_dot_product_attention(
-        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-    )
+    return _compute(query, key, value, attn_mask, 0.0, is_causal, scale, enable_gqa, "auto")
 
 
-def _folded(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-    enable_gqa: bool,
-) -> Tensor:
-    """The query heads of a group as further rows of one head, so that each KV head is read once and never expanded.
-
-    A causal mask becomes an explicit one of group x q_len x kv_len, since rows are no longer positions.
-    """
-    if not enable_gqa:  # equal heads: nothing to fold
-        return _torch(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    kv_heads, q_len, kv_len = key.size(-3), query.size(-2), key.size(-2)
-    group = query.size(-3) // kv_heads
-    if is_causal:
-        attn_mask = torch.ones(q_len, kv_len, dtype=torch.bool, device=query.device).tril()
-    if attn_mask is not None:
-        attn_mask = _fold_mask(attn_mask, kv_heads, group, q_len)
-    rows = query.unflatten(-3, (kv_heads, group)).flatten(-3, -2)  # [..., kv_heads, group * q_len, head_dim]
-    output = scaled_dot_product_attention(rows, key, value, attn_mask, dropout_p, scale=scale)
-    unfolded: Tensor = output.unflatten(-2, (group, q_len)).flatten(-4, -3)
-    return unfolded
-
-
-def _fold_mask(mask: Tensor, kv_heads: int, group: int, q_len: int) -> Tensor:
-    """The mask for folded rows: a view where its strides allow, the mask itself where it is the same for all rows."""
-    mask = mask if mask.dim() > 2 else mask.unsqueeze(0)
-    if mask.shape[-3:-1] == (1, 1):
-        return mask
-    mask = mask.unsqueeze(-3) if mask.size(-3) == 1 else mask.unflatten(-3, (kv_heads, group))
-    return mask.expand(*mask.shape[:-3], group, q_len, mask.size(-1)).flatten(-3, -2)
-
-
-def _guide(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-    enable_gqa: bool,
-) -> Tensor:
-    """One call per query head of a group: K and V are read group times."""
-    if not enable_gqa:
-        return _torch(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    kv_heads = key.size(-3)
-    queries = query.unflatten(-3, (kv_heads, -1)).unbind(-3)  # group times [..., kv_heads, q_len, head_dim]
-    masks = [attn_mask] * len(queries)
-    if attn_mask is not None and attn_mask.dim() > 2 and attn_mask.size(-3) > 1:  # one for each query head
-        masks = list(attn_mask.unflatten(-3, (kv_heads, -1)).unbind(-3))
-    outputs = [
-        scaled_dot_product_attention(one, key, value, mask, dropout_p, is_causal, scale=scale)
-        for one, mask in zip(queries, masks, strict=True)
-    ]
-    return torch.stack(outputs, -3).flatten(-4, -3)
-
-
-Backend = Callable[[Tensor, Tensor, Tensor, Tensor | None, float, bool, float | None, bool], Tensor]
-BACKENDS: dict[str, Backend] = dict(zip(names.BACKENDS, (_numba, _torch, _folded, _guide), strict=True))
+graphs.define(_of_operator)

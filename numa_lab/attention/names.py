@@ -19,6 +19,6 @@ def require_backend(name: str) -> None:
         Naming those that there are.
     """
     if name not in (AUTO, *BACKENDS):
-        close = difflib.get_close_matches(name, (AUTO, *BACKENDS), n=1)
+        close = difflib.get_close_matches(str(name), (AUTO, *BACKENDS), n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise InvalidInput(f"backend {name!r}: {hint}expected {AUTO} or one of {', '.join(BACKENDS)}")

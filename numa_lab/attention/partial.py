@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 CHUNK = 4096  # keys that are turned into float32 at once
-LOWEST = -1e30  # stands in for a log-sum-exp of -inf
 
 
 def partial_attention(
@@ -46,14 +45,22 @@ def partial_attention(
         part = slice(begin, begin + CHUNK)
         scores = rows @ key[:, :, part].to(wide).mT
         if attn_mask is not None:
-            scores.masked_fill_(~attn_mask[:, part].repeat(group, 1), -torch.inf)
-        log_sum_exp = scores.logsumexp(-1)
-        weights = (scores - log_sum_exp.nan_to_num(neginf=0.0).unsqueeze(-1)).exp()
+            seen = attn_mask[:, part].repeat(group, 1)
+            without_key = ~seen.any(-1, keepdim=True)
+            # A row of -inf throughout has no derivative, so one that may look at no key keeps its scores at first.
+            scores = scores.masked_fill(~seen & ~without_key, -torch.inf)
+        # Not exp(scores - log_sum_exp): beside scores of a hundred million the logarithm of how many keys there are vanishes.
+        log_sum_exp, weights = scores.logsumexp(-1), scores.softmax(-1)
+        if attn_mask is not None:
+            log_sum_exp = log_sum_exp.masked_fill(without_key.squeeze(-1), -torch.inf)
+            weights = weights.masked_fill(without_key, 0)
         output = weights @ value[:, :, part].to(wide)
         outputs.append(output.unflatten(2, (group, q_len)).flatten(1, 2))
         sums.append(log_sum_exp.unflatten(2, (group, q_len)).flatten(1, 2))
     each = torch.stack(sums)
-    return merge(torch.stack(outputs), each), each.logsumexp(0)
+    without_key = each.amax(0).isneginf()
+    whole = each.masked_fill(without_key, 0).logsumexp(0).masked_fill(without_key, -torch.inf)
+    return merge(torch.stack(outputs), each), whole
 
 
 def merge(outputs: Tensor, log_sum_exps: Tensor) -> Tensor:
@@ -76,6 +83,7 @@ def merge(outputs: Tensor, log_sum_exps: Tensor) -> Tensor:
     Source: Dao et al., "Flash-Decoding for long-context inference" (2023).
     """
     # Where a row may look at no key of any part all outputs are zeros: any weights will do that are no NaN.
-    weights = log_sum_exps.clamp(min=LOWEST).softmax(0).unsqueeze(-1)
+    without_key = log_sum_exps.amax(0).isneginf()
+    weights = log_sum_exps.masked_fill(without_key, 0).softmax(0).unsqueeze(-1)
     weighted: Tensor = outputs * weights
     return weighted.sum(0)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import mmap
 import struct
 import threading
 from dataclasses import dataclass
@@ -51,14 +52,17 @@ class Memory:
         """Make ready for a call."""
         if self._room < workspace_bytes:
             # Up to a page may lie in front of where one begins.
-            self._buffer = torch.empty(workspace_bytes + 4096, dtype=torch.uint8, device="cpu")
-            self.workspace = -(-self._buffer.data_ptr() // 4096) * 4096
+            self._buffer = torch.empty(workspace_bytes + mmap.PAGESIZE, dtype=torch.uint8, device="cpu")
+            self.workspace = -(-self._buffer.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
             self._room = workspace_bytes
         self._count.value = 0
 
 
-class _OfThread(threading.local, Memory):
+class _OfThread(threading.local):
     """The memory of the calling thread's own team."""
+
+    def __init__(self) -> None:
+        self.memory = Memory()
 
 
 _of_thread = _OfThread()
@@ -73,20 +77,25 @@ class Plan:
     least_shared: int  # from so many keys on the team computes; fewer are the calling thread's alone
     workspace_bytes: int  # of each thread
     shape: bytes  # the fields behind those of the call
-    out: tuple[object, ...]  # the layout of the output
 
     def run(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor | None
+        self,
+        kv_len: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        out: Tensor,
+        lse: Tensor | None,
     ) -> None:
         """Compute on the calling thread's team."""
-        kv_len = key.size(-2)
         if not self.function or not kv_len:
             out.zero_()
             if lse is not None:
                 lse.fill_(-math.inf)
             return
         job = self.job(
-            _of_thread, kv_len, query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr(),
+            _of_thread.memory, kv_len, query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr(),
             0 if lse is None else lse.data_ptr(), 0 if mask is None else mask.data_ptr(),
         )  # fmt: skip
         openmp.run_on_team(*job)
@@ -111,7 +120,7 @@ def make_plan(
     *leading, q_heads, q_len, head_dim = query.shape
     kv_heads, batch = key.shape[-3], leading[0] if leading else 1
     if not out.numel():
-        return Plan(0, 0, 0, 0, b"", layout(out))
+        return Plan(0, 0, 0, 0, b"")
     query_rows = q_heads // kv_heads * q_len
     version = _version(query.dtype, head_dim, query_rows)
     shape = _SHAPE.pack(
@@ -122,7 +131,7 @@ def make_plan(
         LOG2_E * (head_dim**-0.5 if scale is None else scale),
     )  # fmt: skip
     least_shared = -(-ALONE_BYTES // (2 * batch * kv_heads * head_dim * key.element_size()))
-    return Plan(version.function, threads, least_shared, version.workspace_bytes, shape, layout(out))
+    return Plan(version.function, threads, least_shared, version.workspace_bytes, shape)
 
 
 class Merge:
@@ -144,11 +153,6 @@ class Merge:
         words[0], words[1], words[2] = outputs.data_ptr(), log_sum_exps.data_ptr(), out.data_ptr()
         words[4], words[5] = len(outputs), log_sum_exps.numel() // len(outputs)
         self._function(self._address)
-
-
-def layout(out: Tensor) -> tuple[object, ...]:
-    """All that a plan says of the output."""
-    return out.shape, out.stride(), out.dtype, out.is_cpu
 
 
 def _strides(tensor: Tensor) -> tuple[int, ...]:

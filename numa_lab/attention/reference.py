@@ -22,7 +22,8 @@ def attention(
 
     It has no dropout, checks nothing, and holds all scores in memory at once. A query that may look at no key (a row
     that is masked throughout, or kv_len 0) gives zeros: what ``scaled_dot_product_attention`` of torch 2.13 gives on
-    CPUs for both, in each of its kernels, boolean and ``-inf`` masks alike.
+    CPUs for both, in each of its kernels, boolean and ``-inf`` masks alike. Numbers however small that are not ``-inf`` hide no
+    key from a row that has them throughout: it gives the mean.
 
     Parameters
     ----------
@@ -63,6 +64,7 @@ def attention(
         scores = scores.masked_fill(~attn_mask, -math.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
 
     log_sum_exp = scores.logsumexp(-1)
-    weights = (scores - log_sum_exp.unsqueeze(-1)).exp()
-    weights = weights.masked_fill((log_sum_exp == -math.inf).unsqueeze(-1), 0)  # -inf - -inf is no number
+    # Not exp(scores - log_sum_exp): beside the least number, by which models mask, the logarithm of how many keys there are vanishes.
+    without_key = (log_sum_exp == -math.inf).unsqueeze(-1)
+    weights = scores.masked_fill(without_key, 0).softmax(-1).masked_fill(without_key, 0)
     return weights @ value, log_sum_exp

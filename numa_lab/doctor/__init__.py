@@ -1,8 +1,8 @@
 """What on this machine spoils NUMA performance or its measurement, and the exact fix for each.
 
-Limits: it looks at settings and at memory, not at load, and only at what this process can see; inside a container some
-of the fixes have to be typed on the host. All files are read below an injectable root. The kernel's NUMA calls are
-tried only where that root is ``/``: a captured tree says nothing of them.
+Limits: it looks only at what this process can see, and at load for less than a second; inside a container some of the fixes
+have to be typed on the host. All files are read below an injectable root. Only where that is ``/`` are the kernel's NUMA calls
+tried, the environment looked at and processes watched: of another machine its files tell all that is told.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from numa_lab import libnuma
-from numa_lab.doctor import host, process
+from numa_lab.doctor import given, host, load, optional, process
 from numa_lab.doctor.examination import Finding, Machine
 from numa_lab.sysfs import Tree
 from numa_lab.topology import Topology, read_topology
@@ -33,7 +33,7 @@ _SEVERITIES = ("problem", "warning", "info")
 
 def examine(
     root: str | os.PathLike[str] = "/",
-    environ: Mapping[str, str] = os.environ,
+    environ: Mapping[str, str] | None = None,
     topology: Topology | None = None,
 ) -> list[Finding]:
     """Look for all that is known to spoil NUMA performance; a healthy machine gives an empty list.
@@ -41,9 +41,9 @@ def examine(
     Parameters
     ----------
     root
-        Where sysfs, procfs and programs are looked for.
+        Where sysfs, procfs and programs are looked for: ``/``, or a folder with those of another machine.
     environ
-        Environment variables, those of this process by default.
+        Environment variables; by default those of this process, and none for another root than ``/``.
     topology
         The machine below `root`, where it has been read already.
 
@@ -57,16 +57,19 @@ def examine(
     InvalidInput
         There is no sysfs below `root`.
     """
-    live = Path(root).resolve() == Path("/")
-    has_libnuma = not live or libnuma.available()
+    tree, found = Tree(Path(root)), topology or read_topology(root)
+    has_libnuma = not tree.live or libnuma.available()
     machine = Machine(
-        tree=Tree(Path(root)),
-        topology=topology or read_topology(root),
-        environ=environ,
+        tree=tree,
+        topology=found,
+        environ=environ if environ is not None else os.environ if tree.live else {},
         has_libnuma=has_libnuma,
-        refused=_refused_calls() if live and has_libnuma else {},
+        refused=_refused_calls() if tree.live and has_libnuma else {},
+        load=load.look(tree, found.usable_cpus),
+        lacking=optional.refused_calls() if tree.live else {},
     )
-    findings = [finding for check in (*process.CHECKS, *host.CHECKS) if (finding := check(machine))]
+    checks = (*process.CHECKS, *optional.CHECKS, *given.CHECKS, *host.CHECKS)
+    findings = [finding for check in checks if (finding := check(machine))]
     return sorted(findings, key=lambda finding: _SEVERITIES.index(finding.severity))
 
 
@@ -106,11 +109,14 @@ def render(findings: Sequence[Finding]) -> str:
             textwrap.fill(f"  {label}  {text}", 100, subsequent_indent=" " * 8, break_on_hyphens=False)
             for label, text in (("seen", finding.seen), ("why ", finding.why))
         )
-        return f"{finding.severity}: {finding.name}\n{seen}\n{why}\n  fix   {textwrap.indent(finding.fix, ' ' * 8).lstrip()}"
+        ways = "\n        ".join(finding.fixes)
+        return f"{finding.severity}: {finding.name}\n{seen}\n{why}\n  fix   {ways}"
 
-    return "\n\n".join(map(block, findings))
+    several = any(len(finding.fixes) > 1 for finding in findings)
+    last = ["Where a fix has several lines, each of them alone is one."] if several else []
+    return "\n\n".join([*map(block, findings), *last])
 
 
 def to_json(findings: Sequence[Finding]) -> list[dict[str, Any]]:
-    """Findings as plain JSON values."""
-    return [asdict(finding) for finding in findings]
+    """Findings as plain JSON values; `fixes` are the lines of `fix`."""
+    return [asdict(finding) | {"fixes": list(finding.fixes)} for finding in findings]

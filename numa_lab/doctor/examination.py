@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import PurePosixPath
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
+from numa_lab.control_groups import ControlGroups
+from numa_lab.doctor.load import Load
 from numa_lab.sysfs import Tree, parse_cpulist
 from numa_lab.topology import Node, Topology
 
@@ -16,13 +17,21 @@ Severity = Literal["problem", "warning", "info"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that spoils performance: its name, what was seen, why it matters, the exact fix, and how bad it is."""
+    """One thing that spoils performance: its name, what was seen, why it matters, the exact fix, and how bad it is.
+
+    Each line of the fix is a way of its own, to be copied as it stands: a shell takes what follows a ``#`` for a note.
+    """
 
     name: str
     seen: str
     why: str
     fix: str
     severity: Severity
+
+    @property
+    def fixes(self) -> tuple[str, ...]:
+        """Every way to fix it, of which one is enough."""
+        return tuple(self.fix.splitlines())
 
 
 @dataclass(frozen=True)
@@ -34,6 +43,8 @@ class Machine:
     environ: Mapping[str, str]
     has_libnuma: bool
     refused: Mapping[str, int]  # NUMA calls that the kernel refuses, with the errno
+    load: Load
+    lacking: Mapping[str, int] = field(default_factory=dict)  # other calls that it refuses
 
     @property
     def memory_nodes(self) -> list[Node]:
@@ -46,36 +57,27 @@ class Machine:
         return {cpu.id for cpu in self.topology.cpus}
 
     @property
+    def isolated(self) -> set[int]:
+        """CPUs that were set aside at boot, which are no one's loss and never advised."""
+        return set(self.topology.isolated_cpus)
+
+    @property
     def cpuset_cpus(self) -> set[int]:
-        """CPUs of the innermost control group that limits them; all that are online where none is told."""
-        for group in self._control_groups("cpuset"):
+        """CPUs of the innermost control group that limits them, with what the kernel grants; all online ones where none is told."""
+        for group in self._groups.folders("cpuset"):
             for name in ("cpuset.cpus.effective", "cpuset.effective_cpus"):
                 if listed := self.tree.text(f"{group}/{name}"):
-                    return set(parse_cpulist(listed)) & self.online
+                    return set(parse_cpulist(listed)) & self.online | set(self.topology.allowed_cpus)
         return self.online
 
     @property
     def cpu_quota(self) -> float:
         """How many CPUs' worth of time the control groups grant; infinity where none limits it."""
-        grants = [math.inf]
-        for group in self._control_groups("cpu"):
-            # Version 2 has both numbers in one file, "max" for no limit; version 1 has two files, -1 for no limit.
-            numbers = self.tree.text(f"{group}/cpu.max").split() or [
-                self.tree.text(f"{group}/cpu.cfs_{name}_us") for name in ("quota", "period")
-            ]
-            if all(number.isdecimal() for number in numbers):
-                grants.append(int(numbers[0]) / int(numbers[1]))
-        return min(grants)
+        return self._groups.cpu_quota()
 
-    def _control_groups(self, controller: str) -> Iterator[str]:
-        """Folders of the control groups in which this process is under a controller, the innermost first."""
-        for line in self.tree.text("proc/self/cgroup").splitlines():
-            _, controllers, path = line.split(":", 2)
-            if controllers and controller not in controllers.split(","):
-                continue
-            mount = f"sys/fs/cgroup/{controller}" if controllers else "sys/fs/cgroup"  # version 1, version 2
-            for group in (PurePosixPath(path), *PurePosixPath(path).parents):
-                yield f"{mount}{group}"
+    @cached_property
+    def _groups(self) -> ControlGroups:
+        return ControlGroups(self.tree)
 
 
 Check = Callable[[Machine], Finding | None]

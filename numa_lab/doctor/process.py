@@ -1,4 +1,4 @@
-"""Faults of this process: what it lacks, what it may not use, and what its environment does to its threads."""
+"""Faults of this process: what it lacks, what the kernel refuses it, and what its environment does to its threads."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import shutil
 
 from numa_lab.commands import to_install
 from numa_lab.doctor.examination import Check, Finding, Machine
-from numa_lab.sysfs import format_cpulist
 
 
 def _libnuma(machine: Machine) -> Finding | None:
@@ -27,7 +26,8 @@ def _libnuma(machine: Machine) -> Finding | None:
 def _numactl(machine: Machine) -> Finding | None:
     folders = machine.environ.get("PATH", os.defpath).split(os.pathsep)
     below_root = os.pathsep.join(str(machine.tree.root / folder.lstrip("/")) for folder in folders)
-    if shutil.which("numactl", path=below_root):
+    told = any(machine.tree.has(folder) for folder in ("bin", "usr/bin"))  # a captured tree may hold no programs at all
+    if not told or shutil.which("numactl", path=below_root):
         return None
     return Finding(
         "numactl",
@@ -40,7 +40,7 @@ def _numactl(machine: Machine) -> Finding | None:
 
 _LOST = {
     "set_mempolicy": "memory is placed by first touch alone",
-    "get_mempolicy": "the policy in force can't be read back",
+    "get_mempolicy": "the policy in force is read from numa_maps, without its flags",
     "mbind": "a tensor is placed by first touch of threads pinned to its node",
     "move_pages": "pages are counted from numa_maps, which knows whole mappings only",
 }
@@ -50,67 +50,26 @@ def _numa_calls(machine: Machine) -> Finding | None:
     if not machine.refused:
         return None
     if errno.ENOSYS in machine.refused.values():
-        fix = "use a kernel built with CONFIG_NUMA=y; in the sandbox gVisor: docker run --runtime=runc ..."
+        fix = (
+            "use a kernel that is built with CONFIG_NUMA=y\n"
+            "docker run --runtime=runc IMAGE   # where the sandbox is gVisor"
+        )
     elif "move_pages" in machine.refused:  # which Docker's default profile allows with no capability
         fix = (
-            "docker run --security-opt seccomp=unconfined ...   # or a profile of your own that lists these calls\n"
-            "# Kubernetes: securityContext.seccompProfile.type: Unconfined"
+            "docker run --security-opt seccomp=unconfined IMAGE   # or a profile of your own that lists these calls\n"
+            "securityContext: {seccompProfile: {type: Unconfined}}   # Kubernetes: in the container's spec"
         )
     else:
-        fix = 'docker run --cap-add SYS_NICE ...\n# Kubernetes: securityContext.capabilities.add: ["SYS_NICE"]'
+        fix = (
+            "docker run --cap-add SYS_NICE IMAGE\n"
+            "securityContext: {capabilities: {add: [SYS_NICE]}}   # Kubernetes: in the container's spec"
+        )
     return Finding(
         "numa_calls",
         "the kernel refuses " + ", ".join(f"{call} ({os.strerror(code)})" for call, code in machine.refused.items()),
         f"So {'; '.join(_LOST[call] for call in machine.refused)}.",
         fix,
         "problem" if len(machine.memory_nodes) > 1 else "info",
-    )
-
-
-def _cpuset(machine: Machine) -> Finding | None:
-    hidden = {
-        "memory of nodes": {node.id for node in machine.memory_nodes} - set(machine.topology.allowed_nodes),
-        "CPUs": machine.online - machine.cpuset_cpus,
-    }
-    if not any(hidden.values()):
-        return None
-    cpus, mems = format_cpulist(machine.online), format_cpulist(node.id for node in machine.memory_nodes)
-    return Finding(
-        "cpuset",
-        "a cpuset hides " + " and ".join(f"{what} {format_cpulist(ids)}" for what, ids in hidden.items() if ids),
-        "The kernel silently drops them from every binding; what is measured and advised holds for the rest alone.",
-        f"docker run --cpuset-cpus={cpus} --cpuset-mems={mems} ...\n"
-        f"systemctl set-property --runtime UNIT AllowedCPUs={cpus} AllowedMemoryNodes={mems}",
-        "warning",
-    )
-
-
-def _cpu_quota(machine: Machine) -> Finding | None:
-    allowed, quota = len(machine.topology.allowed_cpus), machine.cpu_quota
-    if quota >= allowed:
-        return None
-    return Finding(
-        "cpu_quota",
-        f"a control group grants the time of {quota:g} {'CPU' if quota == 1 else 'CPUs'}, and this process may use {allowed}",
-        "Threads that have used it up are stopped for the rest of each period, some 100 ms, and their team waits: "
-        "times scatter. Whole CPUs do not do that.",
-        f"docker run --cpuset-cpus=CPUS ...   # in place of --cpus={quota:g}\nsystemctl set-property --runtime UNIT CPUQuota=",
-        "warning",
-    )
-
-
-def _affinity(machine: Machine) -> Finding | None:
-    reachable = machine.cpuset_cpus
-    lost = reachable - set(machine.topology.allowed_cpus)
-    if not lost:
-        return None
-    return Finding(
-        "affinity",
-        f"this process is bound to CPUs {format_cpulist(machine.topology.allowed_cpus)}; "
-        f"{format_cpulist(lost)} could serve too",
-        "Threads inherit the mask of their maker, so the other CPUs stay idle whatever is asked for later.",
-        f"taskset --cpu-list --pid {format_cpulist(reachable)} $$   # in the shell that starts numa-lab",
-        "warning",
     )
 
 
@@ -175,9 +134,6 @@ CHECKS: tuple[Check, ...] = (
     _libnuma,
     _numactl,
     _numa_calls,
-    _cpuset,
-    _cpu_quota,
-    _affinity,
     _affinity_variables,
     _thread_variables,
     _preloaded_allocator,

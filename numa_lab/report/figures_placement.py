@@ -233,7 +233,7 @@ def pages(rows: pd.DataFrame) -> Plot:
         handlelength=1.2, columnspacing=1.2,
     )  # fmt: skip
     note = (
-        "Bars are memory bindings (m: bound, i: interleaved, w: by weight, p: preferred, f: touched first by one thread, "
+        "Bars are memory bindings (m: bound, i: interleaved, w: by weight, p and P: preferred, f: touched first by one thread, "
         "m*: where the CPUs first touched). Pages counted after each case."
     )
     return Plot(name, title, figure, _pages_words(table), table, note)

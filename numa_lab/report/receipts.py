@@ -28,8 +28,10 @@ def receipts_table(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def found_contradictions(rows: pd.DataFrame, machine: Mapping[str, Any]) -> list[str]:
-    """What the receipts of a run say against its labels, as sentences."""
-    return contradictions(rows, {node["id"]: node["cpus"] for node in machine["topology"]["nodes"]})
+    """What the receipts of a run say against its labels, as sentences; its CPUs are those that it was allowed to use."""
+    topology = machine["topology"]
+    allowed = set(topology["allowed_cpus"])
+    return contradictions(rows, {node["id"]: allowed.intersection(node["cpus"]) for node in topology["nodes"]})
 
 
 def require_receipts(rows: pd.DataFrame, machine: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from numa_lab import stats
-from numa_lab.binding import Binding
+from numa_lab.binding import Binding, cpu_words
 from numa_lab.commands import to_paste
 from numa_lab.ratios import MIN_EXECUTIONS
 from numa_lab.receipt import least_huge_pages
@@ -162,26 +162,27 @@ def commands(rows: pd.DataFrame, machine: Mapping[str, Any], compared: Compariso
     nodes = [Binding.parse(label).cpu_nodes[0] for label in local] or machine["topology"]["allowed_nodes"]
     best = best_node(compared)
     chosen = best if best is not None else next((n for n in nodes if n not in slow_nodes(compared)), nodes[0])
-    program = "python your_program.py"
+    program, cpus = "python your_program.py", _cpus_of(chosen, machine)
     found = [
-        (
-            "Run on one node, with memory of that node only",
-            f"numactl --cpunodebind={chosen} --membind={chosen} {program}",
-        ),
-        (
-            "The same, but let memory overflow to other nodes",
-            f"numactl --cpunodebind={chosen} --preferred={chosen} {program}",
-        ),
-        ("Bind the CPUs only; memory follows the first touch", f"numactl --cpunodebind={chosen} {program}"),
+        ("Run on one node, with memory of that node only", f"numactl {cpus} --membind={chosen} {program}"),
+        ("The same, but let memory overflow to other nodes", f"numactl {cpus} --preferred={chosen} {program}"),
+        ("Bind the CPUs only; memory follows the first touch", f"numactl {cpus} {program}"),
     ]
     if len(nodes) > 1:
         found.append(
             (
                 "One process per node, for batches and long-running services",
-                " & ".join(f"numactl --cpunodebind={node} --membind={node} {program}" for node in nodes),
+                " & ".join(f"numactl {_cpus_of(node, machine)} --membind={node} {program}" for node in nodes),
             )
         )
     return found
+
+
+def _cpus_of(node: int, machine: Mapping[str, Any]) -> str:
+    """What to tell numactl so that a program runs on a node, within the CPUs that the run was allowed to use."""
+    topology = machine["topology"]
+    usable = set(topology["allowed_cpus"]) - set(topology.get("isolated_cpus", ()))
+    return " ".join(cpu_words([node], {one["id"]: one["cpus"] for one in topology["nodes"]}, usable))
 
 
 def best_node(compared: Comparisons) -> int | None:

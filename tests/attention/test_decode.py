@@ -14,7 +14,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from numa_lab import simd
-from numa_lab.attention import decode
+from numa_lab.attention import decode, decode_kernel, plans
 from numa_lab.attention.gqa import choose_backend, gqa_attention
 from numa_lab.attention.reference import attention as reference
 from numa_lab.errors import InvalidInput
@@ -170,6 +170,17 @@ def test_without_what_it_needs_torch_computes_and_one_warning_says_why(monkeypat
         assert len(warned) == 1
     finally:
         decode.unavailable.cache_clear()
+
+
+@pytest.mark.parametrize("page", [4096, 16384, 65536])
+def test_threads_share_no_page_of_their_workspace_whatever_its_size(monkeypatch, page):
+    monkeypatch.setattr(mmap, "PAGESIZE", page)
+    spec = decode_kernel.Spec.of(simd.Rows(simd.AVX2, simd.Kind.FLOAT32, 128), 4)
+    memory = plans.Memory()
+    memory.ready(3 * spec.workspace_bytes(4))
+    assert memory.workspace % page == spec.workspace_bytes(4) % page == 0
+    end = memory.workspace + 3 * spec.workspace_bytes(4)
+    assert end <= memory._buffer.data_ptr() + memory._buffer.nbytes
 
 
 BY_ANOTHER_PROCESS = """

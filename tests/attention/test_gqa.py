@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from numa_lab.attention import gqa
 from numa_lab.attention.gqa import BACKENDS, choose_backend, gqa_attention
+from numa_lab.attention.partial import partial_attention
 from numa_lab.attention.reference import attention as reference
 from numa_lab.errors import InvalidInput
 
@@ -93,6 +94,15 @@ def test_a_row_masked_by_the_least_number_is_an_average_as_in_torch(backend):
     mask[1] = torch.finfo(torch.float32).min  # how Hugging Face models mask
     output = gqa_attention(query, key, value, mask, enable_gqa=True, backend=backend)
     torch.testing.assert_close(output[:, :, 1], value.mean(-2).repeat_interleave(2, 1))
+    expected, log_sum_exp = reference(query, key, value, mask, enable_gqa=True)
+    torch.testing.assert_close(output.double(), expected, rtol=0, atol=1e-5)
+    assert log_sum_exp[:, :, 1].eq(torch.finfo(torch.float32).min).all()
+
+
+def test_scores_beside_which_the_number_of_keys_vanishes_are_averaged():
+    query, key, value = torch.full((1, 1, 1, 8), 1e10), torch.full((1, 1, 5, 8), 1e10), torch.randn(1, 1, 5, 8)
+    for output, _ in (reference(query, key, value), partial_attention(query, key, value)):
+        torch.testing.assert_close(output.float(), value.mean(-2, keepdim=True))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

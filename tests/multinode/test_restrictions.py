@@ -87,7 +87,10 @@ def test_a_node_that_disappears_from_the_cpuset_is_told_and_its_tokens_stay_read
     before = cache.attend(query)
     hide()  # nodes 0 and 3
     assert read_topology().effective_nodes == (1, 2)
-    torch.testing.assert_close(cache.attend(query), before, rtol=0, atol=1e-6)
+    with pytest.warns(
+        RuntimeWarning, match=r"node 0's team.* was placed on CPUs 0-1, .* is placed again on CPUs [2-5-]+"
+    ):
+        torch.testing.assert_close(cache.attend(query), before, rtol=0, atol=1e-6)
     topology = read_topology()
     told = {
         node: receipt.contradictions(topology.cpus_of([node]) or [0, 1], [node])

@@ -1,5 +1,7 @@
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -58,6 +60,17 @@ def test_a_notebook_runs_and_every_figure_has_alternative_text(name, parameters,
     assert figures
     assert all(len(figure.metadata["image/png"]["alt"]) > 20 for figure in figures)
     assert not [output for output in outputs if output.output_type == "stream" and output.name == "stderr"]
+
+
+@pytest.mark.notebook
+def test_from_elsewhere_it_opens_the_sample_or_says_what_is_wrong_last(tmp_path):
+    words = [sys.executable, "-m", "papermill", "--no-progress-bar", str(NOTEBOOKS[5]), "out.ipynb"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    done = subprocess.run([*words, "-p", "run_dir", "None"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1
+    last = done.stderr.rstrip().splitlines()[-1]
+    assert last.startswith("InvalidInput: parameter run_dir=None: expected str, got None (run directory")
 
 
 def test_the_sample_says_which_machine_it_is():

@@ -179,7 +179,7 @@ def test_findings_refused_rows_and_stopped_sweeps_are_told(synthetic_run, synthe
         "name": "THP",
         "seen": "It is <off>.",
         "why": "It costs.",
-        "fix": "echo always > x",
+        "fix": "echo always > x\nbuy <memory>",
         "severity": "warning",
     }
     write_json(run_dir / "machine.json", read_json(run_dir / "machine.json") | {"findings": [finding]})
@@ -191,7 +191,8 @@ def test_findings_refused_rows_and_stopped_sweeps_are_told(synthetic_run, synthe
     page = write_report(run_dir).read_text()
     assert "Warning: THP" in page
     assert "It is &lt;off&gt;." in page
-    assert "echo always &gt; x" in page
+    assert "echo always &gt; x</code></pre>\n<p>or</p>\n<pre" in page, "each way has a box of its own"
+    assert 'aria-label="What to do about THP, way 2 of 2"><code>buy &lt;memory&gt;</code></pre>' in page
     assert "Its rows are kept in rejected/bad0.parquet." in page
     assert "The sweep was stopped before it." in page
 

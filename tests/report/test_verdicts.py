@@ -42,6 +42,9 @@ def test_the_best_node_is_named_only_where_one_was_shown(synthetic_rows, synthet
     compared = stats.compare(rows)
     assert verdicts.best_node(compared) == 1
     assert verdicts.commands(rows, machine, compared)[0][1].startswith("numactl --cpunodebind=1 --membind=1")
+    machine["topology"]["allowed_cpus"] = [0, 1, 2]
+    assert verdicts.commands(rows, machine, compared)[0][1].startswith("numactl --physcpubind=2 --membind=1")
+    assert "numactl --cpunodebind=0 --membind=0" in verdicts.commands(rows, machine, compared)[-1][1]
     tie = stats.compare(synthetic_rows(("c0m0", "c1m1"), executions=6))
     assert verdicts.best_node(tie) is None
 

@@ -1,0 +1,102 @@
+"""What graphs of ``torch.compile`` and ``torch.export`` hold of attention: one operator, ``numa_lab::gqa_attention``.
+
+They can't look into compiled kernels, nor should they: to them the operator has a shape, and is called when the graph runs. Called
+one by one it costs some 15 us more than ``gqa_attention``, which therefore never goes through it outside of a graph. What keeps
+state (caches, pools, placements) is called between graphs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import has_torch_function
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+P = ParamSpec("P")
+T = TypeVar("T")
+NAME = "numa_lab::gqa_attention"
+SCHEMA = (
+    "(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, bool is_causal=False, float? scale=None, "
+    "bool enable_gqa=False) -> Tensor"
+)
+Attention = Callable[[Tensor, Tensor, Tensor, Tensor | None, bool, float | None, bool], Tensor]
+
+
+def between_graphs(function: Callable[P, T]) -> Callable[P, T]:
+    """A function that ``torch.compile`` calls between two graphs and does not look into.
+
+    ``torch.compiler.disable`` does the same, but loads the compiler, which takes a second or more, also where nothing is compiled.
+    """
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        if torch.compiler.is_compiling():
+            function_alone: Callable[P, T] = torch.compiler.disable(function)
+            return function_alone(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return call
+
+
+def define(attention: Attention) -> None:
+    """Let the operator compute this on the CPU.
+
+    Limits: no gradients, no dropout. The output has the layout that torch's own gives it on the CPU.
+    """
+
+    def kernel(query: Tensor, *others: Any) -> Tensor:
+        output = attention(query, *others)
+        promised = _promised(query, output)
+        strides = zip(output.shape, output.stride(), promised.stride(), strict=True)
+        return output if all(size < 2 or own == other for size, own, other in strides) else promised.copy_(output)
+
+    operator = torch.library.custom_op(NAME, kernel, mutates_args=(), device_types="cpu", schema=SCHEMA)
+    operator.register_fake(lambda query, *others: _promised(query, _torch(query, *others)))
+
+
+def serves(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    scale: float | None,
+) -> bool:
+    """Whether a graph may hold the operator: transforms, gradients, dropout, subclasses and other devices are torch's own."""
+    tensors = [query, key, value] if attn_mask is None else [query, key, value, attn_mask]
+    if dropout_p or isinstance(scale, Tensor):
+        return False
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return False
+    if has_torch_function(tensors) or any(is_traceable_wrapper_subclass(one) for one in tensors):
+        return False
+    if torch.is_grad_enabled() and any(one.requires_grad for one in tensors):
+        return False
+    return all(one.is_cpu and one.layout == torch.strided and not one.is_nested for one in tensors)
+
+
+def _torch(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """torch's own: it knows what fits together and which shape comes out, also of tensors without numbers."""
+    return scaled_dot_product_attention(
+        query, key, value, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
+    )
+
+
+def _promised(query: Tensor, output: Tensor) -> Tensor:
+    """Memory for an output: in the layout of the query where it has its shape and its rows are contiguous."""
+    alike = output.shape == query.shape and query.stride(-1) == 1
+    return torch.empty_like(query) if alike else query.new_empty(output.shape)

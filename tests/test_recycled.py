@@ -1,0 +1,62 @@
+import pytest
+import torch
+
+from numa_lab import libnuma, memory, recycled
+from numa_lab.topology import read_topology
+
+NODE = read_topology().effective_nodes[0]
+MIB = 1 << 20
+
+
+@pytest.fixture(autouse=True)
+def several_nodes(monkeypatch):
+    monkeypatch.setattr(recycled, "can_lie_elsewhere", lambda: True)
+    monkeypatch.setattr(recycled, "_thread", recycled._Thread())
+
+
+def test_what_malloc_would_hand_out_again_is_touched_anew():
+    torch.empty(32 * MIB - 4096, dtype=torch.uint8)  # freed at once, so malloc keeps what is smaller from now on
+    held = [torch.ones(8 * MIB, dtype=torch.uint8) for _ in range(3)]
+    pages = memory.page_addresses(held[1])[1:-1]
+    del held[1]  # between two others, so that it stays mapped
+    assert set(libnuma.page_status(pages)) == {NODE}
+    recycled.give_back(NODE)
+    assert max(libnuma.page_status(pages)) < 0
+
+
+def test_a_thread_that_stays_on_its_node_gives_back_for_a_tenth_of_the_time(monkeypatch):
+    now, given_back = [0.0], []
+    monkeypatch.setattr(recycled.time, "perf_counter", lambda: now[0])
+
+    def trim():
+        given_back.append(now[0])
+        now[0] += 1
+
+    monkeypatch.setattr(recycled, "malloc_trim", trim)
+    for _ in range(100):
+        recycled.give_back(NODE)
+        now[0] += 1
+    assert 9 <= len(given_back) <= 10
+    count = len(given_back)
+    recycled.give_back(NODE + 1)
+    recycled.give_back(NODE)
+    recycled.give_back(NODE, always=True)
+    assert len(given_back) == count + 3
+
+
+def test_a_tensor_is_moved_unless_its_memory_has_a_policy_of_its_own(monkeypatch):
+    plain, bound = torch.ones(MIB), memory.empty((MIB,), torch.float32, NODE).fill_(1)
+    moved = []
+    # This machine may have one node: the kernel's answers are those of tensors on the next one.
+    monkeypatch.setattr(libnuma, "page_status", lambda addresses: addresses.astype("int32") * 0 + NODE + 1)
+    monkeypatch.setattr(memory, "migrate", lambda tensor, node: moved.append((tensor.data_ptr(), node)) or {node: 1})
+    assert recycled.settle(plain, NODE) == recycled.settle(bound, NODE + 2) == ""
+    assert moved == [(plain.data_ptr(), NODE)]
+    monkeypatch.setattr(memory, "migrate", lambda _tensor, node: {node: 1, node + 1: 3})
+    assert "3 of its pages could not be moved" in recycled.settle(plain, NODE)
+
+
+def test_a_malloc_that_gives_nothing_back_is_no_error(monkeypatch):
+    monkeypatch.setattr(recycled, "_libc_function", lambda _name: None)
+    assert not recycled.gives_back.__wrapped__()
+    recycled.give_back(NODE)
