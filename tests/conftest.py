@@ -30,6 +30,9 @@ settings.load_profile("busy")  # how long an example takes says nothing on a mac
 GIB = 1 << 30
 CAPTURED = Path(__file__).parent / "topologies"
 
+# Python takes a filter from 3.11.4 on, and asks for one from 3.12 on.
+SAFELY = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+
 # Of the 70,000 files and links in the archives, those of the kinds that a reader of topologies may look at.
 LOOKED_AT = re.compile(
     r"/(cpu/(online|offline|isolated|nohz_full)|cpu\d+/(online|cpu_capacity|cpufreq|acpi_cppc/highest_perf)"
@@ -94,7 +97,7 @@ def captured():
             if name not in roots:
                 with tarfile.open(CAPTURED / f"{name}.tar.bz2") as archive:
                     members = [member for member in archive if LOOKED_AT.search(member.name)]
-                    archive.extractall(folder, members, filter="data")
+                    archive.extractall(folder, members, **SAFELY)
                 roots[name] = Path(folder, members[0].name.split("/")[0])
             return roots[name]
 
