@@ -70,9 +70,9 @@ def status(cpus, mems):
 @pytest.mark.parametrize("name", sorted(EXPECTED))
 def test_every_captured_machine_is_read_right_and_fast(captured, name):
     root, expected = captured(name), EXPECTED[name]
-    start = time.perf_counter()
+    start = time.process_time()
     topology = read_topology(root)
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     found = topology.to_json()
     assert [{key: node[key] for key in ("id", "cpus", "memory_bytes")} for node in found["nodes"]] == expected["nodes"]
     assert found["distances"] == expected["distances"]

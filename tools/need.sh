@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# tools/need.sh numactl | chromium | libomp | qemu | python [COMMAND]
+# tools/need.sh numactl | chromium | libomp | qemu | qemu_user | qemu_arm | python [COMMAND]
 #
 # Makes sure that a system tool is there. A missing one is installed where this runs as root on apt or dnf; elsewhere the
 # line to type is printed and the exit status is 1. `python` prints a Python >= 3.11 that can make virtual environments.
@@ -62,6 +62,10 @@ case ${1:-} in
         libomp5 libomp "conda install -c conda-forge llvm-openmp" ;;
     qemu) any_of qemu-system-x86_64 || install "QEMU (the guests with several NUMA nodes run in it)" \
         qemu-system-x86 qemu-system-x86 "conda install -c conda-forge qemu" ;;
+    qemu_user) any_of qemu-aarch64-static || install "QEMU's user mode (programs of 64-bit Arm run in it)" \
+        qemu-user-static qemu-user-static-aarch64 "conda install -c conda-forge qemu" ;;
+    qemu_arm) any_of qemu-system-aarch64 || install "QEMU for 64-bit Arm (the guest of Arm runs in it)" \
+        qemu-system-arm qemu-system-aarch64 "conda install -c conda-forge qemu" ;;
     python) find_python "${2:-}" ;;
-    *) fail "usage: tools/need.sh numactl|chromium|libomp|qemu|python [COMMAND]" ;;
+    *) fail "usage: tools/need.sh numactl|chromium|libomp|qemu|qemu_user|qemu_arm|python [COMMAND]" ;;
 esac
