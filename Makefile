@@ -24,10 +24,10 @@ export JUPYTER_PREFER_ENV_PATH := 1
 
 # Installs wait for each other, and what measures must run alone.
 .NOTPARALLEL:
-.PHONY: help setup report test test-multinode lab figures bench lint format clean constraints
+.PHONY: help setup report test test-multinode test-arm test-multinode-arm lab figures bench lint format clean constraints
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo "Benchmarks of one question each: make $(BENCHES)"
 	@echo "Settings: PYTHON=python3.12  SWEEP_ARGS='--profile quick'  PYTEST_ARGS='-k topology'  LAB_ARGS=--port=8890"
 	@[[ ! -e .venv/installed ]] || echo "Before the commands of README.md type: $(ACTIVATE)"
@@ -51,6 +51,25 @@ MULTINODE_TESTS ?= tests/multinode $(addprefix tests/test_,team.py node_team.py 
 test-multinode: system-numactl-qemu-xz .venv/installed-dev ## run the tests of placement in emulated guests with several NUMA nodes (Debian, x86-64)
 	@mkdir -p build
 	PYTHONPATH=tests $(BIN)/python -m pytest -p multinode.plugin --junitxml=build/junit-multinode.xml $(MULTINODE_TESTS) $(PYTEST_ARGS)
+
+# By qemu-user: attention on NEON, and what reads the machine. The first time 300 MB are fetched. What compiled kernels do on disk
+# depends on no processor, and takes most of a minute for each.
+ARM_TESTS ?= tests/attention/test_decode.py tests/attention/test_gqa.py $(addprefix tests/test_,topology.py doctor.py memory.py openmp.py) \
+  --deselect tests/attention/test_decode.py::test_what_was_compiled_is_loaded_from_disk_and_made_anew_where_damaged
+
+test-arm: system-numactl-qemu_user .venv/installed-dev ## run the tests of attention and of the machine on 64-bit Arm, by emulation (Debian, x86-64)
+	@mkdir -p build
+	PYTHONPATH=tests $(BIN)/python -m arm64 run python3 -m pytest -p no:cacheprovider --junitxml=build/junit-arm.xml $(ARM_TESTS) $(PYTEST_ARGS)
+
+# One guest, that of four nodes: what qemu-user can't do, it has none of the kernel's NUMA calls.
+MULTINODE_ARM_TESTS ?= 'tests/multinode/test_layouts.py::test_the_machine_is_read_as_it_was_made[two-sockets]' \
+  tests/multinode/test_placement.py tests/test_memory.py \
+  $(addprefix tests/test_doctor.py::test_,trying_the_calls_leaves_the_policy_of_the_thread calls_refused_by_a_real_seccomp_filter)
+
+test-multinode-arm: system-numactl-qemu_user-qemu_arm-xz .venv/installed-dev ## run tests of pages and threads in an emulated guest of 64-bit Arm with four nodes
+	@mkdir -p build
+	PYTHONPATH=tests $(BIN)/python -m pytest -p multinode.plugin --architecture=aarch64 --junitxml=build/junit-multinode-arm.xml \
+	  $(MULTINODE_ARM_TESTS) $(PYTEST_ARGS)
 
 lab: .venv/installed ## open the notebooks in JupyterLab on this machine (127.0.0.1)
 	@$(BIN)/jupyter lab --ip=127.0.0.1 --ServerApp.root_dir="$(CURDIR)/notebooks" \

@@ -386,6 +386,7 @@ def test_missing_libnuma_is_found_and_no_call_tried(monkeypatch):
     assert "apt-get install numactl" in live_findings()["libnuma"].fix
 
 
+@pytest.mark.usefixtures("numa_calls")
 def test_trying_the_calls_leaves_the_policy_of_the_thread():
     node = read_topology().allowed_nodes[0]
 
@@ -434,6 +435,7 @@ FILTERED = """
 """
 
 
+@pytest.mark.usefixtures("numa_calls")
 @pytest.mark.skipif(
     platform.machine() not in seccomp.NUMBERS, reason="system call numbers are known for x86_64 and aarch64"
 )

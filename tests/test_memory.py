@@ -18,6 +18,7 @@ from numa_lab.topology import read_topology
 MIB = 1 << 20
 
 
+@pytest.mark.usefixtures("numa_calls")
 def test_pages_are_untouched_until_written_and_then_lie_on_the_node():
     node = read_topology().effective_nodes[0]
     tensor = memory.empty((4 * MIB,), torch.uint8, node)
@@ -57,6 +58,7 @@ def test_a_node_without_room_is_refused_with_the_numbers():
         memory.empty((8,), torch.uint8, 77)
 
 
+@pytest.mark.usefixtures("numa_calls")
 @pytest.mark.parametrize("huge_pages", [True, False])
 def test_where_mbind_is_refused_pinned_threads_touch_the_pages(monkeypatch, huge_pages):
     monkeypatch.setattr(memory, "placer", lambda: "first touch")
@@ -68,6 +70,7 @@ def test_where_mbind_is_refused_pinned_threads_touch_the_pages(monkeypatch, huge
     assert os.sched_getaffinity(0) == affinity
 
 
+@pytest.mark.usefixtures("numa_calls")
 def test_each_refused_call_has_its_stand_in(monkeypatch):
     def refuse(*_args, **_options):
         raise NotPermitted("refused")
@@ -84,6 +87,7 @@ def test_each_refused_call_has_its_stand_in(monkeypatch):
         assert call() in ("mbind", "move_pages")
 
 
+@pytest.mark.usefixtures("numa_calls")
 def test_migrate_asks_again_for_busy_pages_and_leaves_untouched_ones(monkeypatch):
     tensor = memory.empty((8 * memory.PAGE_BYTES,), torch.uint8, huge_pages=False)
     where, asked = dict.fromkeys(memory.page_addresses(tensor).tolist(), 0), []
@@ -104,6 +108,7 @@ def test_migrate_asks_again_for_busy_pages_and_leaves_untouched_ones(monkeypatch
     assert asked[1:] == [[busy], [busy]]
 
 
+@pytest.mark.usefixtures("numa_calls")
 def test_what_is_there_already_stays_and_a_full_node_is_refused(monkeypatch):
     node = read_topology().effective_nodes[0]
     tensor = memory.empty((4 * MIB,), torch.uint8).fill_(1)
@@ -130,6 +135,7 @@ def test_pages_go_round_over_the_nodes_that_are_given(monkeypatch):
         memory.interleaved((8,), torch.uint8, [node], weighted=True)
 
 
+@pytest.mark.usefixtures("numa_calls")
 def test_huge_pages_are_reported_as_they_are():
     plain = memory.empty((16 * MIB,), torch.uint8, huge_pages=False).fill_(1)
     assert memory.huge_page_share(plain) == 0
@@ -186,6 +192,7 @@ def test_without_huge_pages_a_tensor_is_made_all_the_same_and_the_receipt_says_s
         memory.no_huge_pages.cache_clear()
 
 
+@pytest.mark.usefixtures("numa_calls")
 def test_where_memory_is_bound_too_much_is_refused_before_it_is_touched():
     node = read_topology().effective_nodes[0]
     libnuma.set_mempolicy(libnuma.MPOL_BIND, [node])

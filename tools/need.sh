@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# tools/need.sh TOOL ...   where a tool is numactl, chromium, libomp, qemu, xz or python
+# tools/need.sh TOOL ...   where a tool is numactl, chromium, libomp, qemu, qemu_user, qemu_arm, xz or python
 #
 # Makes sure that system tools are there. Those that are missing are installed together where this runs as root on apt or
 # dnf; elsewhere the line to type is printed, which names all of them, and the exit status is 1. `python` also prints which
@@ -47,9 +47,11 @@ is_there() {
         chromium) any_of chromium chromium-browser google-chrome ;;
         libomp) PATH=$PATH:/sbin ldconfig -p | grep 'libomp\.so' >/dev/null ;;
         qemu) any_of qemu-system-x86_64 ;;
+        qemu_user) any_of qemu-aarch64-static ;;
+        qemu_arm) any_of qemu-system-aarch64 ;;
         xz) any_of xz ;;
         python) find_python ;;
-        *) fail "tools/need.sh $1: expected numactl, chromium, libomp, qemu, xz or python" ;;
+        *) fail "tools/need.sh $1: expected numactl, chromium, libomp, qemu, qemu_user, qemu_arm, xz or python" ;;
     esac
 }
 
@@ -65,6 +67,8 @@ lacks_tool() {
         chromium) lacks "chromium (the tests open reports in it)" chromium chromium chromium ;;
         libomp) lacks "libomp (a test runs on it in place of libgomp)" libomp5 libomp llvm-openmp ;;
         qemu) lacks "QEMU (the guests with several NUMA nodes run in it)" qemu-system-x86 qemu-system-x86 qemu ;;
+        qemu_user) lacks "QEMU's user mode (programs of 64-bit Arm run in it)" qemu-user-static qemu-user-static-aarch64 qemu ;;
+        qemu_arm) lacks "QEMU for 64-bit Arm (the guest of Arm runs in it)" qemu-system-arm qemu-system-aarch64 qemu ;;
         xz) lacks "xz (it unpacks the guests' kernel)" xz-utils xz xz ;;
         python)
             if [[ $bare ]]; then

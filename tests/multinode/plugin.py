@@ -22,7 +22,7 @@ from pathlib import Path
 import pytest
 from _pytest.runner import runtestprotocol
 
-from multinode.guest import LAYOUTS, Guest, GuestError, prepare
+from multinode.guest import ARCHITECTURES, LAYOUTS, Guest, GuestError, prepare
 
 AT_ONCE = 2  # guests: each is busy on about one core of the host
 TEST_SECONDS = 240  # of a test that says nothing else
@@ -30,6 +30,11 @@ GUEST_SECONDS = 40 * 60
 SHARED = "NUMA_LAB_GUEST"  # the folder that host and guest share
 BUILD = Path("build/multinode")
 HERE = Path(__file__).parent
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the architecture of the guests."""
+    parser.addoption("--architecture", choices=ARCHITECTURES, default="x86_64", help="of the guests (x86_64)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -64,7 +69,7 @@ class Outer:
             else:
                 groups.setdefault(layout, {})[item.nodeid] = item
         try:
-            prepare(BUILD / "cache")
+            prepare(_folder(session) / "cache", session.config.option.architecture)
         except GuestError as error:
             pytest.exit(str(error), returncode=pytest.ExitCode.USAGE_ERROR)
         # The guest with the longest test first: it is the last to end.
@@ -86,18 +91,32 @@ class Outer:
         return True
 
 
+def _folder(session: pytest.Session) -> Path:
+    return BUILD / session.config.option.architecture
+
+
 class Boot:
     """A guest, and the tests that it has not reported yet."""
 
     def __init__(self, layout: str, items: dict[str, pytest.Item], session: pytest.Session) -> None:
         self._layout, self._left, self._session = layout, dict(items), session
-        self._shared = (BUILD / layout).resolve()
+        self._shared = (_folder(session) / layout).resolve()
         self._shared.mkdir(parents=True, exist_ok=True)
         self._reports = self._shared / "reports.jsonl"
         self._reports.write_text("")
         self._read = 0
         (self._shared / "tests").write_text("\n".join(items))
-        words = [sys.executable, "-m", "pytest", "-p", "multinode.plugin", "-p", "no:cacheprovider", "-q"]
+        architecture = session.config.option.architecture
+        words = [
+            ARCHITECTURES[architecture].python,
+            "-m",
+            "pytest",
+            "-p",
+            "multinode.plugin",
+            "-p",
+            "no:cacheprovider",
+            "-q",
+        ]
         words += ["-W", "ignore:numa_lab's decode kernel:RuntimeWarning"]  # guests have no AVX
         if all(HERE in item.path.parents for item in items.values()):
             words.append("--noconftest")  # what the fixtures of the other tests import takes a minute there
@@ -108,9 +127,8 @@ class Boot:
             "NUMBA_OPT": "0",  # compiling takes longer there than what is compiled
             "OMP_WAIT_POLICY": "passive",  # threads that wait would take the host's few cores from those that work
         }
-        self.guest = Guest(
-            LAYOUTS[layout], [*words, f"@{self._shared / 'tests'}"], self._shared, BUILD / "cache", environment
-        )
+        words.append(f"@{self._shared / 'tests'}")
+        self.guest = Guest(LAYOUTS[layout], architecture, words, self._shared, _folder(session) / "cache", environment)
 
     def go_on(self) -> bool:
         """Hand on new reports; whether the guest still runs."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 LABELS = {"c0m0", "c0m1", "c1m0", "c1m1", "c0m0~aa"}
-RUN = Path("build/multinode/two-nodes/run")
+RUN = Path("build/multinode/x86_64/two-nodes/run")
 
 
 def numa_lab(*words):

@@ -6,6 +6,7 @@ import ctypes
 import json
 import mmap
 import os
+import platform
 import re
 import select
 import subprocess
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 PAGE = mmap.PAGESIZE
 MILLISECOND = 1_000_000
-_MOVE_PAGES = 279  # asm/unistd_64.h
+_MOVE_PAGES = {"x86_64": 279, "aarch64": 239}[platform.machine()]  # asm/unistd_64.h, asm-generic/unistd.h
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
