@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 
 from numa_lab import libnuma, mappings
+from numa_lab.commands import to_paste
 from numa_lab.control_groups import ControlGroups, tightest
 from numa_lab.errors import MissingDependency, NodeUnavailable
 from numa_lab.hardware import read_allowed, read_memory
@@ -78,7 +79,7 @@ def _require_of_groups(nbytes: int) -> None:
     if limit and nbytes > limit.available_bytes:
         raise NodeUnavailable(
             f"{limit.sentence()}, and {nbytes / 2**20:,.0f} MiB were asked for: take a smaller shape, or raise the limit as "
-            "`numa-lab doctor` says"
+            f"`{to_paste('numa-lab', 'doctor')}` says"
         )
 
 

@@ -20,6 +20,7 @@ from numa_lab.attention import decode, gqa
 from numa_lab.attention.names import require_backend
 from numa_lab.attention.reference import attention as reference
 from numa_lab.binding import Binding, MemPolicy, effective
+from numa_lab.commands import to_paste
 from numa_lab.control_groups import tightest
 from numa_lab.errors import InvalidInput, NodeUnavailable, UntrustedResult
 from numa_lab.reading import read_bandwidth
@@ -206,7 +207,7 @@ class Execution:
         if limit and largest > limit.available_bytes:
             raise NodeUnavailable(
                 f"{limit.sentence()}, and K and V need {largest / 2**20:,.0f} MiB: take a smaller kv_len or batch, or raise the "
-                "limit as `numa-lab doctor` says"
+                f"limit as `{to_paste('numa-lab', 'doctor')}` says"
             )
         if largest > free:
             raise NodeUnavailable(

@@ -15,6 +15,7 @@ import pandas as pd
 
 from numa_lab import notebook
 from numa_lab.binding import Binding, MemPolicy
+from numa_lab.commands import to_paste
 from numa_lab.errors import InvalidInput, NumaLabError, UntrustedResult
 from numa_lab.libnuma import interleave_weights
 from numa_lab.measured import PROBES, Measured
@@ -116,8 +117,8 @@ def _misplaced(rows: pd.DataFrame, planned: Planned, topology: Topology) -> list
     return [
         *told[:MOST_TOLD],
         *more,
-        f"So this was not {planned.binding} within the CPUs {allowed} that this sweep may use: `numa-lab doctor` looks for what "
-        "moves threads and pages.",
+        f"So this was not {planned.binding} within the CPUs {allowed} that this sweep may use: "
+        f"`{to_paste('numa-lab', 'doctor')}` looks for what moves threads and pages.",
     ]
 
 

@@ -152,7 +152,7 @@ def test_a_changed_notebook_and_another_machine_are_not_resumed(finished, tmp_pa
     ("spoil", "reason"),
     [
         (lambda rows: rows.assign(label="c7m7"), r"Rows have label c7m7, expected c\d+m\d+(~aa)?: the notebook must hand"),
-        (lambda rows: rows.assign(effective="c0m*"), "the kernel granted default.*this was not c.* `numa-lab doctor`"),
+        (lambda rows: rows.assign(effective="c0m*"), "the kernel granted default.*this was not c.*numa-lab doctor`"),
         (lambda rows: rows[rows["attention"] != "mqa"], r"2 of \d+ cases were not measured, the first of them MQA decode in bfloat16"),
         (lambda rows: rows.assign(threads=rows["threads"] + 90), r"It computed with up to \d+ threads, and the CPUs .* have \d+ physical"),
         (lambda rows: rows.assign(observed=rows["observed"].map(on_cpu_4000)), r"computed on CPUs 4000, outside the requested CPUs"),
