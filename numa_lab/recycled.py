@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import resource
 import threading
 import time
 from collections.abc import Callable
@@ -26,15 +27,17 @@ from numa_lab import libnuma, memory
 from numa_lab.errors import MissingDependency, NumaLabError
 from numa_lab.topology import read_topology
 
-REST = 10  # times as long as giving back took, before it is done again for the same node
+REST = 10  # times as long as giving back took for nothing, before it is done again for the same node
+PAGE_SECONDS = 2e-6  # more than it takes to give back a page, and less than it took to touch it
 REMEMBERED = 1024  # tensors, by ``Settled``
 LOOK_PAGES = 1024  # of a tensor; one look at each of 1024 pages takes 50 to 200 us, as reading some MiB does
 
 
 class _Thread(threading.local):
-    """For which node a thread's memory was given back, and until when that is not done again."""
+    """For which node a thread's memory was given back, after how many page faults, and until when that is not done again."""
 
     node: int | None = None
+    page_faults = 0
     rests_until = 0.0
 
 
@@ -46,15 +49,18 @@ def give_back(node: int, *, always: bool = False) -> None:
 
     That takes 5 to 40 us where little is free, and about 0.2 us for each page that goes. In a process whose memory is in
     ten thousand pieces it takes ten milliseconds, though nothing goes: therefore a thread that was on this node before does it
-    for no more than a tenth of the time, unless it shall `always` do it. With one node nothing is done.
+    for no more than a tenth of the time, that apart which goes for pages that were touched since, unless it shall `always` do
+    it. With one node nothing is done.
     """
     start = time.perf_counter()
     resting = not always and _thread.node == node and start < _thread.rests_until
     if resting or not can_lie_elsewhere():
         return
     malloc_trim()
+    page_faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     end = time.perf_counter()
-    _thread.node, _thread.rests_until = node, end + REST * (end - start)
+    for_nothing = max(0.0, end - start - PAGE_SECONDS * (page_faults - _thread.page_faults))
+    _thread.node, _thread.page_faults, _thread.rests_until = node, page_faults, end + REST * for_nothing
 
 
 @cache

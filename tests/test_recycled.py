@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -24,9 +26,10 @@ def test_what_malloc_would_hand_out_again_is_touched_anew():
     assert max(libnuma.page_status(pages)) < 0
 
 
-def test_a_thread_that_stays_on_its_node_gives_back_for_a_tenth_of_the_time(monkeypatch):
-    now, given_back = [0.0], []
+def test_a_thread_that_stays_on_its_node_gives_back_for_nothing_for_a_tenth_of_the_time(monkeypatch):
+    now, faults, given_back = [0.0], [0], []
     monkeypatch.setattr(recycled.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(recycled.resource, "getrusage", lambda _who: SimpleNamespace(ru_minflt=faults[0]))
 
     def trim():
         given_back.append(now[0])
@@ -42,6 +45,11 @@ def test_a_thread_that_stays_on_its_node_gives_back_for_a_tenth_of_the_time(monk
     recycled.give_back(NODE)
     recycled.give_back(NODE, always=True)
     assert len(given_back) == count + 3
+    now[0] += 20
+    for _ in range(5):
+        faults[0] += 1_000_000  # pages that were touched, and go
+        recycled.give_back(NODE)
+    assert len(given_back) == count + 8
 
 
 def test_a_tensor_is_moved_unless_its_memory_has_a_policy_of_its_own(monkeypatch):

@@ -23,8 +23,8 @@ def helpers():
     return {node: NUMAOptimizedGQA(numa_node=node, auto_detect=False) for node in (0, 1, 2)}
 
 
-def normal(nbytes):
-    return torch.randn(nbytes // 4)
+def new(nbytes):
+    return torch.ones(nbytes // 4)
 
 
 def qkv(kv_len=2048):
@@ -42,8 +42,8 @@ def inner_pages(tensor):
 def leave_free_memory_on(node):
     """malloc keeps what is freed here: an allocation of 32 MiB that is freed raises its limit to that."""
     with team.pinned_team(read_topology().cpus_of([0]), (libnuma.MPOL_BIND, [node])):
-        normal(32 * MIB - 64 * KIB)
-        for _ in [normal(size) for size in SIZES[:-1] for _ in range(2)]:
+        new(32 * MIB - 64 * KIB)
+        for _ in [new(size) for size in SIZES[:-1] for _ in range(2)]:
             pass
 
 
@@ -51,7 +51,7 @@ def test_malloc_does_hand_out_memory_of_another_node():
     """What the others guard against: if this stops failing to place, they prove nothing."""
     leave_free_memory_on(3)
     with NUMAOptimizedGQA(1)._placed():
-        assert witness.pages(normal(6 * MIB))[3] > 1000
+        assert witness.pages(new(6 * MIB))[3] > 1000
 
 
 @pytest.mark.parametrize("keep", [True, False])
@@ -61,7 +61,7 @@ def test_new_tensors_lie_on_each_node_in_turn(keep):
     for node in (0, 1, 2, 0):
         with NUMAOptimizedGQA(numa_node=node, auto_detect=False) as helper:
             for size in SIZES:
-                tensor = normal(size)
+                tensor = new(size)
                 assert inner_pages(tensor).keys() == {node}, f"{size} bytes"
                 if keep and size < 64 * MIB:
                     kept.append(tensor)
@@ -72,21 +72,21 @@ def test_new_tensors_lie_on_each_node_in_turn(keep):
             assert helper.receipt().contradictions(read_topology().cpus_of([node]), [node]) == []
         leave_free_memory_on(3)
         with helper:
-            assert inner_pages(normal(6 * MIB)).keys() == {node}, "the same node again"
+            assert inner_pages(new(6 * MIB)).keys() == {node}, "the same node again"
 
 
 def test_new_tensors_lie_on_the_node_after_an_exception_and_inside_another_block():
     outer, inner = NUMAOptimizedGQA(0), NUMAOptimizedGQA(2)
     leave_free_memory_on(1)
     with pytest.raises(ZeroDivisionError), inner:
-        tensor = normal(6 * MIB)
+        tensor = new(6 * MIB)
         raise ZeroDivisionError
     del tensor
     with outer:
-        assert inner_pages(normal(6 * MIB)).keys() == {0}
+        assert inner_pages(new(6 * MIB)).keys() == {0}
         with inner, inner:
-            assert inner_pages(normal(6 * MIB)).keys() == {2}
-        assert inner_pages(normal(6 * MIB)).keys() == {0}
+            assert inner_pages(new(6 * MIB)).keys() == {2}
+        assert inner_pages(new(6 * MIB)).keys() == {0}
 
 
 def test_a_cache_that_grows_and_names_that_are_bound_anew_lie_on_the_node():
@@ -113,7 +113,7 @@ def test_two_threads_on_two_nodes_at_once():
         for size in (64 * KIB, 6 * MIB, 31 * MIB, 6 * MIB):
             together.wait()
             with NUMAOptimizedGQA(node) as helper:
-                tensor, (query, key, value) = normal(size), qkv()
+                tensor, (query, key, value) = new(size), qkv()
                 helper.compute(query, key, value)
                 found = inner_pages(tensor).keys() | witness.pages(key).keys() | witness.pages(value).keys()
                 if found != {node}:
@@ -151,14 +151,14 @@ def test_tasks_of_pools_and_what_is_scattered_lie_on_their_nodes():
     for _ in range(2):  # threads of the second pool get memory of those that ended
         with NUMAThreadPool() as pool:
             for size in (64 * KIB, 6 * MIB, 31 * MIB):
-                made = [pool.execute_on_numa(normal, size, numa_node=node) for node in (2, 0, 1)]
+                made = [pool.execute_on_numa(new, size, numa_node=node) for node in (2, 0, 1)]
                 assert [list(inner_pages(tensor)) for tensor in made] == [[2], [0], [1]]
                 copies = pool.scatter(made)
                 assert [list(witness.pages(tensor)) for tensor in copies] == [[0], [1], [2]]
             # Touched first by this thread, on another node, and freed: the leader would get it again.
             with team.pinned_team(read_topology().cpus_of([0]), (libnuma.MPOL_BIND, [3])):
                 pool.execute_on_numa(torch.empty, 4 * MIB // 4, numa_node=2).fill_(1)
-            assert list(inner_pages(pool.execute_on_numa(normal, 4 * MIB, numa_node=2))) == [2]
+            assert list(inner_pages(pool.execute_on_numa(new, 4 * MIB, numa_node=2))) == [2]
 
 
 def test_what_cannot_be_kept_is_told_once_and_contradicts():
