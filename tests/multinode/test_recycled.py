@@ -39,25 +39,23 @@ def inner_pages(tensor):
     return witness.pages(tensor.flatten()[skipped : skipped + whole // tensor.element_size()])
 
 
-def leave_free_memory_on(node):
-    """malloc keeps what is freed here: an allocation of 32 MiB that is freed raises its limit to that."""
+def free_memory_on(node):
+    """Has malloc keep freed memory of a node, between tensors that are returned: an allocation of 32 MiB that is freed allows it to."""
     with team.pinned_team(read_topology().cpus_of([0]), (libnuma.MPOL_BIND, [node])):
         new(32 * MIB - 64 * KIB)
-        for _ in [new(size) for size in SIZES[:-1] for _ in range(2)]:
-            pass
+        return [new(size) for size in SIZES[:-1] for _ in range(2)][::2]
 
 
 def test_malloc_does_hand_out_memory_of_another_node():
     """What the others guard against: if this stops failing to place, they prove nothing."""
-    leave_free_memory_on(3)
+    _between = free_memory_on(3)
     with NUMAOptimizedGQA(1)._placed():
         assert witness.pages(new(6 * MIB))[3] > 1000
 
 
 @pytest.mark.parametrize("keep", [True, False])
 def test_new_tensors_lie_on_each_node_in_turn(keep):
-    leave_free_memory_on(3)
-    kept = []
+    kept = free_memory_on(3)
     for node in (0, 1, 2, 0):
         with NUMAOptimizedGQA(numa_node=node, auto_detect=False) as helper:
             for size in SIZES:
@@ -70,14 +68,14 @@ def test_new_tensors_lie_on_each_node_in_turn(keep):
             for tensor in (query, key, value, output):
                 assert witness.pages(tensor).keys() == {node}
             assert helper.receipt().contradictions(read_topology().cpus_of([node]), [node]) == []
-        leave_free_memory_on(3)
+        kept += free_memory_on(3)
         with helper:
             assert inner_pages(new(6 * MIB)).keys() == {node}, "the same node again"
 
 
 def test_new_tensors_lie_on_the_node_after_an_exception_and_inside_another_block():
     outer, inner = NUMAOptimizedGQA(0), NUMAOptimizedGQA(2)
-    leave_free_memory_on(1)
+    _between = free_memory_on(1)
     with pytest.raises(ZeroDivisionError), inner:
         tensor = new(6 * MIB)
         raise ZeroDivisionError
@@ -90,7 +88,7 @@ def test_new_tensors_lie_on_the_node_after_an_exception_and_inside_another_block
 
 
 def test_a_cache_that_grows_and_names_that_are_bound_anew_lie_on_the_node():
-    leave_free_memory_on(3)
+    _between = free_memory_on(3)
     _, key, value = qkv(4096)
     for node, helper in helpers().items():
         with helper:
@@ -106,7 +104,7 @@ def test_a_cache_that_grows_and_names_that_are_bound_anew_lie_on_the_node():
 
 
 def test_two_threads_on_two_nodes_at_once():
-    leave_free_memory_on(3)
+    _between = free_memory_on(3)
     together, wrong = threading.Barrier(2), []
 
     def work(node):
@@ -147,7 +145,7 @@ def test_memory_with_a_policy_of_its_own_and_calls_from_outside_move_nothing():
 
 
 def test_tasks_of_pools_and_what_is_scattered_lie_on_their_nodes():
-    leave_free_memory_on(3)
+    _between = free_memory_on(3)
     for _ in range(2):  # threads of the second pool get memory of those that ended
         with NUMAThreadPool() as pool:
             for size in (64 * KIB, 6 * MIB, 31 * MIB):
@@ -162,7 +160,7 @@ def test_tasks_of_pools_and_what_is_scattered_lie_on_their_nodes():
 
 
 def test_what_cannot_be_kept_is_told_once_and_contradicts():
-    leave_free_memory_on(3)
+    _between = free_memory_on(3)
     refuse(["move_pages", "madvise", "mbind"])
     recycled.gives_back.cache_clear()
     memory.locator.cache_clear()
