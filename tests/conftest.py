@@ -118,12 +118,15 @@ def no_other_sweep():
 
 @pytest.fixture
 def numa_calls():
-    """Skips where the kernel has no NUMA calls, as QEMU in its place has none when it runs a program (make test-arm)."""
+    """Skips where QEMU runs this program in the kernel's place (make test-arm).
+
+    It has no NUMA calls, passes on no advice and no limit of memory, and makes up smaps. A kernel without NUMA is like it.
+    """
     try:
         libnuma.get_mempolicy()
     except NotPermitted as error:
         if error.errno == errno.ENOSYS:
-            pytest.skip("this kernel, or QEMU in its place, has no NUMA calls: on Arm they are tested in a guest")
+            pytest.skip("no kernel with NUMA calls answers, QEMU does in its place: on Arm a guest's kernel is asked")
 
 
 @pytest.fixture

@@ -399,7 +399,7 @@ def test_trying_the_calls_leaves_the_policy_of_the_thread():
         assert thread.submit(policy_after).result() == (libnuma.MPOL_BIND, {node})
 
 
-@pytest.mark.usefixtures("willing_kernel")
+@pytest.mark.usefixtures("numa_calls", "willing_kernel")
 def test_what_is_optional_and_missing_is_found(monkeypatch, tmp_path):
     def refuse(*_):
         raise OSError(errno.EPERM, "refused")

@@ -111,7 +111,7 @@ def test_migrate_asks_again_for_busy_pages_and_leaves_untouched_ones(monkeypatch
 @pytest.mark.usefixtures("numa_calls")
 def test_what_is_there_already_stays_and_a_full_node_is_refused(monkeypatch):
     node = read_topology().effective_nodes[0]
-    tensor = memory.empty((4 * MIB,), torch.uint8).fill_(1)
+    tensor = memory.empty((4 * MIB,), torch.uint8, node).fill_(1)
     located = memory.locate(tensor)
     with monkeypatch.context() as patch:
         patch.setattr(libnuma, "move_pages", lambda *_: pytest.fail("there was nothing to move"))
@@ -172,6 +172,7 @@ def test_a_cache_goes_round_evenly_where_huge_pages_are_as_large_as_itself(monke
     assert turns == [(node, 2 * MIB // memory.PAGE_BYTES) for node in nodes]
 
 
+@pytest.mark.usefixtures("numa_calls")
 @pytest.mark.parametrize("code", [errno.EINVAL, errno.EPERM, errno.ENOSYS])
 def test_without_huge_pages_a_tensor_is_made_all_the_same_and_the_receipt_says_so(monkeypatch, code):
     class Refusing(mmap.mmap):
@@ -256,6 +257,7 @@ def test_where_the_kernel_tells_nothing_of_pages_no_pages_are_claimed(monkeypatc
     assert memory.lost()[-1] == "there is no numa_maps: no pages were looked at"
 
 
+@pytest.mark.usefixtures("numa_calls")
 def test_a_limit_of_address_space_is_told():
     before = resource.getrlimit(resource.RLIMIT_AS)
     used = psutil.Process().memory_info().vms
