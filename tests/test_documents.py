@@ -49,6 +49,7 @@ FILLED_IN = {  # what a reader would
     "<run>": "sample",
     "RUN_DIR": "data/runs/sample",
     "--run DIR": "--run data/runs/sample",
+    "--root DIR": "--root /",
     "--resume DIR": "--resume data/runs/planned",
     "--mlc FILE": "--mlc numa_lab/published/icelake_mlc.txt",
     "--machine NAME": "--machine icelake",
@@ -65,6 +66,8 @@ REAL = "PATH=" + shlex.quote(f"{Path(sys.executable).parent}:{os.environ['PATH']
 STAND_INS = {
     "numactl": f'exec {shutil.which("numactl")} "$@"',
     "sudo": 'exec "$@"',
+    "mkdir": f'{REAL}; exec mkdir "$@"',
+    "cp": f'{REAL}; cp "$@" 2>/dev/null || [[ -d sys/devices ]]',  # not every file of the machine can be read
     "make": f'{REAL}; exec make --dry-run "$@"',
     "python": f'{REAL}; case "$1" in *.py) set -- "$@" --seconds 1 ;; esac; exec python "$@"',
     "numa-lab": f'{REAL}; case "$1" in sweep) set -- "$@" --dry-run ;; probe) set -- "$@" --seconds 1 ;; esac; '
