@@ -6,13 +6,15 @@ has malloc return them to the kernel, so that the next tensor is touched anew. W
 touched elsewhere again: ``settle`` looks at a tensor, and moves what is not on the node.
 
 Limits: glibc's malloc; of another one (musl, jemalloc, tcmalloc) nothing is given back, and ``settle`` remains. A page that a
-tensor shares with its neighbours is given back by no malloc.
+tensor shares with its neighbours is given back by no malloc. Where the environment sets malloc's thresholds, what is free at
+the end of another thread's arena than the main one's stays.
 """
 
 from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 import resource
 import threading
 import time
@@ -29,6 +31,7 @@ from numa_lab.topology import read_topology
 
 REST = 10  # times as long as giving back took for nothing, before it is done again for the same node
 PAGE_SECONDS = 2e-6  # more than it takes to give back a page, and less than it took to touch it
+BLOCK_BYTES = 100_000  # less than what malloc ever takes from the kernel directly by default
 REMEMBERED = 1024  # tensors, by ``Settled``
 LOOK_PAGES = 1024  # of a tensor; one look at each of 1024 pages takes 50 to 200 us, as reading some MiB does
 
@@ -70,14 +73,54 @@ def can_lie_elsewhere() -> bool:
 
 
 def malloc_trim() -> None:
-    """Return malloc's free pages to the kernel; nothing where this malloc can't."""
+    """Return malloc's free pages to the kernel; nothing where this malloc can't.
+
+    In threads other than the main one that also fixes malloc's thresholds, at what glibc raises them to once a tensor of 32 MiB was
+    freed, unless the environment has set them.
+    """
     if trim := _libc_function("malloc_trim"):
         trim(ctypes.c_size_t(0))
+        if threading.get_native_id() != os.getpid():
+            _trim_end_of_arena()
+
+
+def _trim_end_of_arena() -> None:
+    """Return what is free at the end of the calling thread's arena, which ``malloc_trim`` does in the main one alone.
+
+    glibc does it when a block of 64 KiB or more is freed while more is free there than a threshold, here none.
+    """
+    mallopt, malloc, free = (_libc_function(name) for name in ("mallopt", "malloc", "free"))
+    if mallopt is None or malloc is None or free is None or _thresholds_are_the_users():
+        return
+    with _lock:
+        try:
+            mallopt(_M_TRIM_THRESHOLD, 0)
+            mallopt(_M_TOP_PAD, 0)
+            free(ctypes.c_void_p(malloc(BLOCK_BYTES)))
+        finally:
+            for option, nbytes in _ADAPTED.items():
+                mallopt(option, nbytes)
+
+
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
+_ADAPTED = {_M_MMAP_THRESHOLD: 32 << 20, _M_TRIM_THRESHOLD: 64 << 20, _M_TOP_PAD: 128 << 10}  # mallopt(3)
+# Thresholds are the process's, so one thread at a time sets them; no fork finds this held.
+_lock = threading.RLock()
+os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
+
+
+@cache
+def _thresholds_are_the_users() -> bool:
+    names = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "MALLOC_MMAP_THRESHOLD_")
+    return any(name in os.environ for name in names) or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "")
 
 
 @cache
 def _libc_function(name: str) -> Callable[..., int] | None:
-    return getattr(ctypes.CDLL(None), name, None)
+    function = getattr(ctypes.CDLL(None), name, None)
+    if function and name == "malloc":
+        function.argtypes, function.restype = [ctypes.c_size_t], ctypes.c_void_p
+    return function
 
 
 @cache

@@ -1,5 +1,7 @@
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -24,6 +26,25 @@ def test_what_malloc_would_hand_out_again_is_touched_anew():
     assert set(libnuma.page_status(pages)) == {NODE}
     recycled.give_back(NODE)
     assert max(libnuma.page_status(pages)) < 0
+
+
+def test_a_thread_gives_back_the_end_of_its_arena_too():
+    torch.empty(32 * MIB - 65536, dtype=torch.uint8)
+
+    def left():
+        kept = [torch.ones(2 * MIB, dtype=torch.uint8) for _ in range(8)]  # what is free before has been filled then
+        tensor = torch.ones(6 * MIB, dtype=torch.uint8)
+        first = tensor.data_ptr() // memory.PAGE_BYTES + 1
+        del tensor  # nothing but free memory comes after it
+        pages = np.arange(first, first + 6 * MIB // memory.PAGE_BYTES - 2, dtype=np.uint64) * memory.PAGE_BYTES
+        before = int((libnuma.page_status(pages) >= 0).sum())
+        recycled.give_back(NODE)
+        return before, int((libnuma.page_status(pages) >= 0).sum()), len(kept)
+
+    for _ in range(8):  # some of these threads find an arena that one before them has grown
+        with ThreadPoolExecutor(1) as threads:
+            before, after, _ = threads.submit(left).result()
+        assert before > 1000 > 64 > after
 
 
 def test_a_thread_that_stays_on_its_node_gives_back_for_nothing_for_a_tenth_of_the_time(monkeypatch):
