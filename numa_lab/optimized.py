@@ -235,8 +235,7 @@ class NUMAOptimizedGQA:
             if inside:
                 self._settle(query=query, key=key, value=value)
             output = scaled_dot_product_attention_gqa(query, key, value, **options)
-            if inside:
-                self._settle(output=output)
+            self._settle(output=output)  # which was made inside in any case
         self._remember(query=query, key=key, value=value, output=output)
         return output
 
