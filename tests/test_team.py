@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -179,5 +180,5 @@ def test_a_team_that_openmp_makes_smaller_is_told_everywhere():
     assert granted == [1, [True]]
     assert len(found) == 1 + 2 * len(read_topology().effective_nodes)
     for told in (*map(" ".join, found), refused):
-        assert "2 threads were requested and 1 computed" in told
+        assert re.search(r"\b\d+ threads were requested and 1 computed", told)
     assert "OMP_THREAD_LIMIT=1" in seen
