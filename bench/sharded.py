@@ -1,126 +1,284 @@
-"""What sharding over teams costs: two teams of one core each against one team of two, on one node; and batches over them.
+"""What a decode step costs when it is handed to several nodes: ratios to the same attention called with all threads.
 
-The teams share a node, so that nothing is gained by sharding and its cost is all that shows.
+The two "nodes" are halves of one, so that nothing is gained by sharding and its cost is all that shows. A ratio is the median of
+those within each turn, with its quartiles. Bars say what sharding may cost.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from unittest import mock
+from functools import partial
 
 import common
+import numpy as np
 import torch
-from numba import cfunc, types
+from two_nodes import CALLED, ENTERED, SHARDED, Model, in_threads, make_model, steps, tokens
 
-from numa_lab import kv_cache, memory
+from numa_lab import memory, openmp
 from numa_lab.attention.gqa import gqa_attention
-from numa_lab.attention.plans import Merge
-from numa_lab.attention.shapes import AttentionShape, preset
-from numa_lab.kv_cache import NodeShardedKVCache
-from numa_lab.node_team import NodeTeam, run_compiled
+from numa_lab.attention.shapes import preset
 from numa_lab.pool import NUMAThreadPool
 from numa_lab.topology import read_topology
 
 KV_LENS = (2048, 8192, 32768, 131072)
-INPUTS = 8  # of a batch
+SHORT, MIDDLE = KV_LENS[:2]
+GAPS = (0.0002, 0.001, 0.005, 0.02)  # seconds between two steps
+HIDDEN = 4096  # features of a linear layer
+BARS = {
+    "step, 2048 tokens": 1.10,
+    "step, 8192 tokens": 1.05,
+    "step, 32768 tokens": 1.02,
+    "loop, bfloat16": 1.05,
+    "loop, float32": 1.05,
+}
+AGAIN, READING = "called again", "reading alone"
+
+BATCH = 8
 BATCH_KV_LEN = 4096
-LAYERS = 4  # one after another, as a model has them, so that the caches hold none
+LIMIT_BYTES = 1 << 30  # more than caches hold
 
-ONE, CALLED, SHARDED, MERGE, HAND = "one team of 2", "called, 2 threads", "2 teams of 1", "merge", "handing over"
+# It ends with who started it.
+BUSY = """
+import os
+parent = os.getppid()
+while os.getppid() == parent:
+    for _ in range(1_000_000):
+        pass
+"""
+
+Measures = dict[tuple[str, str], Callable[[], float]]  # of seconds, by what is computed and by the way it is
+Taken = Mapping[tuple[str, str], Sequence[float]]  # what they gave in each turn
 
 
-@cfunc(types.void(types.int64))
-def nothing(_data):  # type: ignore[no-untyped-def]
-    """What the teams run where handing over alone is timed."""
+def model_of(kv_len: int, dtype: str = "bfloat16") -> Model:
+    """Layers as llama-3-8b has them."""
+    return make_model(preset("llama-3-8b", kv_len=kv_len, dtype=dtype))
+
+
+def step_measures(kv_lens: Sequence[int]) -> Measures:
+    """Steps one after the other, for caches of several lengths."""
+    models = {f"step, {kv_len} tokens": model_of(kv_len) for kv_len in kv_lens}
+    return {(row, name): steps(model, name) for row, model in models.items() for name in model.ways}
+
+
+def loop_measures() -> Measures:
+    """Decode loops, in both dtypes."""
+    found: Measures = {}
+    for dtype in ("bfloat16", "float32"):
+        model = model_of(MIDDLE, dtype)
+        size = model.layers, HIDDEN, HIDDEN
+        weights = torch.randn(size).mul_(HIDDEN**-0.5).to(getattr(torch, dtype)).unbind()
+        found |= {(f"loop, {dtype}", name): tokens(model, name, weights) for name in model.ways}
+    return found
+
+
+def steps_and_reading(turns: int) -> str:
+    """Steps, and how long it takes to read the same K and V at the memory's limit."""
+    work, threads = step_measures(KV_LENS), torch.get_num_threads()
+    limit = common.read_limit(_block(), threads)
+    for kv_len in KV_LENS:
+        kv_bytes = preset("llama-3-8b", kv_len=kv_len).kv_bytes
+        work[f"step, {kv_len} tokens", READING] = lambda kv_bytes=kv_bytes: kv_bytes / limit()
+    return table(common.samples(work, turns))
+
+
+def loops(turns: int) -> str:
+    """Decode loops."""
+    return table(common.samples(loop_measures(), turns))
+
+
+def gaps(turns: int) -> str:
+    """Steps with gaps between them, in which the caller computes in Python or sleeps."""
+    model = model_of(MIDDLE)
+    waits = {"busy": _compute, "asleep": time.sleep}
+    work = {
+        (f"{1e3 * gap:g} ms apart, {kind}", name): steps(model, name, partial(wait, gap))
+        for kind, wait in waits.items()
+        for gap in GAPS
+        for name in model.ways
+    }
+    return table(common.samples(work, turns))
+
+
+def two_callers(turns: int) -> str:
+    """Steps of two Python threads at once, each with layers of its own."""
+    work: Measures = {}
+    for kv_len in (SHORT, MIDDLE):
+        models = [model_of(kv_len) for _ in range(2)]
+        for name in models[0].ways:
+            work[f"{kv_len} tokens each", name] = partial(in_threads, [steps(model, name) for model in models])
+    return table(common.samples(work, turns))
+
+
+def beside_a_team(turns: int) -> str:
+    """Steps and loops while another Python thread of the process has a team of OpenMP threads, which sleeps."""
+    with other_team():
+        return table(common.samples(step_measures([MIDDLE]) | loop_measures(), turns))
+
+
+def beside_a_load(turns: int) -> str:
+    """Steps while other processes compute on one core and on all of them; calling twice shows how far times differ by chance."""
+    models = {kv_len: model_of(kv_len) for kv_len in (SHORT, MIDDLE)}
+    cores, taken = common.cores_here(), {}
+    loads = [cores[-1:], cores]  # a sample is longer there, as who spins loses whole slices of time
+    for number, cpus in enumerate(loads):
+        work = {
+            (f"{kv_len} tokens, {len(cpus)} of {len(cores)} cores busy", name): steps(
+                model, CALLED if name == AGAIN else name, times=2
+            )
+            for kv_len, model in models.items()
+            for name in (*model.ways, AGAIN)
+        }
+        all_of_load = turns * len(work)
+        with busy(cpus):
+            taken |= common.samples(work, turns, number * all_of_load, (len(loads) - 1 - number) * all_of_load)
+    return table(taken)
+
+
+def handing_over(turns: int) -> str:
+    """Steps with next to nothing to compute."""
+    model = model_of(kv_len=2)
+    return table(common.samples({("1 token per node", name): steps(model, name) for name in model.ways}, turns))
+
+
+def _on_core(cpu: int) -> None:
+    os.sched_setaffinity(0, {cpu})
+    openmp.set_threads(1)
+
+
+def _block() -> torch.Tensor:
+    return memory.empty((LIMIT_BYTES,), torch.uint8, read_topology().effective_nodes[0]).fill_(1)
+
+
+def _compute(seconds: float) -> None:
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        pass
 
 
 @contextmanager
-def two_places(node: int) -> Iterator[None]:
-    """Let a cache that is made here take memory of `node` whatever node it asks for: its shards all lie there."""
+def other_team() -> Iterator[None]:
+    """Another Python thread has computed with torch, and sleeps."""
+    computed, end = threading.Event(), threading.Event()
 
-    def there(shape: tuple[int, ...], dtype: torch.dtype, _node: int, *, huge_pages: bool) -> torch.Tensor:
-        return memory.empty(shape, dtype, node, huge_pages=huge_pages)
+    def work() -> None:
+        torch.ones(1 << 22).exp_()
+        computed.set()
+        end.wait()
 
-    with mock.patch.object(kv_cache, "memory", mock.Mock(wraps=memory, empty=there)):
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    computed.wait()
+    try:
         yield
+    finally:
+        end.set()
+        thread.join()
 
 
-def measure_steps(shape: AttentionShape, turns: int) -> dict[str, float]:
-    """Median seconds of a decode step by what does it, and of its parts."""
-    node = read_topology().effective_nodes[0]
-    cpus = common.cores_here()
-    whole = NodeTeam(node, cpus)
-    halves = {number: NodeTeam(node, [cpu]) for number, cpu in enumerate(cpus)}
-    dtype, query = getattr(torch, shape.dtype), common.query_of(shape)
-    size = (shape.batch, shape.kv_heads, shape.kv_len, shape.head_dim)
-    layers, caches = [], []
-    for _ in range(LAYERS):
-        layers.append(tuple(memory.empty(size, dtype, node).normal_() for _ in range(2)))
-        with two_places(node):
-            caches.append(
-                NodeShardedKVCache(shape.batch, shape.kv_heads, shape.head_dim, shape.kv_len, dtype, teams=halves)
-            )
-        caches[-1].append(*layers[-1])
-    parts = torch.randn(len(halves), *query.shape).to(dtype), torch.randn(len(halves), *query.shape[:-1])
-
-    out, merge = torch.empty_like(query), Merge(dtype, shape.head_dim)
-    jobs = {team: [(nothing.address, 0, 1)] for team in halves.values()}
-
-    calls: dict[str, Callable[[int], object]] = {
-        ONE: lambda layer: whole.submit(gqa_attention, query, *layers[layer], enable_gqa=True).result(),
-        CALLED: lambda layer: gqa_attention(query, *layers[layer], enable_gqa=True),
-        SHARDED: lambda layer: caches[layer].attend(query),
-        MERGE: lambda _layer: merge(*parts, out),
-        HAND: lambda _layer: run_compiled(jobs),
-    }
-    torch.testing.assert_close(calls[SHARDED](0), calls[CALLED](0), rtol=2e-2, atol=2e-2)
-    return common.medians({name: common.seconds_of(call, LAYERS) for name, call in calls.items()}, turns)
+@contextmanager
+def busy(cpus: Sequence[int]) -> Iterator[None]:
+    """On each CPU a process computes, of normal priority."""
+    processes: list[subprocess.Popen[bytes]] = []
+    try:
+        for cpu in cpus:
+            processes.append(subprocess.Popen([sys.executable, "-c", BUSY]))
+            os.sched_setaffinity(processes[-1].pid, {cpu})
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
 
 
-def measure_batch(shape: AttentionShape, turns: int) -> dict[str, float]:
-    """Sequences per second of one team and of a pool of such teams, and bytes that one and that all cores read per second."""
-    node, cpus = read_topology().effective_nodes[0], common.cores_here()
+def table(taken: Taken) -> str:
+    """A line for each way beside calling: microseconds, and the median ratio to calling within a turn, with quartiles and bar.
+
+    Where calling was measured twice, its ratio to itself is the bar: so far do times differ by chance.
+    """
+    lines = [f"{'':50}{'us':>10}{'called':>10}{'ratio':>8}  {'quartiles'}"]
+    for row in dict.fromkeys(row for row, _ in taken):
+        called, ways = taken[row, CALLED], {name: seconds for (of, name), seconds in taken.items() if of == row}
+        bar = max(1.0, _quartiles(ways[AGAIN], called)[2]) if AGAIN in ways else BARS.get(row)
+        for name in [name for name in ways if name != CALLED]:
+            low, ratio, high = _quartiles(ways[name], called)
+            us = f"{1e6 * np.median(ways[name]):10.0f}{1e6 * np.median(called):10.0f}"
+            line = f"{row:36}{name:14}{us}{ratio:8.3f}  {low:.3f} to {high:.3f}"
+            if bar and name in (SHARDED, ENTERED):
+                line += f"   at most {bar:.2f}: {'met' if ratio <= bar else 'not met'}"
+            lines.append(line)
+    return "\n".join(lines)
+
+
+def _quartiles(seconds: Sequence[float], called: Sequence[float]) -> tuple[float, ...]:
+    return tuple(np.quantile(np.divide(seconds, called), (0.25, 0.5, 0.75)))
+
+
+def batch(turns: int) -> str:
+    """How much faster a pool with a thread on each core computes sequences than one core, and all cores read than one."""
+    shape, cpus = preset("llama-3-8b", kv_len=BATCH_KV_LEN), common.cores_here()
     dtype, size = getattr(torch, shape.dtype), (shape.batch, shape.kv_heads, shape.kv_len, shape.head_dim)
-    queries = [common.query_of(shape) for _ in range(INPUTS)]
-    keys, values = ([torch.randn(size).to(dtype) for _ in range(INPUTS)] for _ in range(2))
-    block = memory.empty((1 << 30,), torch.uint8, node).fill_(1)
-    single = NodeTeam(node, cpus[:1])
-    with NUMAThreadPool(num_threads_per_node=len(cpus)) as pool:
+    queries = [common.query_of(shape) for _ in range(BATCH)]
+    keys, values = ([torch.randn(size).to(dtype) for _ in range(BATCH)] for _ in range(2))
+    block = _block()
+    with ThreadPoolExecutor(1, initializer=_on_core, initargs=cpus[:1]) as single, NUMAThreadPool(len(cpus)) as pool:
 
         def one_by_one() -> None:
             for query, key, value in zip(queries, keys, values, strict=True):
                 gqa_attention(query, key, value, enable_gqa=True)
 
-        batch = {
+        calls = {
             "one": lambda _layer: single.submit(one_by_one).result(),
             "pool": lambda _layer: pool.parallel_gqa_compute(queries, keys, values),
         }
-        times = {name: common.seconds_of(call, 1) for name, call in batch.items()}
-        rates = {name: lambda seconds=seconds: INPUTS / seconds() for name, seconds in times.items()}
-        limits = {count: common.read_limit(block, count) for count in (1, len(cpus))}
-        return common.medians({**rates, "read by one": limits[1], "read by all": limits[len(cpus)]}, turns)
+        work = {name: common.seconds_of(call, 1) for name, call in calls.items()}
+        limits = {f"read by {count}": common.read_limit(block, count) for count in (1, len(cpus))}
+        found = common.medians(work | limits, turns)
+    return (
+        f"{len(cpus)} cores compute {found['one'] / found['pool']:.2f} times as fast as one; "
+        f"{len(cpus)} cores read {found[f'read by {len(cpus)}'] / found['read by 1']:.2f} times as fast as one"
+    )
+
+
+PARTS: dict[str, tuple[str, Callable[[int], str]]] = {
+    "step": ("a decode step, one after the other", steps_and_reading),
+    "loop": (
+        f"a token of a decode loop, {MIDDLE} tokens, a {HIDDEN} x {HIDDEN} linear layer before each attention",
+        loops,
+    ),
+    "gaps": (f"a decode step after a gap, {MIDDLE} tokens", gaps),
+    "threads": ("a decode step of two Python threads at once", two_callers),
+    "team": ("beside a second OpenMP team in the process", beside_a_team),
+    "load": ("a decode step beside other processes", beside_a_load),
+    "empty": ("handing over alone", handing_over),
+    "batch": (f"a batch of {BATCH}, {BATCH_KV_LEN} tokens", batch),
+}
 
 
 def main() -> None:
-    """Print a table of steps, and the scaling of a batch beside that of the memory's bandwidth."""
-    options = common.parser(__doc__, turns=15).parse_args()
+    """Print a table for each part."""
+    topology = read_topology()
+    os.sched_setaffinity(0, topology.cpus_of(topology.effective_nodes[:1]))
+    parser = common.parser(__doc__, turns=15)
+    parser.add_argument("--only", default=",".join(PARTS), help=f"of the parts {', '.join(PARTS)}, with commas between")
+    options = parser.parse_args()
+    wanted = options.only.split(",")
+    if unknown := [name for name in wanted if name not in PARTS]:
+        parser.error(f"--only {options.only}: there is no {', '.join(unknown)}; expected some of {','.join(PARTS)}")
     cores = len(common.cores_here())
-    print(f"{'tokens':>8}  {ONE:>16}  {SHARDED:>16}  {'to one team':>11}  {'to called':>9}  {MERGE:>8}  {HAND:>12}")
-    for kv_len in KV_LENS:
-        shape = preset("llama-3-8b", kv_len=kv_len)
-        seconds = common.in_own_process(cores, measure_steps, shape, options.turns)
-        print(
-            f"{kv_len:8}  {1e6 * seconds[ONE]:13.0f} us  {1e6 * seconds[SHARDED]:13.0f} us"
-            f"  {seconds[SHARDED] / seconds[ONE]:11.3f}  {seconds[SHARDED] / seconds[CALLED]:9.3f}"
-            f"  {1e6 * seconds[MERGE]:5.0f} us  {1e6 * seconds[HAND]:9.0f} us",
-            flush=True,
-        )
-    found = common.in_own_process(cores, measure_batch, preset("llama-3-8b", kv_len=BATCH_KV_LEN), options.turns)
-    print(
-        f"\nbatch of {INPUTS}, {BATCH_KV_LEN} tokens: {cores} teams compute {found['pool'] / found['one']:.2f} times as fast as one; "
-        f"{cores} cores read {found['read by all'] / found['read by one']:.2f} times as fast as one"
-    )
+    if cores < 2:
+        parser.error("1 core: expected at least 2, one for each of the two nodes")
+    for name in wanted:
+        title, measure = PARTS[name]
+        print(f"\n{name}: {title}", flush=True)
+        print(common.in_own_process(cores, measure, options.turns), flush=True)
 
 
 if __name__ == "__main__":

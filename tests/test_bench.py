@@ -1,3 +1,4 @@
+import re
 import sys
 import time
 from concurrent.futures import Future
@@ -7,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-MODULES = ("common", "peers", "progress")
+MODULES = ("common", "peers", "progress", "sharded", "two_nodes")
 
 
 @pytest.fixture
@@ -60,3 +61,84 @@ def test_a_missing_peer_is_named_once_with_the_line_to_type(bench, monkeypatch, 
     assert said.err.count("jax, ggml left out: not installed; .venv/bin/pip install") == 1
     assert len(said.err.splitlines()) == 1
     assert "cores of NUMA nodes" in said.out
+
+
+def test_ratios_are_taken_within_turns_and_stand_beside_their_bars(bench):
+    import sharded
+
+    drifting, calm = [1.0, 2.0, 4.0], [1.0, 1.0, 1.0]
+    text = sharded.table(
+        {
+            ("step, 2048 tokens", "called"): drifting,
+            ("step, 2048 tokens", "sharded"): [1.1 * seconds for seconds in drifting],
+            ("step, 2048 tokens", "entered"): [1.11 * seconds for seconds in drifting],
+            ("step, 2048 tokens", "reading alone"): [0.9 * seconds for seconds in drifting],
+            ("noisy", "called"): calm,
+            ("noisy", "called again"): [1.0, 1.02, 1.06],
+            ("noisy", "sharded"): [1.03, 1.03, 1.05],
+            ("without bar", "called"): calm,
+            ("without bar", "sharded"): [2.0, 3.0, 4.0],
+        }
+    )
+    rows = {tuple(re.split(" {2,}", line)[:2]): line for line in text.splitlines()[1:]}
+    assert list(rows) == [
+        ("step, 2048 tokens", "sharded"), ("step, 2048 tokens", "entered"), ("step, 2048 tokens", "reading alone"),
+        ("noisy", "called again"), ("noisy", "sharded"), ("without bar", "sharded"),
+    ]  # fmt: skip
+    endings = [line.rpartition("   ")[2] for line in rows.values()]
+    assert endings[:2] == ["at most 1.10: met", "at most 1.10: not met"]
+    assert endings[4] == "at most 1.04: met"  # as far do times differ where the same is called twice
+    assert "3.000  2.500 to 3.500" in rows["without bar", "sharded"]
+    assert text.count("at most") == 3
+
+
+@pytest.fixture
+def quick(bench, monkeypatch):
+    """Lets bench/sharded.py measure little, and once."""
+    import common
+    import sharded
+    import two_nodes
+
+    if len(common.cores_here()) < 2:
+        pytest.skip("two nodes need two cores")
+    for module, name, value in (
+        (common, "SLEEP_SECONDS", 0), (common, "SAMPLE_SECONDS", 0), (two_nodes, "SAMPLE_SECONDS", 0),
+        (common, "LIMIT_BYTES", 1 << 20), (sharded, "LIMIT_BYTES", 1 << 20), (two_nodes, "LAYERS_BYTES", 0),
+        (sharded, "KV_LENS", (64, 96)), (sharded, "SHORT", 64), (sharded, "MIDDLE", 96), (sharded, "GAPS", (0.0002,)),
+        (sharded, "BATCH_KV_LEN", 64),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, value)
+
+
+@pytest.mark.parametrize(
+    ("part", "rows"),
+    [
+        ("step", ["step, 64 tokens", "step, 96 tokens"]),
+        ("loop", ["loop, bfloat16", "loop, float32"]),
+        ("gaps", ["0.2 ms apart, busy", "0.2 ms apart, asleep"]),
+        ("threads", ["64 tokens each", "96 tokens each"]),
+        ("team", ["step, 96 tokens", "loop, bfloat16", "loop, float32"]),
+        ("load", ["64 tokens, 1 of", "96 tokens, 1 of"]),
+        ("empty", ["1 token per node"]),
+        ("batch", ["times as fast as one"]),
+    ],
+)
+def test_each_part_of_sharding_measures_what_it_names(quick, part, rows):
+    import sharded
+
+    text = sharded.PARTS[part][1](1)
+    assert [row for row in rows if row not in text] == []
+
+
+def test_a_cache_that_can_be_entered_is_entered_around_the_steps_of_a_sample(quick, monkeypatch):
+    import sharded
+    import two_nodes
+
+    inside = set()
+    for name, change in {"__enter__": inside.add, "__exit__": lambda cache, *_: inside.remove(cache)}.items():
+        monkeypatch.setattr(two_nodes.NodeShardedKVCache, name, change, raising=False)
+    model = sharded.model_of(64)
+    seen = two_nodes.steps(model, "entered", lambda: seen_inside.add(len(inside)))
+    seen_inside = set()
+    assert seen() > 0
+    assert (seen_inside, inside) == ({model.layers}, set())
