@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 
 import common
 import numpy as np
@@ -24,7 +25,9 @@ from two_nodes import CALLED, ENTERED, SHARDED, Model, in_threads, make_model, s
 from numa_lab import memory, openmp
 from numa_lab.attention.gqa import gqa_attention
 from numa_lab.attention.shapes import preset
+from numa_lab.doctor import load
 from numa_lab.pool import NUMAThreadPool
+from numa_lab.sysfs import Tree
 from numa_lab.topology import read_topology
 
 KV_LENS = (2048, 8192, 32768, 131072)
@@ -38,6 +41,9 @@ BARS = {
     "loop, bfloat16": 1.05,
     "loop, float32": 1.05,
 }
+BUSY_CPUS = (
+    0.1  # CPUs' worth of time of other processes that is told: what spins loses whole slices of time beside them
+)
 AGAIN, READING = "called again", "reading alone"
 
 BATCH = 8
@@ -265,7 +271,8 @@ PARTS: dict[str, tuple[str, Callable[[int], str]]] = {
 def main() -> None:
     """Print a table for each part."""
     topology = read_topology()
-    os.sched_setaffinity(0, topology.cpus_of(topology.effective_nodes[:1]))
+    cpus = topology.cpus_of(topology.effective_nodes[:1])
+    os.sched_setaffinity(0, cpus)
     parser = common.parser(__doc__, turns=15)
     parser.add_argument("--only", default=",".join(PARTS), help=f"of the parts {', '.join(PARTS)}, with commas between")
     options = parser.parse_args()
@@ -277,7 +284,9 @@ def main() -> None:
         parser.error("1 core: expected at least 2, one for each of the two nodes")
     for name in wanted:
         title, measure = PARTS[name]
-        print(f"\n{name}: {title}", flush=True)
+        others = load.look(Tree(Path("/")), cpus).others or 0
+        beside = f", while others took the time of {others:.1f} CPUs" if others >= BUSY_CPUS else ""
+        print(f"\n{name}: {title}{beside}", flush=True)
         print(common.in_own_process(cores, measure, options.turns), flush=True)
 
 

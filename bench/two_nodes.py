@@ -24,6 +24,7 @@ from numa_lab.attention.gqa import gqa_attention
 from numa_lab.attention.shapes import AttentionShape
 from numa_lab.kv_cache import NodeShardedKVCache
 from numa_lab.node_team import NodeTeam
+from numa_lab.optimized import NUMAOptimizedGQA
 from numa_lab.topology import read_topology
 
 LAYERS_BYTES = (
@@ -34,7 +35,7 @@ BLOCK = 256  # tokens in a row on a node
 SAMPLE_SECONDS = 0.1  # of one timing
 FEWEST_STEPS = 5  # in one timing
 
-CALLED, SHARDED, ENTERED = "called", "sharded", "entered"
+CALLED, PINNED, SHARDED, ENTERED = "called", "called, pinned", "sharded", "entered"
 
 
 class Way(NamedTuple):
@@ -55,7 +56,8 @@ class Model(NamedTuple):
 def make_model(shape: AttentionShape) -> Model:
     """Layers of random K and V, each once as two tensors and once as a cache of two nodes, which are checked to agree.
 
-    The caches are also entered around many steps, where such a cache can be.
+    Attention is also called with its threads pinned: a worker that wakes up beside the caller, on its CPU, may wait there for some
+    milliseconds. The caches are also entered around many steps, where such a cache can be.
     """
     node, dtype = read_topology().effective_nodes[0], getattr(torch, shape.dtype)
     size = (shape.batch, shape.kv_heads, shape.kv_len, shape.head_dim)
@@ -71,8 +73,9 @@ def make_model(shape: AttentionShape) -> Model:
                 )
             )  # fmt: skip
         caches[-1].append(*layers[-1])
+    called = Way(lambda layer, query: gqa_attention(query, *layers[layer], enable_gqa=True))
     sharded = Way(lambda layer, query: caches[layer].attend(query))
-    ways = {CALLED: Way(lambda layer, query: gqa_attention(query, *layers[layer], enable_gqa=True)), SHARDED: sharded}
+    ways = {CALLED: called, PINNED: called._replace(inside=partial(NUMAOptimizedGQA, node)), SHARDED: sharded}
     if hasattr(NodeShardedKVCache, "__enter__"):
         ways[ENTERED] = sharded._replace(inside=partial(_entered, caches))
     query = common.query_of(shape)
