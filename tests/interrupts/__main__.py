@@ -7,7 +7,7 @@ call, no thread lost or left over, no mask, memory policy or thread count change
 import argparse
 import os
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from multiprocessing import get_context
 
@@ -19,7 +19,7 @@ STACK_SECONDS = 2.0  # for printing them
 MOST_FAULTS = 10  # of a case: each costs a new process
 CONTEXT = get_context("fork")  # a case starts with what was imported and compiled here
 FAULTS = ("hang", "wrong", "threads", "states", "exceptions")
-MOST_SHOWN = 2000  # characters of a fault
+MOST_SHOWN, MOST_PLACES = 2000, 8  # characters of a fault, and places that lead to it
 
 
 class Tally:
@@ -42,6 +42,19 @@ class Tally:
         """A line of the table."""
         numbers = (self.fired, *(self.counted[name] for name in ("inside", "after", *FAULTS)))
         return f"{self.name:<26}{1e3 * self.seconds:>9.2f}" + "".join(f"{number:>11}" for number in numbers)
+
+    def told(self) -> str:
+        """What was seen: of faults that end with the same words the first, and where the alarms came that left them."""
+        alike: defaultdict[tuple[str, str], list[Shot]] = defaultdict(list)
+        for shot in self.faults:
+            for kind, text in shot.faults.items():
+                alike[kind, text.strip().splitlines()[-1]].append(shot)
+        lines = []
+        for (kind, _), shots in alike.items():
+            lines.append(f"\n{self.name}, {kind}, {len(shots)} times: {shots[0].faults[kind].strip()[-MOST_SHOWN:]}")
+            places = Counter(f"{shot.when} ({shot.place})" for shot in shots)
+            lines += [f"  {times} x {place}" for place, times in places.most_common(MOST_PLACES)]
+        return "\n".join([*lines, ""]) if lines else ""
 
 
 def header() -> str:
@@ -111,9 +124,7 @@ def main(words: Sequence[str] | None = None) -> int:
             tallies[-1].add(shot)
         print(tallies[-1].row(), flush=True)
     for tally in tallies:
-        for shot in tally.faults:
-            told = "".join(f"\n  {kind}: {text.strip()[-MOST_SHOWN:]}" for kind, text in shot.faults.items())
-            print(f"\n{tally.name}, alarm {shot.number}, {shot.when} ({shot.place}){told}")
+        print(tally.told(), end="")
     return int(any(tally.faults for tally in tallies))
 
 

@@ -102,18 +102,34 @@ def truncate() -> Iterator[Target]:
     """Over several segments, as forks make them."""
     with two_nodes() as given:
         filled, left = Filled(given), TOKENS // 2
-        forks = []  # keep their tokens from being written over, so that what is added comes into segments of its own
 
         def right() -> None:
             filled.require_right((TOKENS, left))
             filled.cache.truncate(left)
-            forks.clear()
             for until in (TOKENS - BLOCK - 1, TOKENS):
-                forks.append(filled.cache.fork())
+                filled.cache = filled.cache.fork()  # may not write behind the tokens that it shares
                 filled.append(until)
             filled.require_right()
 
         yield Target(lambda: filled.cache.truncate(left), right)
+
+
+@case("cache-truncate-forked")
+def truncate_forked() -> Iterator[Target]:
+    """What is added afterwards may not be written over the tokens that the other one still reads."""
+    with two_nodes() as given:
+        both = [(filled := Filled(given)), filled.cache.fork()]
+        noise = numbers(ROOM, KV_HEADS)
+
+        def right() -> None:
+            filled, twin = both
+            filled.require_right((TOKENS, TOKENS // 2))
+            if len(filled.cache) < TOKENS:
+                filled.cache.append(noise, noise)
+            filled.require_right((TOKENS,), twin)
+            both[:] = (new := Filled(given)), new.cache.fork()
+
+        yield Target(lambda: both[0].cache.truncate(TOKENS // 2), right)
 
 
 @case("cache-fork")
