@@ -23,6 +23,7 @@ WARM_UP_SECONDS = 2.0  # after which there are no more of them
 FURTHEST = 1.2  # times the duration of the call, up to which delays are spread evenly
 EDGE = 16  # one alarm of so many comes at once, and one long after the call
 AT_ONCE_SECONDS = 30e-6
+AFTERMATH_SECONDS = 0.1  # for threads that end
 STACKS = signal.SIGUSR1  # tells a process that hangs to print the stacks of its threads
 
 
@@ -72,6 +73,7 @@ class Gun:
         while len(taken) < TURNS and time.perf_counter() < end:
             taken.append(self._timed())
         self.seconds = statistics.median(taken[len(taken) // 2 :])
+        time.sleep(AFTERMATH_SECONDS)
         self._before = threads.now()
 
     def _timed(self) -> float:

@@ -2,11 +2,14 @@
 
 import itertools
 from collections.abc import Iterator
+from unittest import mock
+
+import torch
 
 from interrupts import threads
 from interrupts.aim import Target
 from interrupts.cases import CPUS, NODE, Q_HEADS, attention, case, numbers, require_close
-from numa_lab import NUMAOptimizedGQA, gqa_attention, libnuma
+from numa_lab import NUMAOptimizedGQA, gqa_attention, libnuma, memory
 from numa_lab.attention.decode import decode_attention
 from numa_lab.team import pinned_team
 
@@ -30,6 +33,17 @@ def decode() -> Iterator[Target]:
         lambda: decode_attention(QUERY, KEY, VALUE),
         lambda: require_close(decode_attention(QUERY, KEY, VALUE), EXPECTED),
     )
+
+
+@case("memory-first-touch")
+def touched() -> Iterator[Target]:
+    """Where mbind is refused."""
+
+    def right() -> None:
+        assert memory.empty((3, 1000), torch.float32, NODE).fill_(1).sum() == 3000
+
+    with mock.patch.object(memory, "placer", return_value="first touch"):
+        yield Target(lambda: memory.empty((3, 1000), torch.float32, NODE), right)
 
 
 @case("pinned_team")
