@@ -57,12 +57,23 @@ def settled(before: State) -> State:
 
 
 def policy(tid: int) -> str:
-    """The memory policy of any thread: the kernel shows it beside the first mapping that has none of its own (numa(7))."""
+    """The memory policy of any thread: the kernel shows it beside the first mapping that has none of its own (numa(7)).
+
+    Raises
+    ------
+    ProcessLookupError
+        The thread ends just now.
+    """
+    if not os.path.exists("/proc/self/numa_maps"):  # a kernel without NUMA
+        return ""
     descriptor = os.open(f"/proc/self/task/{tid}/numa_maps", os.O_RDONLY)
     try:
-        return os.read(descriptor, 128).split()[1].decode()  # the program's own text, the lowest of all mappings
+        words = os.read(descriptor, 128).split()  # of the program's own text, the lowest of all mappings
     finally:
         os.close(descriptor)
+    if not words:
+        raise ProcessLookupError(f"thread {tid}")
+    return words[1].decode()
 
 
 def _counts() -> dict[str, int]:
