@@ -18,6 +18,7 @@ HANG_SECONDS = 60.0
 STACK_SECONDS = 2.0  # for printing them
 MOST_FAULTS = 10  # of a case: each costs a new process
 CONTEXT = get_context("fork")  # a case starts with what was imported and compiled here
+PLACES = ("inside", "after", "elsewhere")
 FAULTS = ("hang", "wrong", "threads", "states", "exceptions")
 MOST_SHOWN, MOST_PLACES = 2000, 8  # characters of a fault, and places that lead to it
 
@@ -40,7 +41,7 @@ class Tally:
 
     def row(self) -> str:
         """A line of the table."""
-        numbers = (self.fired, *(self.counted[name] for name in ("inside", "after", *FAULTS)))
+        numbers = (self.fired, *(self.counted[name] for name in (*PLACES, *FAULTS)))
         return f"{self.name:<26}{1e3 * self.seconds:>9.2f}" + "".join(f"{number:>11}" for number in numbers)
 
     def told(self) -> str:
@@ -59,7 +60,7 @@ class Tally:
 
 def header() -> str:
     """The line above the table."""
-    return f"{'case':<26}{'ms':>9}" + "".join(f"{name:>11}" for name in ("alarms", "inside", "after", *FAULTS))
+    return f"{'case':<26}{'ms':>9}" + "".join(f"{name:>11}" for name in ("alarms", *PLACES, *FAULTS))
 
 
 def watch(case: Case, count: int) -> Tally:

@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from multiprocessing.connection import Connection
+from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
 
@@ -53,7 +54,9 @@ class Shot:
     """What came of one alarm."""
 
     number: int
-    when: str = ""  # inside the call or after it; empty where none came
+    when: str = (
+        ""  # inside the call, after it, or elsewhere: where it was lost in another package; empty where none came
+    )
     faults: dict[str, str] = dataclasses.field(default_factory=dict)  # from a column of the table to what was seen
     place: str = ""  # where the handler ran
 
@@ -111,7 +114,9 @@ class Gun:
             shot.when = "after" if self._frame.f_code is Gun._fire.__code__ else "inside"
             shot.place = _place(self._frame)
             tell(shot.place)
-        if raised is not self._thrown:
+        if raised is None and self._frame and _clears_errors(self._frame):
+            shot.when = "elsewhere"
+        elif raised is not self._thrown:
             shot.faults["exceptions"] = _told(raised) if raised else "nothing was raised"
         self._kept, self._frame, self._thrown = raised, None, None
         try:
@@ -138,6 +143,11 @@ class Gun:
         except BaseException as error:
             return error
         return None
+
+
+def _clears_errors(frame: FrameType) -> bool:
+    """Whether this is Python code that compiled code of numpy or pandas calls, which takes whatever it raises for a no."""
+    return not {"numpy", "pandas"}.isdisjoint(Path(frame.f_code.co_filename).parts)
 
 
 def _told(error: BaseException) -> str:

@@ -46,7 +46,21 @@ def made() -> Iterator[Target]:
 def submit() -> Iterator[Target]:
     one = torch.ones(3)
     with new_pool() as pool:
+        yield Target(lambda: pool.submit(torch.add, one, 1, numa_node=NODE), lambda: require_working(pool))
+
+
+@case("pool-submit-result")
+def result() -> Iterator[Target]:
+    one = torch.ones(3)
+    with new_pool() as pool:
         yield Target(lambda: pool.submit(torch.add, one, 1, numa_node=NODE).result(), lambda: require_working(pool))
+
+
+@case("pool-execute_on_numa")
+def execute() -> Iterator[Target]:
+    one = torch.ones(3)
+    with new_pool() as pool:
+        yield Target(lambda: pool.execute_on_numa(torch.add, one, 1, numa_node=NODE), lambda: require_working(pool))
 
 
 @case("pool-parallel_gqa_compute")
