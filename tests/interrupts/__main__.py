@@ -30,11 +30,11 @@ class Tally:
         self.name, self.seconds, self.fired = name, 0.0, 0
         self.counted: Counter[str] = Counter()
         self.faults: list[Shot] = []
-        self.place = ""  # where the last alarm came
+        self.place = ""  # where an alarm came of which nothing else is known yet
 
     def add(self, shot: Shot) -> None:
         """Count one alarm, and what it left behind."""
-        self.fired = shot.number + 1
+        self.fired, self.place = shot.number + 1, ""
         self.counted.update([shot.when, *shot.faults])
         if shot.faults:
             self.faults.append(shot)
