@@ -13,6 +13,7 @@ RUN_DIR := $(HERE)data/runs/$(RUN_ID)
 SWEEP_ARGS ?= --profile quick
 PYTEST_ARGS ?=
 LAB_ARGS ?=
+STRESS_ARGS ?= --count 3000
 BENCH_ARGS ?=
 STRIP := --keep-id --extra-keys "metadata.papermill metadata.language_info cell.metadata.papermill"
 
@@ -24,12 +25,12 @@ export JUPYTER_PREFER_ENV_PATH := 1
 
 # Installs wait for each other, and what measures must run alone.
 .NOTPARALLEL:
-.PHONY: help setup report test test-multinode test-arm test-multinode-arm lab figures bench lint format clean constraints
+.PHONY: help setup report test test-multinode test-arm test-multinode-arm stress-interrupts lab figures bench lint format clean constraints
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo "Benchmarks of one question each: make $(BENCHES)"
-	@echo "Settings: PYTHON=python3.12  SWEEP_ARGS='--profile quick'  PYTEST_ARGS='-k topology'  LAB_ARGS=--port=8890"
+	@echo "Settings: PYTHON=python3.12  SWEEP_ARGS='--profile quick'  PYTEST_ARGS='-k topology'  LAB_ARGS=--port=8890  STRESS_ARGS='--count 300 --only cache-attend'"
 	@[[ ! -e .venv/installed ]] || echo "Before the commands of README.md type: $(ACTIVATE)"
 
 setup: .venv/installed ## make .venv and install numa_lab with the tested versions
@@ -70,6 +71,10 @@ test-multinode-arm: system-numactl-qemu_user-qemu_arm-xz .venv/installed-dev ## 
 	@mkdir -p build
 	PYTHONPATH=tests $(BIN)/python -m pytest -p multinode.plugin --architecture=aarch64 --junitxml=build/junit-multinode-arm.xml \
 	  $(MULTINODE_ARM_TESTS) $(PYTEST_ARGS)
+
+# It takes most of an hour; `make test` aims few alarms at the calls that are short.
+stress-interrupts: system-numactl .venv/installed-dev ## aim thousands of alarms, as Ctrl-C, at every public call, and see what they leave behind
+	PYTHONPATH=tests $(BIN)/python -m interrupts $(STRESS_ARGS)
 
 lab: .venv/installed ## open the notebooks in JupyterLab on this machine (127.0.0.1)
 	@$(BIN)/jupyter lab --ip=127.0.0.1 --ServerApp.root_dir="$(CURDIR)/notebooks" \

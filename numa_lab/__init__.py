@@ -7,8 +7,8 @@ The modules, from the machine up to the reader; each imports only from those abo
 - ``sysfs``, ``hardware``, ``identity``, ``control_groups``, ``machine_files``, ``simd``, ``topology``, ``libnuma``, ``mappings``,
   ``free_memory``: the machine, its name, and what of it this process may use, the kernel's NUMA calls, what it tells of
   mappings, and what a node can still hold
-- ``affinity``, ``cache_folder``, ``descriptors``, ``shared_memory``: the mask of a thread, where what can be made again is kept,
-  and limits of open files and of memory that processes share
+- ``affinity``, ``cache_folder``, ``descriptors``, ``new_threads``, ``shared_memory``: the mask of a thread, where what can be made
+  again is kept, limits of open files, functions on new threads, and limits of memory that processes share
 - ``timing``, ``ratios``, ``stats``: the clock, and honest comparison
 - ``measured``, ``mlc``, ``limits``: bandwidths and latencies between nodes, Intel MLC's output, and what they allow at once
 - ``overview``: the machine in words

@@ -16,9 +16,18 @@ from numa_lab import __version__
 from numa_lab.commands import near, to_paste
 from numa_lab.errors import InvalidInput, NumaLabError, UntrustedResult
 
+INTERRUPTED = 130  # 128 + SIGINT, as shells say it: click's own 1 is that of a sweep some of whose executions failed
+
 
 class _Group(click.Group):
-    """Prints the project's own errors as one message on stderr, without a traceback."""
+    """Prints the project's own errors as one message on stderr, without a traceback, and says where Ctrl-C ended it."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            click.echo("numa-lab: stopped", err=True)
+            sys.exit(INTERRUPTED)
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -299,7 +308,7 @@ def _run(plan: Any, run_dir: Path, machine: Any, measured: Path, *, probes: bool
                 f"numa-lab: stopped; what has finished is usable, `{plans.resume_command(run_dir, machine)}` does the rest",
                 err=True,
             )
-            sys.exit(130)
+            sys.exit(INTERRUPTED)
     return failed
 
 

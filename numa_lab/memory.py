@@ -14,15 +14,14 @@ import mmap
 import os
 import time
 from collections.abc import Collection, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from numa_lab import affinity, free_memory, libnuma, mappings
+from numa_lab import affinity, free_memory, libnuma, mappings, new_threads
 from numa_lab.errors import LimitReached, NodeUnavailable, NotPermitted
 from numa_lab.mappings import PAGE_BYTES
 from numa_lab.topology import Topology, read_topology
@@ -194,8 +193,7 @@ def _touch_from(weights: Mapping[int, int], block: mmap.mmap, offset: int, unit:
     turn_of = np.arange(len(pages)) // (unit // PAGE_BYTES) % len(turns)
     for node in weights:
         mine = np.isin(turn_of, [turn for turn, of in enumerate(turns) if of == node])
-        with ThreadPoolExecutor(1) as toucher:  # mask and policy end with the thread
-            toucher.submit(_touch, topology, node, pages, mine).result()
+        new_threads.run([partial(_touch, topology, node, pages, mine)])  # mask and policy end with the thread
 
 
 def _touch(topology: Topology, node: int, pages: NDArray[np.uint8], mine: NDArray[np.bool_]) -> None:

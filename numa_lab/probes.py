@@ -8,11 +8,12 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
-from numa_lab import memory, openmp, team
+from numa_lab import memory, new_threads, openmp, team
 from numa_lab.errors import InvalidInput, NodeUnavailable, NumaLabError
 from numa_lab.measured import Matrix, Measured
 from numa_lab.reading import LINE_WORDS, cycle_through, read_bandwidth, read_latency
@@ -182,31 +183,23 @@ def _all_at_once(
     notes: list[str] | None = None,
 ) -> float:
     """Sum of the rates of all nodes that read their own memory at the same time, a leader thread and a team for each."""
-    rates: dict[int, float] = {}
     said: list[str] = []
-    errors: list[Exception] = []
     start = threading.Barrier(len(nodes))
 
-    def lead(node: int) -> None:
+    def lead(node: int) -> float:
         try:
             buffer = _buffer(topology, node, cores[node], {}, said, len(nodes))
             with team.pinned_team(cores[node]):
                 start.wait()
-                rates[node] = read_bandwidth(buffer, len(cores[node]), seconds=seconds)
-        except Exception as error:
-            errors.append(error)
+                return read_bandwidth(buffer, len(cores[node]), seconds=seconds)
+        except Exception:
             start.abort()  # the others would wait for this one
+            raise
 
-    leaders = [threading.Thread(target=lead, args=(node,), name=f"probe-node-{node}") for node in nodes]
-    for leader in leaders:
-        leader.start()
-    for leader in leaders:
-        leader.join()
-    if errors:
-        raise errors[0]
+    rates = new_threads.run([partial(lead, node) for node in nodes])
     if notes is not None:
         notes += [note for note in sorted(said) if note not in notes]  # most was said when each read alone
-    return sum(rates.values())
+    return sum(rates)
 
 
 def render(probes: NodeProbes) -> str:

@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pandas as pd
 import pytest
@@ -52,6 +53,12 @@ def test_bad_input_is_one_message_on_stderr(words, status, message):
     assert message in result.stderr
     assert result.stdout == ""
     assert "Traceback" not in result.stderr
+
+
+def test_ctrl_c_anywhere_is_no_failure_of_executions(monkeypatch):
+    monkeypatch.setattr("numa_lab.topology.read_topology", mock.Mock(side_effect=KeyboardInterrupt))
+    result = call("sweep", "--profile", "smoke")
+    assert (result.exit_code, result.stderr) == (130, "numa-lab: stopped\n")
 
 
 def test_a_folder_without_write_access_is_said(tmp_path):

@@ -12,7 +12,6 @@ import mmap
 import os
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from ctypes import addressof, c_char
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from numa_lab import libnuma
+from numa_lab import libnuma, new_threads
 from numa_lab.doctor import given, host, load, optional, process
 from numa_lab.doctor.examination import Finding, Machine
 from numa_lab.sysfs import Tree
@@ -95,8 +94,7 @@ def _refused_calls() -> dict[str, int]:
 
     # A policy belongs to a thread: what is set in one that ends at once needs no restoring. (Setting back what
     # get_mempolicy says would lose the policy's flags.)
-    with ThreadPoolExecutor(max_workers=1) as thread:
-        return thread.submit(attempt).result()
+    return new_threads.run([attempt])[0]
 
 
 def render(findings: Sequence[Finding]) -> str:
