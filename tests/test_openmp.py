@@ -1,5 +1,6 @@
 import ctypes.util
 import os
+import signal
 import subprocess
 import sys
 
@@ -21,13 +22,37 @@ def test_the_team_is_the_one_that_torch_computes_on():
     assert {thread.tid for thread in team} <= before, "new threads were made, so it is not torch's team"
 
 
-def test_an_error_on_one_thread_reaches_the_caller():
-    def fail(number):
-        raise KeyError(number)
+@pytest.mark.parametrize("error", [KeyError, KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("on", [0, 1])
+def test_an_error_on_one_thread_reaches_the_caller(error, on):
+    ran = []
 
-    with pytest.raises(KeyError):
-        openmp.run_on_each(fail, 2)
+    def fail(number):
+        ran.append(number)
+        if number == on:
+            raise error
+
+    with pytest.raises(error):
+        openmp.run_on_each(fail, 3)
+    assert sorted(ran) == [0, 1, 2]
     assert openmp.run_on_each(lambda number: number * 10, 3) == [0, 10, 20]
+
+
+def test_what_a_signals_handler_raises_reaches_the_caller(capfd):
+    def ring(*_):
+        raise InterruptedError
+
+    before = signal.signal(signal.SIGALRM, ring)
+    try:
+        for microseconds in range(1, 101):
+            with pytest.raises(InterruptedError):
+                signal.setitimer(signal.ITIMER_REAL, microseconds / 1e6)
+                while True:
+                    assert openmp.run_on_each(int, 2) == [0, 1]
+                    assert len(openmp.team(2)) == 2
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert capfd.readouterr().err == ""
 
 
 ON_ANOTHER_RUNTIME = """
