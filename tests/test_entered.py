@@ -226,6 +226,7 @@ for do in (placed, pinned, nested, computed, stacked):
             pass
         if state() != outside or entered():
             lost.append((do.__name__, at))
+            break
         with helper:
             assert [thread.cpus for thread in openmp.team()][1:] == [{cpu} for cpu in helper.cpus[1:]]
 print(json.dumps([lost, after]))
