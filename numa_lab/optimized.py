@@ -34,7 +34,7 @@ from numa_lab.errors import InvalidInput, NodeUnavailable
 from numa_lab.optimal_node import get_optimal_numa_node
 from numa_lab.receipt import Receipt, team_of
 from numa_lab.sysfs import format_cpulist
-from numa_lab.team import Before, Block, Placement, placed
+from numa_lab.team import Before, Block, Placement
 from numa_lab.topology import Topology, read_topology
 
 Shape = Sequence[int]
@@ -56,6 +56,9 @@ class NUMAOptimizedGQA(Block["NUMAOptimizedGQA"]):
     enters it has its own OpenMP team there. Entering and leaving costs some tens of microseconds where the thread
     computes with as many threads outside as inside (see ``numa_lab.team``); on a machine with several nodes giving free memory
     back comes to that, 5 to 40 us where little is free (see ``numa_lab.recycled``).
+
+    Ctrl-C, or whatever else a signal's handler raises, leaves nothing behind: masks, memory policies and thread counts are as before at
+    the latest when the thread enters or leaves the next placement (see ``numa_lab.entered``).
 
     The memory policy inside is *preferred*: a bound process whose node is full gets killed. ``empty`` and its kin bind,
     after they have looked whether there is room.
@@ -139,14 +142,20 @@ class NUMAOptimizedGQA(Block["NUMAOptimizedGQA"]):
         """The block without what is done for new tensors of the caller, who makes none in it."""
         return _Placed(self)
 
-    def _is_current(self) -> bool:
-        """Whether the calling thread is inside, and inside of no other helper since."""
-        return self in _helpers()[:1]
+    def _came_here(self) -> Before | None:
+        """How the calling thread came here, if it is inside, and inside of no other helper since."""
+        for one in entered():
+            if isinstance(one, Before) and isinstance(one.owner, NUMAOptimizedGQA):
+                if one.owner is not self:
+                    return None
+                if one.exchange:
+                    return one
+        return None
 
     def _go_there(self, before: Before) -> bool:
         """Whether the thread was elsewhere."""
-        if self._is_current():
-            self._hold()
+        if came := self._came_here():
+            self._hold(came)
             before.begin()
             return False
         try:
@@ -163,20 +172,15 @@ class NUMAOptimizedGQA(Block["NUMAOptimizedGQA"]):
             )
         return True
 
-    def _hold(self) -> None:
-        """Inside: place the team again where the kernel has moved it since it was placed."""
+    def _hold(self, came: Before) -> None:
+        """Place the team again where the kernel has moved it since it was placed."""
         # How many threads compute inside is the caller's to say, and on which node was promised.
-        before = self._before()
-        placement = before.placement
-        _, told = replacement.hold(before, self.node, count=False, elsewhere=False)
-        if before.placement and before.placement is not placement:
-            self._move_to(before.placement)
+        placement = came.placement
+        _, told = replacement.hold(came, self.node, count=False, elsewhere=False)
+        if came.placement and came.placement is not placement:
+            self._move_to(came.placement)
         if told:
             warnings.warn(told, RuntimeWarning, stacklevel=6)
-
-    def _before(self) -> Before:
-        """Inside: what was replaced where the thread came here last."""
-        return next(one for one in placed() if isinstance(one.owner, NUMAOptimizedGQA))
 
     def _move_to(self, placement: Placement) -> None:
         self._placement, self.cpus = placement, placement.cpus
@@ -204,7 +208,7 @@ class NUMAOptimizedGQA(Block["NUMAOptimizedGQA"]):
         RuntimeWarning
             Once: a tensor lies elsewhere and can't be moved; the message names the way out.
         """
-        inside = self._is_current()
+        inside = self._came_here()
         with self._placed():
             if inside:
                 self._settle(query=query, key=key, value=value)
@@ -293,11 +297,11 @@ class NUMAOptimizedGQA(Block["NUMAOptimizedGQA"]):
         """
         with self._placed():
             granted, threads, lost = proof.look(self._topology)
-            refusal = self._before().refusal
+            came = self._came_here()
         alive = tensors or {name: tensor for name, ref in self._own.seen.items() if (tensor := ref()) is not None}
         seen = libnuma.available()  # else a note of `lost` says so
         pages = {name: memory.locate(one) for name, one in alive.items() if seen and addresses.as_stored(one)}
-        notes = [*lost, *([refusal] if refusal else [])]
+        notes = [*lost, *([came.refusal] if came and came.refusal else [])]
         for name, found in pages.items():
             away = sum(count for node, count in found.items() if node not in (self.node, memory.UNTOUCHED))
             if away:

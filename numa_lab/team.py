@@ -70,7 +70,7 @@ class Before(Entered):
 
         0 while the calling thread is in another placement. It takes some tenths of a microsecond for each thread.
         """
-        return self.exchange.look() if self.exchange and self in placed()[:1] else 0
+        return self.exchange.look() if self.exchange and placed()[:1] == [self] else 0
 
     def where(self) -> dict[int, frozenset[int]]:
         """The mask that each thread has now, by its place in the team; threads that have ended left out."""
