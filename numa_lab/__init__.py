@@ -3,7 +3,8 @@
 The modules, from the machine up to the reader; each imports only from those above it in this list:
 
 - ``errors``: what goes wrong, in words
-- ``commands``, ``progress``: what is printed to be pasted into a shell, and bars whose clock goes on
+- ``commands``, ``progress``, ``entered``: what is printed to be pasted into a shell, bars whose clock goes on, and blocks that are
+  undone whatever interrupts them
 - ``sysfs``, ``hardware``, ``identity``, ``control_groups``, ``machine_files``, ``simd``, ``topology``, ``libnuma``, ``mappings``,
   ``free_memory``: the machine, its name, and what of it this process may use, the kernel's NUMA calls, what it tells of
   mappings, and what a node can still hold
@@ -14,6 +15,7 @@ The modules, from the machine up to the reader; each imports only from those abo
 - ``overview``: the machine in words
 - ``openmp``, ``thread_state``, ``handover``: torch's own threads, their masks and policies, and compiled work for a team
 - ``binding``, ``memory``, ``gpus``, ``results``: place threads and pages, see where they are, keep rows
+- ``caller_alone``: the place of one thread
 - ``receipt``, ``team``, ``recycled``, ``parameters``, ``supervisor``, ``notebook``, ``reading``, ``stealing``: proof of placement;
   a team on its place; memory that malloc hands out again; what a notebook was given, one in a process of its own, and the end
   of all that it started; timed reads; when a node should read what waits for another

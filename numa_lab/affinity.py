@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Collection
+from contextlib import suppress
 
 from numa_lab.errors import NodeUnavailable, NotPermitted, NumaLabError
 from numa_lab.sysfs import format_cpulist
@@ -42,17 +42,6 @@ def give_back(cpus: Collection[int]) -> None:
     """Let the calling thread run where it ran before."""
     with suppress(OSError):  # where the cpuset allows none of them any more, it has put the thread where it may run
         os.sched_setaffinity(0, cpus)
-
-
-@contextmanager
-def widened() -> Iterator[frozenset[int]]:
-    """Let the calling thread run wherever its cpuset allows, and yield which CPUs these are."""
-    before = os.sched_getaffinity(0)
-    set_cpus(range(MAX_CPUS))
-    try:
-        yield frozenset(os.sched_getaffinity(0))
-    finally:
-        give_back(before)
 
 
 def in_words(error: OSError, cpus: Collection[int]) -> NumaLabError:

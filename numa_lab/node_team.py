@@ -22,6 +22,7 @@ from numa_lab import descriptors, handover, libnuma, recycled, replacement
 from numa_lab.errors import InvalidInput, NodeUnavailable, NumaLabError
 from numa_lab.handover import Desk, Job
 from numa_lab.team import Before, Placement
+from numa_lab.thread_state import Exchange
 from numa_lab.topology import read_topology
 
 T = TypeVar("T")
@@ -106,6 +107,7 @@ class NodeTeam:
         if self._before is None:
             return ""
         self._before, told = replacement.hold(self._before, self.node)
+        assert self._before.placement
         self.cpus = self._before.placement.cpus
         return told
 
@@ -351,7 +353,11 @@ def _run_holding(to_take: Sequence[NodeTeam], work: Mapping[NodeTeam, Sequence[J
     ear, here = _of_thread.ear.eventfd, _current_cpu()
     in_turn = sorted(work, key=lambda team: here in team.cpus)  # last the leader that takes this CPU from us
     # The caller looks while the teams compute, since it would only wait.
-    looking = [(team, team._before.exchange) for team in in_turn if team._before and team._before.exchange]
+    looking = [
+        (team, team._before.exchange)
+        for team in in_turn
+        if team._before and isinstance(team._before.exchange, Exchange)
+    ]
     desks = [team._ready(work[team], ear) for team in in_turn]
     seen = handover.run(desks, ear, [exchange.looking() for _, exchange in looking])
     return [team for (team, _), moved in zip(looking, seen, strict=True) if moved]

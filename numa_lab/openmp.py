@@ -12,21 +12,24 @@ from __future__ import annotations
 
 import ctypes
 import os
-import threading
+import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import threadpoolctl
 import torch
+from llvmlite import ir
+from numba import cfunc, njit, types
+from numba.extending import intrinsic
 
 from numa_lab.errors import NumaLabError
 
 T = TypeVar("T")
 
-_Body = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+_Call = ctypes.CFUNCTYPE(None, ctypes.c_int)
 
 
 @dataclass(frozen=True)
@@ -43,8 +46,7 @@ class Runtime:
         return f"{self.name} ({Path(self.path).name})"
 
 
-@dataclass(frozen=True)
-class TeamThread:
+class TeamThread(NamedTuple):
     """One thread of the calling thread's team: its kernel thread id and the CPUs that it may use."""
 
     tid: int
@@ -111,38 +113,102 @@ def run_on_team(function: int, data: int, threads: int) -> None:
 def run_on_each(function: Callable[[int], T], threads: int) -> list[T]:
     """Call a Python function once on each thread of the team, with the thread's number; results in that order.
 
-    The threads take the interpreter lock one after the other: for setting threads up, not for computing.
+    The threads take the interpreter lock one after the other, and the calling one comes last: for setting threads up, not for computing.
 
     Raises
     ------
-    Exception
-        The first exception of a thread, after all have ended.
+    BaseException
+        The calling thread's, or the first of the others', of whatever kind, after all have ended.
     """
-    library = require().library
     results: dict[int, T] = {}
-    errors: list[Exception] = []
+    errors: list[BaseException] = []
 
-    def body(_data: int | None) -> None:
-        number = library.omp_get_thread_num()
+    def on_worker(number: int) -> None:
         try:
             results[number] = function(number)
-        except Exception as error:
+        except BaseException as error:
             errors.append(error)  # nothing may pass through the C frames of the OpenMP library
 
-    callback = _Body(body)
-    run_on_team(ctypes.cast(callback, ctypes.c_void_p).value or 0, 0, threads)
+    callback = _Call(on_worker)
+    run_on_team(_on_workers(), ctypes.cast(callback, ctypes.c_void_p).value or 0, threads)
+    results[0] = function(0)
     if errors:
         raise errors[0]
     return [results[number] for number in sorted(results)]
 
 
+@cache
+def _on_workers() -> int:
+    """Address of ``void on_workers(void call(int))``, which calls it on each thread of a team but the calling one.
+
+    On that one a signal's handler may raise where a callback begins, before any ``try``, and the exception would be lost. Handlers
+    run in the main thread, which is a worker of nobody.
+    """
+    number = int_function("omp_get_thread_num")
+
+    @cfunc(types.void(types.int64), error_model="numpy")
+    def on_workers(call: Any) -> None:
+        if number() > 0:
+            _call_with_int(call, number())
+
+    _keep_alive.append(on_workers)
+    return int(on_workers.address)
+
+
+@intrinsic
+def _call_with_int(_context: Any, _function: Any, _argument: Any) -> Any:
+    """Call the ``void function(int)`` at an address."""
+
+    def emit(_c: Any, b: Any, _s: Any, a: Any) -> Any:
+        function = ir.FunctionType(ir.VoidType(), [ir.IntType(32)])
+        b.call(b.inttoptr(a[0], function.as_pointer()), a[1:])
+
+    return types.void(types.int64, types.int32), emit
+
+
 def team(threads: int | None = None) -> list[TeamThread]:
     """The ``torch.get_num_threads()`` threads on which torch computes for the calling thread, itself first."""
+    ids = (ctypes.c_int64 * (threads or torch.get_num_threads()))()
+    run_on_team(_note_id(), ctypes.addressof(ids), len(ids))
+    return [TeamThread(tid, frozenset(os.sched_getaffinity(tid))) for tid in ids if tid]  # OpenMP may give fewer
 
-    def look(_number: int) -> TeamThread:
-        return TeamThread(threading.get_native_id(), frozenset(os.sched_getaffinity(0)))
 
-    return run_on_each(look, threads or torch.get_num_threads())
+@cache
+def _note_id() -> int:
+    """Address of ``void note_id(int64_t ids[])``, with which each thread of a team notes its id at its place."""
+    number, own = int_function("omp_get_thread_num"), own_id()
+
+    @cfunc(types.void(types.CPointer(types.int64)), error_model="numpy")
+    def note_id(ids: Any) -> None:
+        ids[number()] = own()
+
+    _keep_alive.append(note_id)
+    return int(note_id.address)
+
+
+@cache
+def own_id() -> Any:
+    """A function for compiled code that tells the calling thread's id as the kernel knows it."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "gettid"):
+        return ctypes.CFUNCTYPE(ctypes.c_int)(("gettid", libc))
+    call = ctypes.CFUNCTYPE(ctypes.c_long, ctypes.c_long)(("syscall", libc))
+    which = _GETTID[platform.machine()]
+
+    @njit(error_model="numpy")
+    def own_id() -> Any:
+        return call(which)
+
+    return own_id
+
+
+def int_function(name: str) -> Any:
+    """An ``int function(void)`` of torch's OpenMP library, for compiled code."""
+    return ctypes.CFUNCTYPE(ctypes.c_int)((name, require().library))
+
+
+_GETTID = {"x86_64": 186, "aarch64": 178}  # asm/unistd_64.h, asm-generic/unistd.h: glibc has had gettid since 2.30
+_keep_alive: list[Any] = []  # compiled functions whose addresses are in use
 
 
 def threads() -> int:
@@ -163,19 +229,17 @@ def set_threads(count: int) -> int:
     if found is None:
         torch.set_num_threads(count)
         return before
+    mkl_set_threads()(count)  # first, as it is by OpenMP's that a count which is half set is noticed
     found.library.omp_set_num_threads(count)
-    if mkl := _mkl_set_threads():
-        mkl(count)
     return before
 
 
 @cache
-def _mkl_set_threads() -> Callable[[int], int] | None:
-    """MKL's own thread count for the calling thread, None where torch has no MKL."""
-    function = getattr(ctypes.CDLL(torch._C.__file__), "MKL_Set_Num_Threads_Local", None)
-    if function is not None:
-        function.argtypes, function.restype = [ctypes.c_int], ctypes.c_int
-    return function
+def mkl_set_threads() -> Callable[[int], int]:
+    """Set MKL's own thread count for the calling thread; what it was. Where torch has no MKL the function does nothing."""
+    name, library = "MKL_Set_Num_Threads_Local", ctypes.CDLL(torch._C.__file__)
+    found = (name, library) if hasattr(library, name) else ("abs", ctypes.CDLL(None))
+    return ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int)(found)
 
 
 def _end_team() -> None:

@@ -17,9 +17,7 @@ import math
 import threading
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from types import TracebackType
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, overload
 
 import torch
@@ -31,24 +29,15 @@ from numa_lab.attention.checks import require_tensors
 from numa_lab.attention.gqa import gqa_attention
 from numa_lab.attention.graphs import between_graphs
 from numa_lab.binding import Binding, MemPolicy
+from numa_lab.entered import Exit, Ticket, end, entered
 from numa_lab.errors import InvalidInput, NodeUnavailable
 from numa_lab.optimal_node import get_optimal_numa_node
 from numa_lab.receipt import Receipt, team_of
 from numa_lab.sysfs import format_cpulist
-from numa_lab.team import Before, Placement
+from numa_lab.team import Before, Block, Placement
 from numa_lab.topology import Topology, read_topology
 
 Shape = Sequence[int]
-
-
-class _Entered(threading.local):
-    """The placements that this thread is inside of, innermost last; None where one was entered again."""
-
-    def __init__(self) -> None:
-        self.stack: list[tuple[NUMAOptimizedGQA, Before | None]] = []
-
-
-_entered = _Entered()
 
 
 class _Own(threading.local):
@@ -60,13 +49,16 @@ class _Own(threading.local):
         self.settled = recycled.Settled()
 
 
-class NUMAOptimizedGQA:
+class NUMAOptimizedGQA(Block["NUMAOptimizedGQA"]):
     """Place threads and memory of attention on one NUMA node.
 
     One object can be entered again inside itself, inside others, and by several threads at once; each thread that
     enters it has its own OpenMP team there. Entering and leaving costs some tens of microseconds where the thread
     computes with as many threads outside as inside (see ``numa_lab.team``); on a machine with several nodes giving free memory
     back comes to that, 5 to 40 us where little is free (see ``numa_lab.recycled``).
+
+    Ctrl-C, or whatever else a signal's handler raises, leaves nothing behind: masks, memory policies and thread counts are as before at
+    the latest when the thread enters or leaves the next placement (see ``numa_lab.entered``).
 
     The memory policy inside is *preferred*: a bound process whose node is full gets killed. ``empty`` and its kin bind,
     after they have looked whether there is room.
@@ -106,7 +98,8 @@ class NUMAOptimizedGQA:
         near_gpu: int | str | None = None,
     ) -> None:
         # Inside a helper the thread's mask is that of one node; what it may use is what the outermost one saw.
-        topology = _entered.stack[0][0]._topology if _entered.stack else read_topology()
+        inside = _helpers()
+        topology = inside[-1]._topology if inside else read_topology()
         if numa_node is not None:
             node = numa_node
         elif near_gpu is not None:
@@ -131,78 +124,63 @@ class NUMAOptimizedGQA:
         """How many threads compute inside, the calling one included."""
         return len(self.cpus)
 
+    __enter__ = between_graphs(Block.__enter__)
+
+    @Exit
     @between_graphs
-    def __enter__(self) -> NUMAOptimizedGQA:
-        again = self._is_current()
-        self._enter()
-        if not again:
-            try:
-                recycled.give_back(self.node)
-            except BaseException:  # Ctrl-C: no block was begun that would be left
-                self._leave()
-                raise
+    def __exit__(self, ticket: Ticket, *_exception: object) -> None:
+        end(self, ticket)
+        if inside := _helpers():
+            recycled.give_back(inside[0].node)
+
+    def _enter(self, before: Before) -> NUMAOptimizedGQA:
+        if self._go_there(before):
+            recycled.give_back(self.node)
         return self
 
-    @between_graphs
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._leave()
-        if _entered.stack:
-            recycled.give_back(_entered.stack[-1][0].node)
-
-    @contextmanager
-    def _placed(self) -> Iterator[None]:
+    def _placed(self) -> _Placed:
         """The block without what is done for new tensors of the caller, who makes none in it."""
-        self._enter()
+        return _Placed(self)
+
+    def _came_here(self) -> Before | None:
+        """How the calling thread came here, if it is inside, and inside of no other helper since."""
+        for one in entered():
+            if isinstance(one, Before) and isinstance(one.owner, NUMAOptimizedGQA):
+                if one.owner is not self:
+                    return None
+                if one.exchange:
+                    return one
+        return None
+
+    def _go_there(self, before: Before) -> bool:
+        """Whether the thread was elsewhere."""
+        if came := self._came_here():
+            self._hold(came)
+            before.begin()
+            return False
         try:
-            yield
-        finally:
-            self._leave()
-
-    def _is_current(self) -> bool:
-        """Whether the calling thread is inside, and inside of no other helper since."""
-        return bool(_entered.stack) and _entered.stack[-1][0] is self
-
-    def _enter(self) -> None:
-        again = self._is_current()
-        if again:
-            self._hold()
-        _entered.stack.append((self, None if again else self._go_there()))
-
-    def _leave(self) -> None:
-        _, before = _entered.stack.pop()
-        if before is not None:
-            self._placement.leave(before)
-
-    def _go_there(self) -> Before:
-        try:
-            return self._placement.enter()
+            before.go(self._placement)
         except NodeUnavailable:  # the cpuset was rewritten since
             old = self._placement
             self._move_to(replacement.anew(old, self.node))
-            before = self._placement.enter()
+            before.go(self._placement)
             warnings.warn(
                 f"CPUs {format_cpulist(old.cpus)} of node {self.node} may no longer be used by this process, as where a cpuset is "
                 f"rewritten: threads are placed on CPUs {format_cpulist(self.cpus)}",
                 RuntimeWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
-            return before
+        return True
 
-    def _hold(self) -> None:
-        """Inside: place the team again where the kernel has moved it since it was placed."""
-        stack = _entered.stack
-        at = next(at for at in reversed(range(len(stack))) if stack[at][1] is not None)
-        before = stack[at][1]
-        assert before is not None
+    def _hold(self, came: Before) -> None:
+        """Place the team again where the kernel has moved it since it was placed."""
         # How many threads compute inside is the caller's to say, and on which node was promised.
-        again, told = replacement.hold(before, self.node, count=False, elsewhere=False)
-        if again is not before:
-            stack[at] = self, again
-            self._move_to(again.placement)
+        placement = came.placement
+        _, told = replacement.hold(came, self.node, count=False, elsewhere=False)
+        if came.placement and came.placement is not placement:
+            self._move_to(came.placement)
         if told:
-            warnings.warn(told, RuntimeWarning, stacklevel=4)
+            warnings.warn(told, RuntimeWarning, stacklevel=6)
 
     def _move_to(self, placement: Placement) -> None:
         self._placement, self.cpus = placement, placement.cpus
@@ -230,7 +208,7 @@ class NUMAOptimizedGQA:
         RuntimeWarning
             Once: a tensor lies elsewhere and can't be moved; the message names the way out.
         """
-        inside = self._is_current()
+        inside = self._came_here()
         with self._placed():
             if inside:
                 self._settle(query=query, key=key, value=value)
@@ -319,11 +297,11 @@ class NUMAOptimizedGQA:
         """
         with self._placed():
             granted, threads, lost = proof.look(self._topology)
-            before = next((b for _, b in reversed(_entered.stack) if b is not None), None)
+            came = self._came_here()
         alive = tensors or {name: tensor for name, ref in self._own.seen.items() if (tensor := ref()) is not None}
         seen = libnuma.available()  # else a note of `lost` says so
         pages = {name: memory.locate(one) for name, one in alive.items() if seen and addresses.as_stored(one)}
-        notes = [*lost, *([before.refusal] if before and before.refusal else [])]
+        notes = [*lost, *([came.refusal] if came and came.refusal else [])]
         for name, found in pages.items():
             away = sum(count for node, count in found.items() if node not in (self.node, memory.UNTOUCHED))
             if away:
@@ -341,6 +319,22 @@ class NUMAOptimizedGQA:
     def _remember(self, **tensors: Tensor) -> None:
         # A subclass of Tensor may give something else.
         self._own.seen.update({name: weakref.ref(one) for name, one in tensors.items() if isinstance(one, Tensor)})
+
+
+class _Placed(Block[None]):
+    """A block on a helper's node, in which the caller makes no tensors."""
+
+    def __init__(self, helper: NUMAOptimizedGQA) -> None:
+        self._helper = helper
+
+    def _enter(self, before: Before) -> None:
+        before.owner = self._helper
+        self._helper._go_there(before)
+
+
+def _helpers() -> list[NUMAOptimizedGQA]:
+    """The helpers that the calling thread is inside of, the innermost first."""
+    return [one.owner for one in entered() if isinstance(one.owner, NUMAOptimizedGQA)]
 
 
 def scaled_dot_product_attention_gqa(

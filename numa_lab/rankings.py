@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import warnings
 from collections.abc import Mapping
@@ -87,7 +86,9 @@ def read(path: Path, nodes: tuple[int, ...]) -> pd.DataFrame | None:
 
 def keep(path: Path, ranking: pd.DataFrame) -> None:
     """Write a ranking; a folder that can't be written is told in a warning, and is no error."""
-    rows = json.loads(ranking.reset_index().to_json(orient="records"))  # NaN becomes null
+    # Not by to_json, which makes a ValueError of whatever a signal's handler raises in it.
+    records = ranking.reset_index().to_dict("records")
+    rows = [{name: None if value != value else value for name, value in row.items()} for row in records]  # NaN
     floor = ranking.attrs["noise_floor"]
     try:
         write_json(path, {"noise_floor": floor if math.isfinite(floor) else None, "rows": rows})

@@ -177,10 +177,11 @@ class Settled:
         at = storage._cdata, tensor.data_ptr()
         if at in self._looked_at:
             return ""
+        why = settle(tensor, node)
         if len(self._looked_at) >= REMEMBERED:
             self._looked_at.clear()
         self._looked_at[at] = StorageWeakRef(storage)
-        return settle(tensor, node)
+        return why
 
 
 def _away(pages: dict[int, int], node: int) -> int:

@@ -9,12 +9,14 @@ Limits: a mask that another program gives to single threads is taken for the sam
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Sequence
 
-from numa_lab import affinity
+from numa_lab import affinity, openmp
+from numa_lab.caller_alone import CallerAlone
 from numa_lab.errors import NodeUnavailable
 from numa_lab.sysfs import format_cpulist
-from numa_lab.team import Before, Placement, cpus_outside
+from numa_lab.team import Before, Block, Placement, cpus_outside
 from numa_lab.thread_state import ENDED
 from numa_lab.topology import Topology, read_topology
 
@@ -36,7 +38,7 @@ def hold(before: Before, node: int, *, count: bool = True, elsewhere: bool = Tru
     Returns
     -------
     before : Before
-        To leave by, as the one that was given, which is no longer valid where it is another.
+        The one that was given.
     told : str
         What happened, as a sentence; empty where nothing did, and where threads alone were replaced that had ended.
 
@@ -49,11 +51,12 @@ def hold(before: Before, node: int, *, count: bool = True, elsewhere: bool = Tru
     if not seen or (seen == ENDED and not count):
         return before, ""
     masks = before.where()
+    found = {cpu for place, mask in masks.items() if mask != before.given(place) for cpu in mask}
+    assert before.placement
     old = before.placement.cpus
     placement = anew(before.placement, node, elsewhere=elsewhere)
-    again = before.go_on(placement)
-    found = {cpu for place, mask in masks.items() if mask != before.given(place) for cpu in mask}
-    return again, _sentence(node, old, found, placement.cpus) if found else ""
+    before.go_on(placement)
+    return before, _sentence(node, old, found, placement.cpus) if found else ""
 
 
 def anew(placement: Placement, node: int, *, elsewhere: bool = False) -> Placement:
@@ -65,7 +68,7 @@ def anew(placement: Placement, node: int, *, elsewhere: bool = False) -> Placeme
         That is nothing.
     """
     outside = cpus_outside()
-    with affinity.widened() as reachable:
+    with Widened() as reachable:
         topology = read_topology()
     if elsewhere and not topology.cpus_of([node]):
         node = topology.nearest_cpu_node(node)
@@ -78,6 +81,16 @@ def anew(placement: Placement, node: int, *, elsewhere: bool = False) -> Placeme
             f"{format_cpulist(placement.cpus)}, and the cpuset now allows CPUs {format_cpulist(reachable)}"
         )
     return placement.on(cpus, leader)
+
+
+class Widened(Block[frozenset[int]]):
+    """Let the calling thread run wherever its cpuset allows; ``as`` names the CPUs."""
+
+    def _enter(self, before: Before) -> frozenset[int]:
+        cpus = range(affinity.MAX_CPUS)
+        if before.take(CallerAlone(cpus, None, openmp.threads())):
+            affinity.set_cpus(cpus)  # which says why it is refused
+        return frozenset(os.sched_getaffinity(0))
 
 
 def cpus_now(topology: Topology, node: int, old: Sequence[int], outside: Collection[int]) -> tuple[int, ...]:

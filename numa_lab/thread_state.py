@@ -1,20 +1,20 @@
-"""Masks and memory policies of a whole team, exchanged in one parallel region.
+"""Masks, memory policies and thread counts of a whole team, exchanged in one parallel region.
 
 Affinity and policy belong to a thread, and only ``sched_setaffinity`` can be asked for another one. So each thread of the
 team runs a compiled function that saves its own and takes new ones. That takes some microseconds for a whole node, and no
-thread id need be known.
+thread id need be known. All of it is one compiled call, in which no signal's handler runs: it is done, or it was not begun.
 """
 
 from __future__ import annotations
 
 import ctypes
-import platform
 from collections.abc import Collection
 from functools import cache
 from typing import Any
 
 import numpy as np
-from numba import cfunc, njit, types
+import torch
+from numba import cfunc, types
 from numpy.typing import NDArray
 
 from numa_lab import affinity, libnuma, openmp
@@ -28,26 +28,30 @@ ROW = TID + 1
 KEEP = -1  # in place of a mode: the policy is left alone
 MASK_FAILED, POLICY_FAILED = 1, 2
 MOVED, ENDED = 1, 2  # what can have become of a thread
-_FAILED, _GRANTED = 5, 6  # where it is noted among the arguments what failed, and how many threads there were
-_GETTID = {"x86_64": 186, "aarch64": 178}  # asm/unistd_64.h, asm-generic/unistd.h: glibc has had gettid since 2.30
+# What both ways of an exchange share: how many rows there are, and how many threads there were; whether rows were taken and not given
+# back; which calls failed; and the caller's thread counts before, OpenMP's and MKL's.
+_ROWS, _SIZE, _TAKEN, _NO_MASK, _NO_POLICY, _COUNT, _MKL_COUNT, _SHARED = range(8)
+_NEW, _OLD, _LEADER, _LEADER_GRANTED, _BACK, _OWN, _NUMBERS = range(7)  # of one way, as ``_exchange`` says
+_ARGUMENTS = 4  # pointers, before the numbers
+_Go = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_size_t)
 
 Rows = NDArray[np.int64]
 _WORDS = types.CPointer(types.int64)
 
 
 @cache
-def _exchange() -> int:
-    """Address of what each thread of a team runs: save its mask and policy in its old row, and take those of its new row.
+def _exchange() -> tuple[int, int, int]:
+    """Addresses of what each thread of a team runs, and of what its first thread calls to have it run, there and back.
 
-    It gets pointers to the new rows, to the old rows, and to numbers: the addresses of both, one in which it notes which of
-    its calls failed, one for the size of the team, and the addresses of a mask that the first thread takes last, and of where
-    it notes what it was granted of that; no mask is 0.
+    A thread saves its mask and policy in its old row, on the way there alone, and takes those of its new row. One that has no row
+    was born inside, and gets on the way back what the first one gets. The thread counts are exchanged in the same call.
+
+    All get pointers to the new rows, to the old rows, to what both ways share, and to numbers of this way: the addresses of both
+    rows, those of a mask that the first thread takes last and of where it notes what it was granted of that (no mask is 0), whether this
+    is the way back, and the address of these arguments.
     """
-    libc, library = ctypes.CDLL(None), openmp.require().library
-    number, size = library.omp_get_thread_num, library.omp_get_num_threads
-    for function in (number, size):
-        function.argtypes, function.restype = [], ctypes.c_int
-    own_id = _own_id(libc)
+    libc, library, own_id = ctypes.CDLL(None), openmp.require().library, openmp.own_id()
+    number, size = openmp.int_function("omp_get_thread_num"), openmp.int_function("omp_get_num_threads")
     # Without libnuma no row names a policy, and what stands in for its calls is never called.
     numa = libnuma.library() if libnuma.available() else None
     address, integer = ctypes.c_size_t, ctypes.c_int
@@ -63,33 +67,62 @@ def _exchange() -> int:
 
     @cfunc(types.void(types.CPointer(_WORDS)), error_model="numpy")
     def body(arguments: Any) -> None:
-        row = number() * ROW
-        new, old = arguments[0], arguments[1]
-        new_address, old_address = arguments[2][0] + 8 * row, arguments[2][1] + 8 * row
-        failed = 0
-        get_mask(0, cpu_bytes, old_address)
-        old[row + TID] = own_id()
-        if set_mask(0, cpu_bytes, new_address) != 0:
-            failed |= MASK_FAILED
-        if row == 0:
-            arguments[2][3] = size()
-            if arguments[2][4] != 0:
-                if set_mask(0, cpu_bytes, arguments[2][4]) != 0:
-                    failed |= MASK_FAILED
-                get_mask(0, cpu_bytes, arguments[2][5])
-        old[row + MODE] = KEEP
+        new, old, shared, numbers = arguments[0], arguments[1], arguments[2], arguments[3]
+        there, place = numbers[_BACK] == 0, number()
+        born_inside = not there and place >= shared[_SIZE]
+        if place >= shared[_ROWS] and not born_inside:
+            return
+        row = 0 if born_inside else place * ROW
+        new_address, old_address = numbers[_NEW] + 8 * row, numbers[_OLD] + 8 * row
+        if place == 0:
+            shared[_TAKEN] = there
+            if there:
+                shared[_SIZE] = size()
+        if there:
+            get_mask(0, cpu_bytes, old_address)
+            old[row + TID] = own_id()
+            old[row + MODE] = KEEP
+        if set_mask(0, cpu_bytes, new_address) != 0 and there:
+            shared[_NO_MASK] = 1
+        if place == 0 and numbers[_LEADER] != 0:
+            if set_mask(0, cpu_bytes, numbers[_LEADER]) != 0:
+                shared[_NO_MASK] = 1
+            get_mask(0, cpu_bytes, numbers[_LEADER_GRANTED])
         if new[row + MODE] != KEEP:
-            old[row + MODE] = 0  # the kernel writes the lower half
-            if get_policy(old_address + 8 * MODE, old_address + 8 * NODES, max_nodes, 0, 0) != 0:
-                old[row + MODE] = KEEP
-                failed |= POLICY_FAILED
-            elif set_policy(new[row + MODE], new_address + 8 * NODES, max_nodes) != 0:
-                failed |= POLICY_FAILED
-        if failed:
-            arguments[2][2] |= failed
+            if there:
+                old[row + MODE] = 0  # the kernel writes the lower half
+                if get_policy(old_address + 8 * MODE, old_address + 8 * NODES, max_nodes, 0, 0) != 0:
+                    old[row + MODE] = KEEP
+                    shared[_NO_POLICY] = 1
+                    return
+            if set_policy(new[row + MODE], new_address + 8 * NODES, max_nodes) != 0 and there:
+                shared[_NO_POLICY] = 1
 
-    _keep_alive.append(body)
-    return int(body.address)
+    run = body.address
+    parallel = ctypes.CFUNCTYPE(None, address, address, ctypes.c_uint, ctypes.c_uint)(("GOMP_parallel", library))
+    count, mkl_set_count = openmp.int_function("omp_get_max_threads"), openmp.mkl_set_threads()
+    set_count = ctypes.CFUNCTYPE(None, integer)(("omp_set_num_threads", library))
+
+    @cfunc(types.int64(types.CPointer(_WORDS)), error_model="numpy")
+    def there(arguments: Any) -> Any:
+        shared, rows = arguments[2], arguments[2][_ROWS]
+        shared[_COUNT] = count()
+        shared[_MKL_COUNT] = mkl_set_count(rows)
+        set_count(rows)
+        parallel(run, arguments[3][_OWN], rows, 0)
+        return shared[_NO_MASK] | shared[_NO_POLICY]
+
+    @cfunc(types.int64(types.CPointer(_WORDS)), error_model="numpy")
+    def back(arguments: Any) -> Any:
+        shared = arguments[2]
+        if shared[_TAKEN] != 0:
+            parallel(run, arguments[3][_OWN], max(count(), shared[_ROWS]), 0)
+            set_count(shared[_COUNT])
+            mkl_set_count(shared[_MKL_COUNT])
+        return 0
+
+    _keep_alive.extend((body, there, back))
+    return body.address, there.address, back.address
 
 
 @cache
@@ -120,20 +153,6 @@ def _look() -> Any:
     return ctypes.CFUNCTYPE(ctypes.c_int64, address, ctypes.c_int64)(look.address)
 
 
-def _own_id(libc: ctypes.CDLL) -> Any:
-    """A function for compiled code that tells the calling thread's id."""
-    if hasattr(libc, "gettid"):
-        return ctypes.CFUNCTYPE(ctypes.c_int)(("gettid", libc))
-    call = ctypes.CFUNCTYPE(ctypes.c_long, ctypes.c_long)(("syscall", libc))
-    which = _GETTID[platform.machine()]
-
-    @njit(error_model="numpy")
-    def own_id() -> Any:
-        return call(which)
-
-    return own_id
-
-
 _keep_alive: list[Any] = []  # compiled functions whose addresses are in use
 
 
@@ -153,54 +172,76 @@ class Exchange:
 
     def __init__(self, new: Rows, leader_cpus: Collection[int] = ()) -> None:
         self.old = np.zeros_like(new)
-        self.granted = 0  # threads that there were
         self.given = new.copy()  # where the first row's mask is what was granted of leader_cpus
-        self._new, self._lost = new, np.zeros_like(new)  # keep alive what is pointed to
-        self._there, self._back = _arguments(new, self.old), _arguments(self.old, self._lost)
+        self._new = new  # keeps alive what is pointed to
+        self._shared = (ctypes.c_int64 * _SHARED)()
+        self._shared[_ROWS] = len(new)
+        self._there, self._back = (np.zeros(_ARGUMENTS + _NUMBERS, np.int64) for _ in range(2))
+        self.there_address = self._arguments(self._there, new, self.old, back=0)
+        self.back_address = self._arguments(self._back, self.old, self.old, back=1)
         self._leader = np.zeros((2, CPU_WORDS), np.int64)
         if leader_cpus:
             set_bits(self._leader[0], leader_cpus)
-            self._there[_GRANTED + 1 : _GRANTED + 3] = self._leader[0].ctypes.data, self.given.ctypes.data
+            numbers = self._there[_ARGUMENTS:]
+            numbers[_LEADER], numbers[_LEADER_GRANTED] = self._leader[0].ctypes.data, self.given.ctypes.data
         self._look, self._looked_at = _look(), np.zeros(4, np.int64)
         now = self._leader[1].ctypes.data
         self._looked_at[:] = self.old.ctypes.data, self.given.ctypes.data, now, self._looked_at.ctypes.data
-        self._there_address, self._back_address = self._there.ctypes.data, self._back.ctypes.data
-        self._function, self._parallel = _exchange(), openmp.require().library.GOMP_parallel
-        self._threads, self._looked_at_address = len(new), self._looked_at.ctypes.data
+        self._looked_at_address = self._looked_at.ctypes.data
+        self.function, there, back = _exchange()
+        self._go_there, self._go_back = _Go(there), _Go(back)
+
+    def _arguments(self, words: Rows, new: Rows, old: Rows, *, back: int) -> int:
+        """Lay out what ``_exchange`` gets, three pointers; its address."""
+        own = words.ctypes.data
+        words[:_ARGUMENTS] = new.ctypes.data, old.ctypes.data, ctypes.addressof(self._shared), own + 8 * _ARGUMENTS
+        words[_ARGUMENTS:] = new.ctypes.data, old.ctypes.data, 0, 0, back, own
+        return int(own)
+
+    @property
+    def granted(self) -> int:
+        """How many threads took rows."""
+        return min(self._shared[_ROWS], self._shared[_SIZE])
 
     def there(self) -> int:
-        """Take the new rows; which calls failed."""
-        self._parallel(self._function, self._there_address, self._threads, 0)
-        failed, self.granted = int(self._there[_FAILED]), int(self._there[_GRANTED])
-        if failed:
-            self._there[_FAILED] = 0
-        if self.granted < self._threads:
-            self.old[self.granted :] = self.old[0]  # for threads that are born until the way back
+        """Take the new rows, and compute with so many threads; which calls failed."""
+        torch.get_num_threads()  # the first time in a thread it sets the count
+        return self.failures() if self._go_there(self.there_address) else 0
+
+    def failures(self) -> int:
+        """Which calls failed since this was asked last."""
+        failed = MASK_FAILED * self._shared[_NO_MASK] + POLICY_FAILED * self._shared[_NO_POLICY]
+        self._shared[_NO_MASK] = self._shared[_NO_POLICY] = 0
         return failed
+
+    def back(self) -> None:
+        """Take the old rows and counts, if the new ones were taken and not given back: again, it does nothing."""
+        self._go_back(self.back_address)
+
+    def continue_from(self, earlier: Exchange) -> None:
+        """Let ``back`` lead to where the threads were before an earlier exchange, inside of which this one is."""
+        masks_and_policies, threads = slice(TID), min(earlier.granted, len(self.old))
+        self.old[:, masks_and_policies] = earlier.old[0, masks_and_policies]
+        self.old[:threads, masks_and_policies] = earlier.old[:threads, masks_and_policies]
+        for count in (_COUNT, _MKL_COUNT):
+            self._shared[count] = earlier._shared[count]
+
+    def cpus_before(self) -> frozenset[int]:
+        """What the calling thread might use before."""
+        return frozenset(bits(self.old[0, :CPU_WORDS]))
 
     def look(self) -> int:
         """What has become of the masks that were taken: MOVED and ENDED, for any of the threads; 0 while all are as they were."""
-        return int(self._look(self._looked_at_address, min(self.granted, self._threads)))
+        return int(self._look(self._looked_at_address, self.granted))
 
     def looking(self) -> tuple[int, int, int]:
         """The same as the address of a compiled ``int64 look(int64, int64)``, and what it takes."""
         address = ctypes.cast(self._look, ctypes.c_void_p).value or 0
-        return address, self._looked_at_address, min(self.granted, self._threads)
+        return address, self._looked_at_address, self.granted
 
     def thread_ids(self) -> list[int]:
         """The kernel's ids of the threads that took their rows."""
         return [int(tid) for tid in self.old[: self.granted, TID]]
-
-    def back(self) -> None:
-        """Take the old rows."""
-        self._parallel(self._function, self._back_address, self._threads, 0)
-
-
-def _arguments(new: Rows, old: Rows) -> Rows:
-    """What ``_exchange`` gets: three pointers, and the numbers that the last of them points to."""
-    words = np.zeros(_GRANTED + 3, np.int64)
-    words[:5] = new.ctypes.data, old.ctypes.data, words.ctypes.data + 24, new.ctypes.data, old.ctypes.data
-    return words
 
 
 def set_bits(words: Rows, numbers: Collection[int]) -> None:

@@ -1,5 +1,6 @@
 import ctypes.util
 import os
+import signal
 import subprocess
 import sys
 
@@ -21,13 +22,42 @@ def test_the_team_is_the_one_that_torch_computes_on():
     assert {thread.tid for thread in team} <= before, "new threads were made, so it is not torch's team"
 
 
-def test_an_error_on_one_thread_reaches_the_caller():
-    def fail(number):
-        raise KeyError(number)
+@pytest.mark.parametrize("error", [KeyError, KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("on", [0, 1])
+def test_an_error_on_one_thread_reaches_the_caller(error, on):
+    ran = []
 
-    with pytest.raises(KeyError):
-        openmp.run_on_each(fail, 2)
+    def fail(number):
+        ran.append(number)
+        if number == on:
+            raise error
+
+    with pytest.raises(error):
+        openmp.run_on_each(fail, 3)
+    assert sorted(ran) == [0, 1, 2]
     assert openmp.run_on_each(lambda number: number * 10, 3) == [0, 10, 20]
+
+
+def test_what_a_signals_handler_raises_reaches_the_caller(capfd):
+    class Interrupt(BaseException):
+        pass
+
+    def ring(*_):
+        raise Interrupt
+
+    def call(number):
+        if number:
+            signal.raise_signal(signal.SIGALRM)  # whose handler the main thread runs as soon as it may
+
+    before = signal.signal(signal.SIGALRM, ring)
+    try:
+        for _ in range(100):
+            with pytest.raises(Interrupt):
+                openmp.run_on_each(call, 2)
+            assert openmp.run_on_each(int, 2) == [0, 1]
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert capfd.readouterr().err == ""
 
 
 ON_ANOTHER_RUNTIME = """

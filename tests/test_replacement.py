@@ -5,7 +5,8 @@ import threading
 import pytest
 import torch
 
-from numa_lab import openmp, optimized, replacement, team
+from numa_lab import openmp, replacement, team
+from numa_lab.entered import entered
 from numa_lab.errors import NodeUnavailable
 from numa_lab.kv_cache import NodeShardedKVCache
 from numa_lab.node_team import NodeTeam
@@ -120,7 +121,7 @@ def test_what_the_cpuset_took_away_is_replaced_when_the_helper_is_entered(monkey
     before = masks()
     with pytest.raises(NodeUnavailable, match=f"node {NODE} has no CPU left .* placed on CPUs 4095"):
         helper.__enter__()
-    assert not optimized._entered.stack
+    assert not entered()
     assert masks() == before
 
 

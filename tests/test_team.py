@@ -1,3 +1,4 @@
+import ctypes
 import json
 import os
 import re
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from numa_lab import libnuma, openmp, team
-from numa_lab.errors import NodeUnavailable
+from numa_lab.errors import InvalidInput, NodeUnavailable
 from numa_lab.topology import read_topology
 
 
@@ -52,6 +53,28 @@ def test_every_thread_gets_the_policy_and_gives_it_back(node):
         assert outside[0] == (libnuma.MPOL_INTERLEAVE, {node})
     finally:
         libnuma.set_mempolicy(libnuma.MPOL_DEFAULT)
+
+
+def test_each_thread_may_get_a_policy_of_its_own(node):
+    cpus = sorted(os.sched_getaffinity(0))[:2]
+    given = [(libnuma.MPOL_BIND, {node}), (libnuma.MPOL_PREFERRED, {node})][: len(cpus)]
+    with team.Placement(cpus, given) as before:
+        assert before.granted == len(cpus)
+        assert policies(len(cpus)) == given
+    with pytest.raises(InvalidInput, match=r"one for each of the 3$"):
+        team.Placement([0, 1, 2], given)
+
+
+def test_what_mkl_computes_with_comes_back(node):
+    told = getattr(ctypes.CDLL(torch._C.__file__), "MKL_Get_Max_Threads", torch.get_num_threads)
+    before = told()
+    with team.Placement([min(os.sched_getaffinity(0))] * 3):
+        assert told() == 3
+        torch.set_num_threads(5)
+    try:
+        assert told() == torch.get_num_threads() == before
+    finally:
+        torch.set_num_threads(before)  # of threads that are started later, too
 
 
 def test_threads_born_inside_are_given_back_too():
