@@ -3,7 +3,8 @@
 The modules, from the machine up to the reader; each imports only from those above it in this list:
 
 - ``errors``: what goes wrong, in words
-- ``commands``, ``progress``: what is printed to be pasted into a shell, and bars whose clock goes on
+- ``commands``, ``progress``, ``futures``: what is printed to be pasted into a shell, bars whose clock goes on, and futures that
+  interrupts don't spoil
 - ``sysfs``, ``hardware``, ``identity``, ``control_groups``, ``machine_files``, ``simd``, ``topology``, ``libnuma``, ``mappings``,
   ``free_memory``: the machine, its name, and what of it this process may use, the kernel's NUMA calls, what it tells of
   mappings, and what a node can still hold
