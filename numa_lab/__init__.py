@@ -15,17 +15,17 @@ The modules, from the machine up to the reader; each imports only from those abo
 - ``overview``: the machine in words
 - ``openmp``, ``thread_state``, ``handover``: torch's own threads, their masks and policies, and compiled work for a team
 - ``binding``, ``memory``, ``gpus``, ``results``: place threads and pages, see where they are, keep rows
-- ``receipt``, ``team``, ``recycled``, ``parameters``, ``supervisor``, ``notebook``, ``reading``, ``stealing``: proof of placement;
-  a team on its place; memory that malloc hands out again; what a notebook was given, one in a process of its own, and the end
-  of all that it started; timed reads; when a node should read what waits for another
-- ``replacement``: what becomes of a team whose CPUs are taken away
-- ``probes``, ``doctor``, ``attention``, ``proof``, ``node_team``: the limits of memory, what spoils them, what is computed,
-  where a team is, and teams that stay on a node
+- ``receipt``, ``team``, ``recycled``, ``parameters``, ``supervisor``, ``notebook``, ``reading``: proof of placement; a team on its
+  place; memory that malloc hands out again; what a notebook was given, one in a process of its own, and the end of all that it
+  started; timed reads
+- ``replacement``, ``leaders``: what becomes of a team whose CPUs are taken away, and threads that lead teams
+- ``probes``, ``doctor``, ``attention``, ``proof``, ``node_team``, ``node_threads``: the limits of memory, what spoils them, what is
+  computed, where a team is, and teams that stay on a node
 - ``workloads``, ``sampling``: which cases are measured, and one case with its receipt
 - ``rankings``, ``optimal_node``: which node is best, and how sure that is
 - ``roofline``, ``placement``: what memory allows for each placement, and which to choose
-- ``kv_layout``, ``sharded``, ``queues``: which token of a sharded cache lies on which node, attention by all of them, and what
-  waits for the teams of each node
+- ``kv_layout``, ``sharded``, ``batch``: which token of a sharded cache lies on which node, attention by all of them, and of a
+  batch
 - ``plan``, ``optimized``, ``pool``, ``process_pool``, ``kv_cache``: which executions a sweep runs; attention on one node, work
   over all of them by threads or by processes, and one sequence over all of them
 - ``run``, ``sweep_lock``, ``sweep``, ``report``: one execution, one sweep at a time, all executions of a plan, what is told of them

@@ -365,33 +365,6 @@ def test_the_pool_moves_inputs_to_the_nodes_that_compute_them():
         torch.testing.assert_close(output.double(), reference(query, key, value, enable_gqa=True)[0], rtol=0, atol=1e-5)
 
 
-@pytest.mark.guest("two-sockets")
-def test_nodes_with_a_faster_path_help_with_memory_that_has_no_cpus():
-    size = (1, 2, 512, 64)
-    keys, values = (
-        [memory.empty(size, torch.float32, 3, huge_pages=False).normal_() for _ in range(12)] for _ in range(2)
-    )
-    queries = [torch.randn(1, 8, 1, 64) for _ in keys]
-    local, slow = 1e9, 1e8
-    rates = tuple(
-        tuple(slow if (cpu, mem) == (2, 3) else local for mem in range(4)) if cpu < 3 else (None,) * 4
-        for cpu in range(4)
-    )
-    with NUMAThreadPool(measured=Measured((0, 1, 2, 3), rates, None, None)) as threads:
-        outputs = threads.parallel_gqa_compute(queries, keys, values)
-        notes = {node: receipt.notes for node, receipt in threads.receipt().items()}
-    taken = [
-        int(note.rpartition(" ")[2])
-        for node in (0, 1)
-        for note in notes[node]
-        if note.startswith("inputs taken from node 2")
-    ]
-    assert 0 < sum(taken) < 12, notes
-    for query, key, value, output in zip(queries, keys, values, outputs, strict=True):
-        assert witness.pages(key).keys() == {3}, "whoever reads it, it stays"
-        torch.testing.assert_close(output.double(), reference(query, key, value, enable_gqa=True)[0], rtol=0, atol=1e-5)
-
-
 @pytest.mark.guest("two-sockets", seconds=240)
 def test_processes_are_on_their_nodes_and_tensors_in_memory_of_them(topology):
     with NUMAProcessPool([0, 2]) as processes:
