@@ -46,7 +46,7 @@ test: system-numactl-chromium-libomp .venv/installed-dev ## run the tests
 	$(BIN)/python -m pytest --junitxml=build/junit.xml $(PYTEST_ARGS)
 
 # Besides the guests' own tests, those of what pins and places: they run in the guest of four nodes.
-MULTINODE_TESTS ?= tests/multinode $(addprefix tests/test_,team.py node_team.py optimized.py pool.py)
+MULTINODE_TESTS ?= tests/multinode $(addprefix tests/test_,team.py node_team.py node_threads.py optimized.py pool.py)
 
 test-multinode: system-numactl-qemu-xz .venv/installed-dev ## run the tests of placement in emulated guests with several NUMA nodes (Debian, x86-64)
 	@mkdir -p build

@@ -189,7 +189,7 @@ def run_each(calls: Iterable[tuple[NodeTeam, Callable[[], T]]]) -> list[T]:
     round_ = _Round()
     try:
         futures = [team.submit(round_.run, function) for team, function in calls]
-        for future in futures:
+        for future in reversed(futures):  # the last first: who is woken for each takes the interpreter from the leaders
             future.exception()
     except BaseException:
         round_.given_up = True

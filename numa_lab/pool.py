@@ -5,8 +5,8 @@ Each node has a queue, which its leader threads serve (see ``numa_lab.node_threa
 Limits: threads of one process share the interpreter lock. torch and the compiled kernels release it while they compute,
 Python code between them does not: for long-running services take a process per node (``numactl``).
 
-Ctrl-C and other signals whose handlers raise may come in every call: the pool goes on to serve. What runs for the interrupted call
-runs to its end, and holds what it uses; what has not begun for it is not run, but by ``submit``, which gives a future for it.
+Ctrl-C, or another signal whose handler raises, may come in any call, and the pool goes on to serve. What runs for that call runs to its
+end, and holds what it uses; what has not begun is not run. What ``submit`` was given runs, as long as its future is not cancelled.
 """
 
 from __future__ import annotations

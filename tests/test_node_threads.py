@@ -147,13 +147,15 @@ def test_an_errand_is_not_starved_by_a_stream_of_tasks(pair):
 def test_shutdown_finishes_everything_and_refuses_more(team):
     go = block(team)
     futures = [team.submit(go.wait, SECONDS) for _ in range(20)]
-    with pytest.raises(NumaLabError, match="leads a team"):
-        team.submit_to_each(team.shutdown)[0].result(go.set())
+    (by_leader,) = team.submit_to_each(team.shutdown)
     team.shutdown(wait=False)
     for refused in (team.submit, team.submit_to_each):
         with pytest.raises(RuntimeError, match="shutdown"):
             refused(int)
+    go.set()
     team.shutdown()
+    with pytest.raises(NumaLabError, match="leads a team"):
+        by_leader.result()
     assert all(future.done() and future.result() for future in futures)
 
 
