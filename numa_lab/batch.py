@@ -36,7 +36,7 @@ class Tally:
     """How many inputs each node has computed, by what became of them."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._counts: Counter[tuple[int, str]] = Counter()
 
     def add(self, node: int, what: str) -> None:

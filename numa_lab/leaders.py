@@ -1,7 +1,7 @@
 """The threads of ``numa_lab.node_threads``: what each does all its life, and what waits for them.
 
-Whatever a signal's handler raises in the calling thread, no leader is lost. What is held here is held by ``with`` of plain
-locks, which CPython enters and leaves in C, and threads are started where no handler runs.
+Whatever a signal's handler raises in the calling thread, no leader is lost. What is held here is held by ``with`` of Lock
+and RLock, which CPython enters and leaves in C, and threads are started where no handler runs.
 """
 
 from __future__ import annotations
@@ -117,7 +117,9 @@ class Waiting:
     """The tasks that wait for leaders, and which of those sleep."""
 
     def __init__(self, leaders: Sequence[Leader]) -> None:
-        self._lock = threading.Lock()
+        self._lock = (
+            threading.RLock()
+        )  # who holds it may need it again, for a signal or the garbage collector may submit something
         self._tasks: deque[Task] = deque()
         self._leaders, self._asleep = leaders, list[Leader]()
         self.closed = False
@@ -150,14 +152,15 @@ class Waiting:
     def next(self, leader: Leader) -> Task | None:
         """On a leader: the task whose turn it is; None where it may sleep."""
         with self._lock:
-            if leader in self._asleep:
-                self._asleep.remove(leader)
+            if leader not in self._asleep:
+                self._asleep.append(leader)  # before it looks, so that it is rung for what comes after that
             found = leader.errands or self._tasks
             leader.busy = bool(found)
-            if found:
-                return found.popleft()
-            self._asleep.append(leader)
-            return None
+            if not found:
+                return None
+            if leader in self._asleep:
+                self._asleep.remove(leader)
+            return found.popleft()
 
     @property
     def load(self) -> float:
