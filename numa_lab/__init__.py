@@ -18,9 +18,10 @@ The modules, from the machine up to the reader; each imports only from those abo
 - ``receipt``, ``team``, ``recycled``, ``parameters``, ``supervisor``, ``notebook``, ``reading``: proof of placement; a team on its
   place; memory that malloc hands out again; what a notebook was given, one in a process of its own, and the end of all that it
   started; timed reads
-- ``replacement``, ``leaders``: what becomes of a team whose CPUs are taken away, and threads that lead teams
-- ``probes``, ``doctor``, ``attention``, ``proof``, ``node_team``, ``node_threads``: the limits of memory, what spoils them, what is
-  computed, where a team is, and teams that stay on a node
+- ``replacement``: what becomes of a team whose CPUs are taken away
+- ``probes``, ``doctor``, ``attention``, ``proof``, ``node_team``: the limits of memory, what spoils them, what is computed, where a team
+  is, and leaders of teams that stay on a node
+- ``node_threads``: threads that lead teams, for all that is submitted
 - ``workloads``, ``sampling``: which cases are measured, and one case with its receipt
 - ``rankings``, ``optimal_node``: which node is best, and how sure that is
 - ``roofline``, ``placement``: what memory allows for each placement, and which to choose

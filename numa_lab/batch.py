@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -36,7 +36,7 @@ class Tally:
     """How many inputs each node has computed, by what became of them."""
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()
+        self._lock = threading.RLock()  # a finalizer that runs while it is held may compute a batch itself
         self._counts: Counter[tuple[int, str]] = Counter()
 
     def add(self, node: int, what: str) -> None:
@@ -47,7 +47,8 @@ class Tally:
     def notes(self, node: int) -> list[str]:
         """What to tell of a node."""
         with self._lock:
-            return [f"inputs {what}: {count}" for (at, what), count in sorted(self._counts.items()) if at == node]
+            counts = sorted(self._counts.items())
+        return [f"inputs {what}: {count}" for (at, what), count in counts if at == node]
 
 
 def compute(
@@ -70,32 +71,33 @@ def compute(
     Exception
         The first that an input raises, when all have been computed.
     """
-    inputs, parts = [], defaultdict[tuple[int | None, int | None], list[int]](list)
-    lie = dict(homes((*keys, *values)))
-    for place, (query, key, value) in enumerate(zip(queries, keys, values, strict=True)):
-        own = [(tensor, lie[tensor]) for tensor in (key, value) if isinstance(tensor, Tensor) and tensor in lie]
-        home = _most(own) if on_remote == "compute_there" else None
-        node = _nearest(home, tuple(teams), topology)
-        inputs.append(_Input(query, key, value, own))
+    home_of = dict(homes((*keys, *values)))
+    inputs: list[_Input] = []
+    parts = defaultdict[tuple[int | None, int | None], list[int]](list)  # numbers of the inputs that are one task
+    for number, (query, key, value) in enumerate(zip(queries, keys, values, strict=True)):
+        key_value = [
+            (tensor, home_of[tensor]) for tensor in (key, value) if isinstance(tensor, Tensor) and tensor in home_of
+        ]
+        inputs.append(_Input(query, key, value, key_value))
+        node = _nearest(_most(key_value), tuple(teams), topology) if on_remote == "compute_there" else None
         # What a node's single leader computes one after the other anyway is one task: handing each over by itself takes a hundred
         # microseconds beside attention, which leaves no line of code in the caches.
         alone = node is None or teams[node].leaders > 1
-        parts[node, place if alone else None].append(place)
+        parts[node, number if alone else None].append(number)
     run = partial(_run, Settings(), num_runs, on_remote, tally)
     calls = (
         (team := least_busy(teams.values()) if node is None else teams[node],
-         partial(run, team.node, [inputs[place] for place in places]))
-        for (node, _), places in parts.items()
+         partial(run, team.node, [inputs[number] for number in numbers]))
+        for (node, _), numbers in parts.items()
     )  # fmt: skip
-    found_at: dict[int, Tensor | Exception] = {}
-    for places, found in zip(parts.values(), run_each(calls), strict=True):
-        found_at.update(zip(places, found, strict=True))
-    outputs = []
-    for _, output in sorted(found_at.items()):
+    computed: dict[int, Tensor | Exception] = {}
+    for numbers, outputs in zip(parts.values(), run_each(calls), strict=True):
+        computed.update(zip(numbers, outputs, strict=True))
+    in_order = [computed[number] for number in range(len(inputs))]
+    for output in in_order:
         if isinstance(output, Exception):
             raise output
-        outputs.append(output)
-    return outputs
+    return cast(list[Tensor], in_order)
 
 
 def _run(
@@ -104,20 +106,20 @@ def _run(
     """On a leader of a node: the output of each input, or what it raised."""
     outputs: list[Tensor | Exception] = []
     with settings.applied():
-        for one in inputs:
+        for given in inputs:
             try:
-                tally.add(node, _brought(one, node, on_remote))
+                tally.add(node, _bring(given, node, on_remote))
                 for _ in range(num_runs):
-                    output = gqa_attention(one.query, one.key, one.value, enable_gqa=True)
+                    output = gqa_attention(given.query, given.key, given.value, enable_gqa=True)
                 outputs.append(output)
             except Exception as error:
                 outputs.append(error)
     return outputs
 
 
-def _brought(one: _Input, node: int, on_remote: str) -> str:
+def _bring(given: _Input, node: int, on_remote: str) -> str:
     """Move an input to the node that computes it where that is wanted, and say what became of it."""
-    away = [tensor for tensor, home in one.homes if home not in (node, None)]
+    away = [tensor for tensor, home in given.homes if home not in (node, None)]
     if not away:
         return "computed where they lay"
     if on_remote != "migrate":
@@ -134,7 +136,7 @@ def node_of(args: Sequence[Any], nodes: Sequence[int], topology: Topology) -> in
 
 def homes(args: Sequence[Any]) -> Homes:
     """The tensors among `args` that lie in this machine's memory, each with its node."""
-    tensors = [one for one in args if isinstance(one, Tensor) and addresses.as_stored(one) and one.nbytes]
+    tensors = [arg for arg in args if isinstance(arg, Tensor) and addresses.as_stored(arg) and arg.nbytes]
     if not libnuma.available():  # then nothing tells
         return [(tensor, None) for tensor in tensors]
     return list(zip(tensors, memory.homes(tensors), strict=True))

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from numa_lab import batch, memory, proof, recycled
+from numa_lab import batch, memory, recycled
 from numa_lab.attention import addresses
 from numa_lab.attention.gqa import gqa_attention
 from numa_lab.attention.graphs import between_graphs
@@ -78,12 +78,15 @@ class NUMAThreadPool:
                 f"{format_cpulist(self._topology.allowed_nodes) or 'none'}"
             )
         cores = {node: self._topology.cpus_for([node]) for node in self.nodes}
-        for node, of_node in cores.items():
-            if not 1 <= num_threads_per_node <= len(of_node):
+        for node, cpus in cores.items():
+            if not 1 <= num_threads_per_node <= len(cpus):
                 raise InvalidInput(
-                    f"num_threads_per_node={num_threads_per_node}: expected 1 to {len(of_node)}, the physical cores of node {node}"
+                    f"num_threads_per_node={num_threads_per_node}: expected 1 to {len(cpus)}, the physical cores of node {node}"
                 )
-        self._teams = {node: NodeTeam(node, of_node, leaders=num_threads_per_node) for node, of_node in cores.items()}
+        self._teams = {
+            node: NodeTeam(node, cpus, leaders=num_threads_per_node, topology=self._topology)
+            for node, cpus in cores.items()
+        }
         self._tally = Tally()
 
     def __enter__(self) -> NUMAThreadPool:
@@ -121,9 +124,8 @@ class NUMAThreadPool:
         if num_runs < 1:
             raise InvalidInput(f"num_runs={num_runs}: expected at least 1")
 
-        if addresses.watched(
-            *queries, *keys, *values
-        ):  # by what leaders know nothing of, a mode or transform of this thread
+        # A mode or transform of this thread would not see what leaders compute.
+        if addresses.watched(*queries, *keys, *values):
             return [
                 [gqa_attention(query, key, value, enable_gqa=True) for _ in range(num_runs)][-1]
                 for query, key, value in zip(queries, keys, values, strict=True)
@@ -146,9 +148,9 @@ class NUMAThreadPool:
 
         Returns
         -------
-        A future whose methods survive interrupts. Where several are waited for by ``concurrent.futures.wait`` or ``as_completed``, an
-        interrupt leaves them locked for a second (see ``numa_lab.futures``): ask one after the other for its ``result``. An interrupt
-        of ``submit`` itself gives none, and the function may run or not.
+        A future whose methods survive interrupts. To wait for several, ask one after the other for its ``result``: an interrupt of
+        ``concurrent.futures.wait`` or ``as_completed`` may leave locks held on which the pool waits (see ``numa_lab.futures``). An
+        interrupt of ``submit`` itself gives none, and the function may run or not.
 
         Raises
         ------
@@ -196,21 +198,18 @@ class NUMAThreadPool:
         )
 
     def receipt(self) -> dict[int, Receipt]:
-        """For each node what its leaders and their teams are granted, and where they are, when their turn comes.
+        """For each node what its leaders and their teams are granted, and where they are now; it waits for no task.
 
         Its notes count what became of the inputs of ``parallel_gqa_compute`` (see `on_remote`). Where tensors lie it does not say
-        (``numa_lab.memory.locate`` does). A leader is asked before it takes what waits.
+        (``numa_lab.memory.locate`` does). The memory policy is the one that was granted when the leaders took their place.
         """
-        looks = {node: team.submit_to_each(proof.look, self._topology) for node, team in self._teams.items()}
         receipts = {}
-        for node, futures in looks.items():
-            granted, threads, notes = zip(*(future.result() for future in futures), strict=True)
-            team, found = self._teams[node], tuple(itertools.chain.from_iterable(threads))
-            refusal = [team.refusal] if team.refusal else []
-            told = dict.fromkeys((*itertools.chain.from_iterable(notes), *refusal, *self._tally.notes(node)))
+        for node, team in self._teams.items():
+            granted, threads, notes = team.look()
+            notes = (*notes, *filter(None, [team.refusal]), *self._tally.notes(node))
             receipts[node] = Receipt(
-                Binding((node,), (node,), MemPolicy.PREFERRED), granted[0], found, {}, {}, tuple(told),
-                team=team_of(len(team.cpus), found),
+                Binding((node,), (node,), MemPolicy.PREFERRED), granted, threads, {}, {}, notes,
+                team=team_of(len(team.cpus), threads),
             )  # fmt: skip
         return receipts
 

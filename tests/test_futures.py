@@ -75,9 +75,7 @@ def test_asyncio_awaits_promises():
     thread.join()
 
 
-@pytest.mark.parametrize(
-    "ask", [Promise.result, lambda promise: wait([promise]), lambda one: list(as_completed([one]))]
-)
+@pytest.mark.parametrize("ask", [Promise.result, Promise.exception])
 def test_who_is_interrupted_while_waiting_keeps_nobody_from_the_result(interrupt, ask):
     promises = [Promise() for _ in range(10)]
     for promise in promises:
