@@ -164,6 +164,18 @@ def test_shutdown_finishes_everything_and_refuses_more(team):
     assert all(future.done() and future.result() for future in futures)
 
 
+def test_who_waits_for_the_end_waits_for_what_is_freed_at_the_end_of_a_thread(team):
+    class Freed:
+        def __del__(self):
+            time.sleep(0.01)  # as who frees a tensor lets other threads run
+            freed.append(True)
+
+    freed, of_thread = [], threading.local()
+    team.submit(setattr, of_thread, "kept", Freed()).result()
+    team.shutdown()
+    assert freed
+
+
 def test_a_team_that_nobody_has_any_more_ends_when_all_is_done():
     team = NodeTeam(NODE, name="numa-forgotten")
     go, (leader,) = block(team), (one for one in threading.enumerate() if one.name.startswith("numa-forgotten"))
