@@ -47,7 +47,7 @@ test: system-numactl-chromium-libomp .venv/installed-dev ## run the tests
 	$(BIN)/python -m pytest --junitxml=build/junit.xml $(PYTEST_ARGS)
 
 # Besides the guests' own tests, those of what pins and places: they run in the guest of four nodes.
-MULTINODE_TESTS ?= tests/multinode $(addprefix tests/test_,team.py node_team.py optimized.py pool.py)
+MULTINODE_TESTS ?= tests/multinode $(addprefix tests/test_,team.py node_team.py seats.py optimized.py pool.py)
 
 test-multinode: system-numactl-qemu-xz .venv/installed-dev ## run the tests of placement in emulated guests with several NUMA nodes (Debian, x86-64)
 	@mkdir -p build
@@ -89,7 +89,7 @@ bench: .venv/installed ## decode attention beside what memory and vector units a
 	@tools/waiting.sh $(BIN)/python bench/decode.py --out figures/readme-decode $(BENCH_ARGS)
 
 # One question each; the first lines of bench/*.py say which.
-BENCHES := $(addprefix bench-,dispatch enter huge-pages prefill read-limit sharded short-context)
+BENCHES := $(addprefix bench-,dispatch enter huge-pages prefill read-limit seats sharded short-context)
 .PHONY: $(BENCHES)
 $(BENCHES): bench-%: .venv/installed
 	@tools/waiting.sh $(BIN)/python bench/$(subst -,_,$*).py $(BENCH_ARGS)

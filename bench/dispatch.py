@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from numa_lab import gqa_attention, openmp
-from numa_lab.attention import decode, plans
+from numa_lab.attention import compiled, decode, plans, regions
 
 
 def measure(turns: int) -> dict[str, float]:
@@ -18,12 +18,13 @@ def measure(turns: int) -> dict[str, float]:
     key, value = torch.randn(2, 1, 2, 1, 128)
     out = torch.empty_like(query)
     plan = plans.make_plan(query, key, value, None, None, out, torch.get_num_threads())
-    memory = plans.Memory()
-    job = plan.job(memory, 1, *(tensor.data_ptr() for tensor in (query, key, value, out)))
+    arguments, room = plans.Arguments(), plans.Room()
+    tensors = (tensor.data_ptr() for tensor in (query, key, value, out))
+    plan.pack(arguments, room.at_least(plan.workspace_bytes), *tensors, 0, 0, 1)
+    alone = compiled.address(regions.Alone())
 
     def kernel() -> None:
-        memory.ready(0)
-        openmp.run_on_team(*job)
+        openmp.run_on_team(alone, arguments.address, 1)
 
     calls: dict[str, Callable[[], object]] = {
         "gqa_attention": lambda: gqa_attention(query, key, value, enable_gqa=True),

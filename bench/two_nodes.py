@@ -10,9 +10,9 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache, partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from unittest import mock
 
 import common
@@ -23,8 +23,8 @@ from numa_lab import memory
 from numa_lab.attention.gqa import gqa_attention
 from numa_lab.attention.shapes import AttentionShape
 from numa_lab.kv_cache import NodeShardedKVCache
-from numa_lab.node_team import NodeTeam
 from numa_lab.optimized import NUMAOptimizedGQA
+from numa_lab.seats import Place
 from numa_lab.topology import read_topology
 
 LAYERS_BYTES = (
@@ -57,12 +57,12 @@ def make_model(shape: AttentionShape) -> Model:
     """Layers of random K and V, each once as two tensors and once as a cache of two nodes, which are checked to agree.
 
     Attention is also called with its threads pinned: a worker that wakes up beside the caller, on its CPU, may wait there for some
-    milliseconds. The caches are also entered around many steps, where such a cache can be.
+    milliseconds. The caches are also entered around many steps.
     """
     node, dtype = read_topology().effective_nodes[0], getattr(torch, shape.dtype)
     size = (shape.batch, shape.kv_heads, shape.kv_len, shape.head_dim)
     layers: list[tuple[Tensor, ...]] = []
-    caches: list[Any] = []  # whether they can be entered is asked below
+    caches: list[NodeShardedKVCache] = []
     for _ in range(min(max(FEWEST_LAYERS, -(-LAYERS_BYTES // shape.kv_bytes)), MOST_LAYERS)):
         layers.append(tuple(memory.empty(size, dtype, node).normal_() for _ in range(2)))
         with _all_memory_on(node):
@@ -76,8 +76,7 @@ def make_model(shape: AttentionShape) -> Model:
     called = Way(lambda layer, query: gqa_attention(query, *layers[layer], enable_gqa=True))
     sharded = Way(lambda layer, query: caches[layer].attend(query))
     ways = {CALLED: called, PINNED: called._replace(inside=partial(NUMAOptimizedGQA, node)), SHARDED: sharded}
-    if hasattr(NodeShardedKVCache, "__enter__"):
-        ways[ENTERED] = sharded._replace(inside=partial(_entered, caches))
+    ways[ENTERED] = sharded._replace(inside=lambda: caches[0])  # whose seats are those of all
     query = common.query_of(shape)
     outputs = [way.attend(0, query) for way in ways.values()]
     for output in outputs[1:]:
@@ -86,10 +85,10 @@ def make_model(shape: AttentionShape) -> Model:
 
 
 @cache
-def _halves(node: int) -> dict[int, NodeTeam]:
-    """A team on each half of the cores, by the number of the node that it stands for."""
+def _halves(node: int) -> dict[int, Place]:
+    """Each half of the cores, by the number of the node that it stands for."""
     cpus = common.cores_here()
-    return {0: NodeTeam(node, cpus[: len(cpus) // 2]), 1: NodeTeam(node, cpus[len(cpus) // 2 :])}
+    return {0: Place(node, tuple(cpus[: len(cpus) // 2])), 1: Place(node, tuple(cpus[len(cpus) // 2 :]))}
 
 
 @contextmanager
@@ -101,14 +100,6 @@ def _all_memory_on(node: int) -> Iterator[None]:
         return empty(shape, dtype, node, **options)
 
     with mock.patch.object(memory, "empty", there):
-        yield
-
-
-@contextmanager
-def _entered(caches: Sequence[AbstractContextManager[object]]) -> Iterator[None]:
-    with ExitStack() as stack:
-        for one in caches:
-            stack.enter_context(one)
         yield
 
 

@@ -1,4 +1,4 @@
-"""How many files this process may have open: eventfds of teams, pipes of processes and shared tensors count among them.
+"""How many files this process may have open: pipes of processes and shared tensors count among them.
 
 Source: getrlimit(2), RLIMIT_NOFILE.
 """

@@ -1,39 +1,56 @@
 """NodeShardedKVCache: one cache in the memory of all nodes, each node's threads reading their own.
 
 K and V of a sequence are split by token range: blocks of tokens belong to nodes in turn, for good. A decode step runs on
-all nodes at once, each over its own tokens, and the partial results are merged by their log-sum-exp. So one sequence is
-read with the bandwidth of all nodes, for any number of KV heads.
+all nodes at once (``numa_lab.seats``), each over its own tokens, and the partial results are merged by their log-sum-exp. So one
+sequence is read with the bandwidth of all nodes, for any number of KV heads.
 
-Limits: one thread may use a cache at a time, and no leader of a team may. Handing a step to the nodes takes some tens of
-microseconds: contexts of a few thousand tokens are faster on one node. What is appended after a fork has no huge pages.
+Limits: one thread may use a cache at a time, and a signal's handler or a finalizer none of a thread that it has interrupted in a step.
+What the decode kernel does not serve, as more than 16 queries of a sequence, is computed by torch where its threads happen to be. What is
+appended after a fork has no huge pages.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from numa_lab import memory, node_team, proof
-from numa_lab.attention import addresses, autocast
+from numa_lab import memory, seats, sharded
+from numa_lab.attention import autocast
 from numa_lab.attention.checks import as_number, require_tensors
 from numa_lab.attention.graphs import between_graphs
 from numa_lab.binding import Binding, MemPolicy
 from numa_lab.errors import InvalidInput
 from numa_lab.kv_layout import Layout, Segment
-from numa_lab.node_team import NodeTeam
 from numa_lab.receipt import Receipt, team_of
-from numa_lab.sharded import Piece, attend
+from numa_lab.seats import Place
+from numa_lab.sharded import Piece, Step
+from numa_lab.team import Before, Block
 from numa_lab.topology import read_topology
 
 
-class NodeShardedKVCache:
+class _Placed(Protocol):
+    """What has a node and CPUs, as a ``Place`` and a ``NodeTeam``."""
+
+    @property
+    def node(self) -> int: ...
+    @property
+    def cpus(self) -> tuple[int, ...]: ...
+
+
+class NodeShardedKVCache(Block["NodeShardedKVCache"]):
     """K and V of a batch of sequences, split over nodes by token range.
+
+    ``with cache:`` takes the seats of its nodes for all steps in the block, of this cache and of others on the same nodes, as those of
+    a model's layers: what torch computes there runs on the same cores, with as many threads. The calling thread may use its whole node,
+    and threads and processes that it starts inherit that. Masks, policies and the thread count are given back at its end, whatever ended
+    it; a block is left by the thread that entered it.
 
     Parameters
     ----------
@@ -44,9 +61,10 @@ class NodeShardedKVCache:
     dtype
         Of K, V and the queries.
     nodes
-        Where; all effective nodes where None is given. What lies on a node of memory alone is read by the nearest team.
+        Where; all effective nodes where None is given. What lies on a node of memory alone is read by the nearest node's CPUs.
     teams
-        A ``NodeTeam`` for each node; the shared ones (``numa_lab.node_team.teams``) where None is given.
+        For each node what has a `node` and `cpus` that read its memory, as ``numa_lab.seats.Place``; all physical cores of the
+        nodes (``numa_lab.seats.places``) where None is given.
     block
         Tokens in a row that belong to one node.
     weights
@@ -58,6 +76,8 @@ class NodeShardedKVCache:
         A size is not positive, or nodes, teams and weights don't agree.
     NodeUnavailable
         A node may not be used, or has too little free memory for its share of `capacity`.
+    NotPermitted
+        Threads can't be pinned, as ``sched_setaffinity`` is refused.
 
     Examples
     --------
@@ -75,7 +95,7 @@ class NodeShardedKVCache:
         capacity: int,
         dtype: torch.dtype,
         nodes: Sequence[int] | None = None,
-        teams: Mapping[int, NodeTeam] | None = None,
+        teams: Mapping[int, _Placed] | None = None,
         block: int = 256,
         weights: Mapping[int, float] | None = None,
     ) -> None:
@@ -85,12 +105,13 @@ class NodeShardedKVCache:
                 raise InvalidInput(f"{name}={size}: expected at least 1")
         if not dtype.is_floating_point:
             raise InvalidInput(f"dtype={dtype}: expected a floating-point dtype")
-        self._teams = dict(teams if teams is not None else node_team.teams(nodes))
-        self.nodes = tuple(self._teams if nodes is None else nodes)
-        missing = [node for node in self.nodes if node not in self._teams]
+        placed = seats.places(nodes) if teams is None else teams
+        self._places = {node: Place(one.node, tuple(one.cpus)) for node, one in placed.items()}
+        self.nodes = tuple(self._places if nodes is None else nodes)
+        missing = [node for node in self.nodes if node not in self._places or not self._places[node].cpus]
         if missing or not self.nodes or len(set(self.nodes)) < len(self.nodes):
             raise InvalidInput(
-                f"nodes={self.nodes} with teams of {tuple(self._teams)}: expected each node once, with a team"
+                f"nodes={self.nodes} with teams of {tuple(self._places)}: expected each node once, with a team that has CPUs"
             )
         given = dict.fromkeys(self.nodes, 1.0) if weights is None else weights
         finite = all(0 <= share < math.inf for share in given.values())
@@ -101,7 +122,17 @@ class NodeShardedKVCache:
         shares = {node: given[node] for node in self.nodes}
         self.batch, self.kv_heads, self.head_dim, self.dtype = batch, kv_heads, head_dim, dtype
         self.capacity, self._block, self._shares = capacity, block, shares
-        self._segments = [self._new_segment(capacity)]
+        self._all_places = tuple(dict.fromkeys(self._places[node] for node in self.nodes))
+        with self:
+            pass  # whatever stands against pinning is told now
+        self._segments: tuple[Segment, ...] = (self._new_segment(capacity),)
+        self._ready: tuple[Step, Mapping[int, Tensor]] | None = (
+            None  # of the last step: for the next one, while the keys are the same
+        )
+
+    def _enter(self, before: Before) -> NodeShardedKVCache:
+        seats.enter(self._all_places, before)
+        return self
 
     def __len__(self) -> int:
         """Tokens of the longest sequence."""
@@ -156,21 +187,16 @@ class NodeShardedKVCache:
                 f"sequence {full} holds {before[full]} tokens and would hold {after[full]}: the capacity is {self.capacity}; "
                 "make the cache larger, or truncate it"
             )
-        segment = self._writable()
-        copies: dict[int, list[Callable[[], object]]] = {node: [] for node in self.nodes}
+        earlier, segment = self._writable()
         for rows, (old, count) in _runs(list(zip(segment.lengths, counts, strict=True))):
             for node, local, start, stop in segment.layout.pieces(old, old + count):
                 for ours, new in ((segment.keys, key), (segment.values, value)):
-                    target = ours[node][rows, :, local : local + stop - start]
-                    copies[node].append(partial(target.copy_, new[rows, :, start - old : stop - old]))
-        # Too little to hand over, or of a mode or transform of this thread, which leaders know nothing of.
-        if max(counts) <= self._block or not addresses.readable(key, value):
-            _call_all(itertools.chain.from_iterable(copies.values()))
-        else:
-            node_team.run_on_leaders(
-                (self._teams[node], partial(_call_all, of_node)) for node, of_node in copies.items() if of_node
-            )
-        segment.lengths = [old + count for old, count in zip(segment.lengths, counts, strict=True)]
+                    # Whoever copies, the pages lie on their node: they are bound to it.
+                    ours[node][rows, :, local : local + stop - start] = new[rows, :, start - old : stop - old]
+        lengths = tuple(old + count for old, count in zip(segment.lengths, counts, strict=True))
+        self._segments = (*earlier, replace(segment, lengths=lengths))
+        if self._ready and self._ready[1] is not segment.keys:
+            self._ready = None  # it holds memory that the cache may no longer have
 
     @between_graphs
     def attend(self, query: Tensor, *, scale: float | None = None) -> Tensor:
@@ -195,6 +221,8 @@ class NodeShardedKVCache:
         WrongType
             The query is no tensor, or `scale` no number.
         """
+        if (output := self._again(query, scale)) is not None:
+            return output
         require_tensors(query=query)
         scale = as_number("scale", scale)
         query, dtype = autocast.cast(query), autocast.result(self.dtype)
@@ -210,7 +238,34 @@ class NodeShardedKVCache:
                 f"q_len {query.size(2)} with sequences of {self.lengths} tokens: append the keys and values of the queries first"
             )
         pieces = self._pieces(query.size(2))
-        return attend(query, pieces, scale) if pieces and query.numel() else torch.zeros_like(query)
+        if not pieces or not query.numel():
+            return torch.zeros_like(query)
+        step = sharded.prepare(query, pieces, self._all_places, scale)
+        if step is None:
+            return sharded.by_torch(query, pieces, scale)
+        if query.size(2) == 1 and (keys := self._simple()) is not None:
+            self._ready = step, keys
+        return step.run(query)
+
+    def _again(self, query: Tensor, scale: float | None) -> Tensor | None:
+        """A step like the last one, with more or fewer tokens; None where it has to be laid out anew.
+
+        Laying out takes some tens of microseconds, as long as reading a thousand tokens.
+        """
+        if self._ready is None:
+            return None
+        step, keys = self._ready
+        if self._simple() is not keys or not step.serves(query, scale):
+            return None
+        segment = self._segments[0]
+        counts = [count for node in self.nodes if (count := segment.layout.count(node, segment.lengths[0]))]
+        return step.run(query, counts) if len(counts) == step.count else None
+
+    def _simple(self) -> Mapping[int, Tensor] | None:
+        """The keys, where there is one segment and all sequences are as long: then each node has one piece of them, or none."""
+        segment = self._segments[0]
+        alike = len(self._segments) == 1 and segment.lengths.count(segment.lengths[0]) == self.batch
+        return segment.keys if alike and segment.lengths[0] else None
 
     def truncate(self, tokens: int | Sequence[int]) -> None:
         """Forget all but the first tokens of each sequence; a sequence that holds no more is left alone.
@@ -221,26 +276,29 @@ class NodeShardedKVCache:
             A number is negative, or there are not as many as sequences.
         """
         left = self._per_sequence(tokens, 0, "tokens", 0, None)
+        segments = []
         for segment in self._segments:
-            kept = [min(own, keep) for own, keep in zip(segment.lengths, left, strict=True)]
-            segment.truncate(kept)
+            kept = tuple(min(own, keep) for own, keep in zip(segment.lengths, left, strict=True))
+            segments.append(segment.truncate(kept))
             left = [keep - own for keep, own in zip(left, kept, strict=True)]
-        while len(self._segments) > 1 and not any(self._segments[-1].lengths):
-            self._segments.pop()
+        while len(segments) > 1 and not any(segments[-1].lengths):
+            segments.pop()
+        self._segments = tuple(segments)
 
     def fork(self) -> NodeShardedKVCache:
         """A cache that begins with the same tokens, for beams: they are shared, not copied, and each side goes on alone."""
         twin = object.__new__(NodeShardedKVCache)
         twin.__dict__.update(self.__dict__)
-        twin._segments = [segment.lent() for segment in self._segments]
+        twin._segments = tuple(segment.borrowed() for segment in self._segments)
+        self._segments = tuple(segment.lent() for segment in self._segments)
         return twin
 
     def receipt(self) -> dict[int, Receipt]:
         """For each node what its team is granted and where it is, and where the pages of its K and V lie, as seen now."""
-        found = {}
-        topology = read_topology()
-        looks = node_team.run_on_leaders((self._teams[node], partial(proof.look, topology)) for node in self.nodes)
-        for node, (granted, threads, notes) in zip(self.nodes, looks, strict=True):
+        topology, found = read_topology(), {}
+        looks = seats.look(self._all_places, topology)
+        for node in self.nodes:
+            granted, threads, notes = looks[self._places[node]]
             pages: dict[str, dict[int, int]] = {}
             for number, segment in enumerate(self._segments):
                 for name, tensor in (("key", segment.keys[node]), ("value", segment.values[node])):
@@ -248,11 +306,9 @@ class NodeShardedKVCache:
                         seen = memory.locate(tensor)
                         seen.pop(memory.UNTOUCHED, None)  # room for tokens to come
                         pages[f"{name}{number or ''}"] = seen
-            by = self._teams[node].node  # another one where the node has memory alone
+            by = self._places[node].node  # another one where the node has memory alone
             requested = Binding((by,), (by,), MemPolicy.PREFERRED)
-            refusal = self._teams[node].refusal
-            notes = (*notes, refusal) if refusal else notes
-            team = team_of(len(self._teams[node].cpus), threads)
+            team = team_of(len(self._places[node].cpus), set(threads))
             found[node] = Receipt(requested, granted, threads, {}, pages, notes, promised=(node,), team=team)
         return found
 
@@ -270,28 +326,26 @@ class NodeShardedKVCache:
     def _new_segment(self, capacity: int, *, huge_pages: bool = True) -> Segment:
         layout = Layout.of(self._shares, self._block, capacity)
         size = {node: (self.batch, self.kv_heads, layout.count(node, capacity), self.head_dim) for node in self.nodes}
-        keys, values = (
-            {node: memory.empty(size[node], self.dtype, node, huge_pages=huge_pages) for node in self.nodes}
-            for _ in range(2)
-        )
-        return Segment(layout, keys, values, [0] * self.batch)
+        with torch.inference_mode(False):  # made inside of it they could not be written to outside
+            keys, values = (
+                {node: memory.empty(size[node], self.dtype, node, huge_pages=huge_pages) for node in self.nodes}
+                for _ in range(2)
+            )
+        return Segment(layout, keys, values, (0,) * self.batch)
 
-    def _writable(self) -> Segment:
-        """The segment that takes new tokens: the last one, unless others read it beyond its end.
+    def _writable(self) -> tuple[tuple[Segment, ...], Segment]:
+        """The segment that takes new tokens, and those before it: the last one, unless others read it beyond its end.
 
         A new one takes up what is short before it, so that beams which fork at each token are no chain of single tokens.
         """
-        last = self._segments[-1]
+        *_, last = self._segments
         if last.own:
-            return last
+            return self._segments[:-1], last
         short = max(last.lengths) <= self._block
         before = self._segments[:-1] if short else self._segments
         room = self.capacity - min(map(sum, zip(*(segment.lengths for segment in before), strict=True)), default=0)
         fresh = self._new_segment(room, huge_pages=False)  # few tokens of many heads would touch many huge pages
-        if short:
-            fresh.copy_from(last)
-        self._segments = [*before, fresh]
-        return fresh
+        return before, fresh.copy_from(last) if short else fresh
 
     def _pieces(self, q_len: int) -> list[Piece]:
         """What each node holds of each sequence, apart where only some of q_len queries see it."""
@@ -302,7 +356,7 @@ class NodeShardedKVCache:
                 by_all = min(length, max(0, behind - q_len + 1))  # so many of them does each query see
                 for node in self.nodes:
                     first, last = segment.layout.count(node, by_all), segment.layout.count(node, length)
-                    place = self._teams[node], rows
+                    place = self._places[node], rows
                     memory = segment.keys[node], segment.values[node]
                     if first:
                         found.append(Piece(*place, next(slots), *memory, 0, first))
@@ -321,8 +375,3 @@ def _runs(items: Sequence[tuple[int, ...]]) -> Iterator[tuple[slice, tuple[int, 
         stop = start + len(list(run))
         yield slice(start, stop), item
         start = stop
-
-
-def _call_all(functions: Iterable[Callable[[], object]]) -> None:
-    for function in functions:
-        function()

@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 import random
 import statistics
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -233,6 +232,7 @@ class _Load:
     def __init__(self, topology: Topology, nodes: Sequence[int]) -> None:
         self._topology, self._nodes = topology, nodes
         self._readers: dict[int, tuple[NodeTeam, Tensor]] = {}
+        self._stop = [True]  # not empty where reading is to end; no Event, which an interrupt may leave locked
 
     def __enter__(self) -> _Load:
         if len(self._nodes) > 1:  # else there is no other node
@@ -248,16 +248,17 @@ class _Load:
         return self
 
     def __exit__(self, *_error: object) -> None:
+        self._stop.append(True)
         for team, _ in self._readers.values():
             team.shutdown()
 
     @contextmanager
     def on(self, nodes: Sequence[int]) -> Iterator[None]:
         """Let some nodes read until the end of the block."""
-        stop = threading.Event()
+        stop = self._stop = []
 
         def read(buffer: Tensor, threads: int) -> None:
-            while not stop.is_set():
+            while not stop:
                 read_once(buffer, threads)
 
         running = [team.submit(read, buffer, len(team.cpus)) for team, buffer in map(self._readers.__getitem__, nodes)]
@@ -266,7 +267,7 @@ class _Load:
                 time.sleep(LOAD_STARTS_SECONDS)
             yield
         finally:
-            stop.set()
+            stop.append(True)
             for future in running:
                 future.result()
 

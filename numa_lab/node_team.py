@@ -1,37 +1,113 @@
-"""A team that stays on a node: a leader thread and its OpenMP threads, pinned once, for all that is submitted.
+"""Threads that stay on a node, each with an OpenMP team that is pinned once, for all that is submitted.
 
-Limits: the leader does one thing at a time. Threads share the interpreter lock, so Python code of several leaders does not run
-at once; what torch and compiled kernels compute does. An exception that a signal's handler raises inside the locks of
-``concurrent.futures``, which are Python, may leave one held: after Ctrl-C, use new teams.
+A *leader* is a Python thread with its team: what it computes, its team computes. The leaders of a node share one queue. No leader is
+lost to what a signal's handler raises in a thread that submits or waits: handlers run in the main thread alone, between two calls
+of C, and the queue is C, as is ``with`` of a plain lock.
+
+Limits: threads share the interpreter lock, so Python code of several leaders does not run at once; what torch and compiled kernels
+compute does. A process that ends finishes first what was submitted; not one that ``multiprocessing`` ends, which calls nobody.
 """
 
 from __future__ import annotations
 
-import ctypes
+import _thread
+import atexit
+import logging
 import os
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from functools import partial
+from queue import SimpleQueue
+from typing import Any, NamedTuple, TypeVar
 
-import torch
-
-from numa_lab import descriptors, handover, libnuma, recycled, replacement
-from numa_lab.errors import InvalidInput, NodeUnavailable, NumaLabError
-from numa_lab.handover import Desk, Job
+from numa_lab import libnuma, proof, recycled, replacement
+from numa_lab.binding import Binding, effective
+from numa_lab.errors import InvalidInput, NumaLabError
+from numa_lab.futures import Promise
+from numa_lab.receipt import ThreadSeen, threads_now
 from numa_lab.team import Before, Placement
-from numa_lab.thread_state import Exchange
-from numa_lab.topology import read_topology
+from numa_lab.topology import Topology, read_topology
 
 T = TypeVar("T")
+_LOGGER = logging.getLogger(__name__)
+
+
+class _Task(NamedTuple):
+    promise: Promise[Any]
+    call: Callable[[], Any]
+
+
+class _Leader(threading.Thread):
+    """Takes its place, and then one task after the other. It does not know its team, which ends when nobody else has it."""
+
+    before: Before  # the placement that it is in
+    cpus: tuple[int, ...]  # of that
+    granted: Binding  # by the kernel, in that placement
+
+    def __init__(self, name: str, team: NodeTeam, cpus: Sequence[int]) -> None:
+        super().__init__(name=name, daemon=True)  # a process waits for all others before it calls ``_finish``
+        self.busy = False
+        self._serving = threading.Lock()  # held by the thread while it serves
+        self.entered: SimpleQueue[BaseException | None] = SimpleQueue()  # is told what kept it from its place
+        self._node, self._queue, self._topology = team.node, team._queue, team._topology
+        self._placement = Placement(cpus, (libnuma.MPOL_PREFERRED, [team.node]))
+        # When the team has gone, this reference is put into the queue. That is done in C, and it is no task.
+        self.team = weakref.ref(team, team._queue.put)
+
+    def start(self) -> None:
+        try:
+            super().start()
+        except BaseException as error:
+            self.entered.put(error)
+
+    def run(self) -> None:
+        with self._serving:
+            try:
+                self._stay(self._placement.enter())  # never left: the OpenMP team ends with this thread
+                # glibc may have given this thread the memory of one that ended, on another node.
+                recycled.give_back(self._node)
+            except BaseException as error:
+                self.entered.put(error)
+                return
+            self.entered.put(None)
+            while isinstance(task := self._queue.get(), _Task):
+                self.busy = True
+                try:
+                    task.promise.fulfil(self._call, task.call)
+                except BaseException:  # of a callback, such as SystemExit, where Future logs Exceptions alone
+                    _LOGGER.exception("exception calling callback for %r", task.promise)
+                self.busy = False
+                del task  # else a thread that waits keeps the last task's arguments alive
+
+    def wait(self) -> None:
+        """Until the thread has ended."""
+        with self._serving:  # first, as Thread.join takes an interrupt for the end of the thread (CPython 3.11, 3.12)
+            pass
+        # After its last line the thread frees what torch keeps for it, in destructors which abort a process that ends meanwhile.
+        if self.is_alive():
+            self.join()
+
+    def _stay(self, before: Before) -> None:
+        assert before.placement is not None
+        self.before, self.cpus, self.granted = before, before.placement.cpus, effective(self._topology)
+
+    def _call(self, call: Callable[[], T]) -> T:
+        before, moved = replacement.hold(self.before, self._node)
+        if moved:
+            self._stay(before)
+            warnings.warn(moved, RuntimeWarning, stacklevel=2)
+        return call()
 
 
 class NodeTeam:
-    """A leader thread with a team of its own, pinned to a node once for good: what is submitted runs on it, in order.
+    """Leaders on a node, which begin what is submitted in that order.
 
-    The memory policy of its threads is *preferred*: see ``numa_lab.optimized``.
+    The memory policy of their threads is *preferred*: see ``numa_lab.optimized``. Before each task they are brought back where the
+    kernel has moved them, with a RuntimeWarning (see ``numa_lab.replacement``). They end after what was submitted, once the team is
+    shut down or nobody has it any more.
 
     Parameters
     ----------
@@ -40,357 +116,161 @@ class NodeTeam:
     cpus
         One thread is pinned to each; the node's physical cores where None is given.
     name
-        Of the leader thread.
+        Of the leader threads, in front of a number.
+    leaders
+        So many tasks run at a time; `cpus` are divided among them, neighbours together.
+    topology
+        Of this machine; read where None is given.
 
     Raises
     ------
+    InvalidInput
+        There are fewer CPUs than leaders.
     NodeUnavailable
         The node does not exist, or its CPUs or memory may not be used.
     NotPermitted
         Threads can't be pinned, as ``sched_setaffinity`` is refused.
     """
 
-    def __init__(self, node: int, cpus: Sequence[int] | None = None, name: str | None = None) -> None:
+    def __init__(
+        self, node: int, cpus: Sequence[int] | None = None, name: str | None = None, *, leaders: int = 1,
+        topology: Topology | None = None,
+    ) -> None:  # fmt: skip
+        self.node, self.leaders, self._topology = node, leaders, topology or read_topology()
         if cpus is None:
-            topology = read_topology()
-            topology.require_effective(node)
-            cpus = topology.cpus_for([node])
-        self.node, self.cpus = node, tuple(cpus)
-        self._process = os.getpid()
-        self._placement = Placement(cpus, (libnuma.MPOL_PREFERRED, [node]))
-        self.refusal = ""  # why the memory policy was not set; empty where it was
-        self._before: Before | None = None
-        self._leader_id = 0
-        self._desk: Desk | None = None  # made when there is compiled work
-        # Held by who posts compiled work, until it is done. Work is put on a desk without the other lock, so that a leader
-        # which finds this one held stays.
-        self._posting = threading.Lock()
-        # Of the two below, of the desk's wish that the leader leaves, and of what is queued.
-        self._state = threading.Lock()
-        self._serving = False  # whether the leader is at its desk, or on its way there
-        self._services = 0  # how often it was sent there
-        self._closed = False
-        # The team ends with its leader, so nothing has to be given back. The thread holds no more than a weak reference:
-        # it ends with a team that nobody has any more.
-        self._leader = ThreadPoolExecutor(1, name or f"numa-node-{node}")
-        # A leader that can't enter its node raises here, and one whose start a signal interrupts belongs to no team.
+            self._topology.require_effective(node)
+            cpus = self._topology.cpus_for([node])
+        if not 1 <= leaders <= len(cpus):
+            raise InvalidInput(f"leaders={leaders}: expected 1 to {len(cpus)}, as each needs a CPU of its own")
+        self._queue: SimpleQueue[object] = SimpleQueue()
+        self._process, self._ended = os.getpid(), False
+        shares = [cpus[len(cpus) * i // leaders : len(cpus) * (i + 1) // leaders] for i in range(leaders)]
+        self._leaders = [_Leader(f"{name or f'numa-node-{node}'}_{i}", self, share) for i, share in enumerate(shares)]
         try:
-            self._leader.submit(_enter, weakref.ref(self), self._placement, node).result()
+            for leader in self._leaders:
+                # From another thread than the main one, where no handler runs: an interrupt of Thread.start would leave a Condition
+                # held for which the new thread waits.
+                _thread.start_new_thread(leader.start, ())
+            for leader in self._leaders:
+                if error := leader.entered.get():
+                    raise error
         except BaseException:
-            self._leader.shutdown(wait=False)
+            self.shutdown(wait=False)
             raise
 
+    @property
+    def cpus(self) -> tuple[int, ...]:
+        """Where its threads are, leader by leader."""
+        return tuple(cpu for leader in self._leaders for cpu in leader.cpus)
+
+    @property
+    def load(self) -> float:
+        """Tasks that wait or run, per leader."""
+        return (self._queue.qsize() + sum(leader.busy for leader in self._leaders)) / self.leaders
+
+    @property
+    def refusal(self) -> str:
+        """Why the memory policy was not set; empty where it was."""
+        return "; ".join(dict.fromkeys(leader.before.refusal for leader in self._leaders if leader.before.refusal))
+
     def is_current(self) -> bool:
-        """Whether the calling thread is this team's leader."""
-        return self._leader_id == threading.get_ident()
+        """Whether the calling thread is one of its leaders."""
+        return threading.current_thread() in self._leaders
 
-    def hold(self) -> None:
-        """On the leader: see that the team is where it was placed, and place it again where the kernel has moved it.
+    def look(self) -> tuple[Binding, tuple[ThreadSeen, ...], tuple[str, ...]]:
+        """As ``proof.look`` of all its threads, from outside, so that it waits for no task.
 
-        A node that has no CPUs left is served by those of the nearest one, so that what lies on it stays in use.
-
-        Warns
-        -----
-        RuntimeWarning
-            It was moved; the message names the CPUs.
-
-        Raises
-        ------
-        NodeUnavailable
-            No CPU of any node may be used.
+        Limits: the memory policy is that which was granted when the first leader took its place. Threads that have ended are left
+        out, as where a task makes its OpenMP team smaller; the next task replaces them.
         """
-        if told := self._hold():
-            warnings.warn(told, RuntimeWarning, stacklevel=2)
+        masks: list[tuple[int, frozenset[int]]] = []
+        for before in [leader.before for leader in self._leaders]:
+            tids = before.exchange.thread_ids() if before.exchange else []
+            masks += [(tids[place], mask) for place, mask in before.where().items()]
+        return self._leaders[0].granted, threads_now(masks), proof.lost()
 
-    def _hold(self) -> str:
-        """The same, with what it has to say."""
-        if self._before is None:
-            return ""
-        self._before, told = replacement.hold(self._before, self.node)
-        assert self._before.placement
-        self.cpus = self._before.placement.cpus
-        return told
+    def submit(self, function: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
+        """Run a function on a leader; where a signal's handler raises in this call, it may run or not.
 
-    def submit(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> Future[T]:
-        """Run a function on the leader thread.
-
-        Raises
-        ------
-        NumaLabError
-            As ``require_process`` says.
-        """
-        self.require_process()
-        with self._state:
-            future = self._leader.submit(function, *args, **kwargs)
-            if self._serving and self._desk:
-                self._desk.leave()  # after it was queued, as the leader goes there and comes back
-        return future
-
-    def require_process(self) -> None:
-        """Refuse a process that is not the team's own.
+        Returns
+        -------
+        A future that survives interrupts (see ``numa_lab.futures``): to wait for several, ask each for its ``result``.
 
         Raises
         ------
         NumaLabError
             The process was forked since: threads stay with the parent.
+        RuntimeError
+            The team was shut down.
         """
         if os.getpid() != self._process:
             raise NumaLabError(
                 f"this team's threads live in process {self._process}, and a fork does not copy them: make the pool "
                 "in the process that uses it"
             )
+        task = _Task(Promise(), partial(function, *args, **kwargs))
+        if not self._ended:
+            self._queue.put(task)
+        if self._ended and task.promise.cancel():  # shut down meanwhile, the leaders may end before they come to it
+            raise RuntimeError("cannot schedule new futures after shutdown")
+        return task.promise
 
-    def _ready(self, jobs: Sequence[Job], done: int) -> int:
-        """Let the leader serve, and lay jobs out for ``handover.run``; the caller holds ``_posting``."""
-        with self._state:
-            if self._closed:
-                raise RuntimeError("cannot schedule new futures after shutdown")
-            self._desk = self._desk or Desk()
-            if not self._serving:
-                self._services += 1
-                self._leader.submit(self._serve, self._services)
-                self._serving = True
-            return self._desk.lay_out(jobs, done)
-
-    def _serve(self, number: int) -> None:
-        """On the leader: run compiled work until none comes for a while, or other work waits."""
-        assert self._desk is not None
-        while True:
-            self._desk.serve()
-            with self._state:
-                if number != self._services:
-                    return  # a signal came before this one was noted, and another was sent
-                if self._desk.idle() and not self._posting.locked():
-                    self._serving = False
-                    return
-                try:
-                    self._leader.submit(self._serve, number)  # behind what waits
-                    return
-                except RuntimeError:  # shut down, or the process ends: what was laid out until now is done before
-                    self._closed = True
-
-    def shutdown(self, *, wait: bool = True) -> None:
+    def shutdown(self, wait: bool = True) -> None:
         """Finish what was submitted, and end the threads; in a forked process there are none.
 
         Raises
         ------
         NumaLabError
-            With `wait`, the caller leads a team.
+            With `wait`, the caller is a leader: it would wait for itself, or for another that waits for it.
         """
         if os.getpid() != self._process:
             return
-        if wait:
-            require_no_leader()
-        with self._state:
-            self._closed = True
-            if self._serving and self._desk:
-                self._desk.leave()
-        self._leader.shutdown(wait=wait)
+        if wait and isinstance(caller := threading.current_thread(), _Leader):
+            raise NumaLabError(f"{caller.name} leads a team, and would wait for itself: shut down from another thread")
+        self._ended = True
+        for _ in self._leaders:
+            self._queue.put(None)
+        for leader in self._leaders if wait else ():
+            leader.wait()
 
 
-def _enter(reference: weakref.ref[NodeTeam], placement: Placement, node: int) -> None:
-    """On a new leader: go to the team's place, also for what was submitted to a team that nobody has any more."""
-    _of_thread.leads = True
-    if team := reference():
-        team._leader_id = threading.get_ident()
-    before = placement.enter()
-    recycled.give_back(node)  # glibc may give a new thread the memory of one that ended, on another node
-    if team:
-        team._before, team.refusal = before, before.refusal
+def least_busy(teams: Iterable[NodeTeam]) -> NodeTeam:
+    """The team with the fewest tasks per leader, those that run and those that wait."""
+    return min(teams, key=lambda team: team.load)
 
 
-def require_no_leader() -> None:
-    """Refuse a thread that leads a team, where teams are waited for.
+def run_each(calls: Iterable[tuple[NodeTeam, Callable[[], T]]]) -> list[T]:
+    """Run functions on teams, and wait for all: what they return, in order.
+
+    Limits: where a signal's handler raises meanwhile, what has not begun never runs, and what runs is not waited for. So
+    functions hold all that they use.
 
     Raises
     ------
-    NumaLabError
-        The caller is a leader: it would wait for itself, or for another leader that waits for it.
-    """
-    if _of_thread.leads:
-        raise NumaLabError(
-            f"{threading.current_thread().name} leads a team, and would wait for teams: it might wait for itself. "
-            "Call from a thread that leads none"
-        )
-
-
-def teams(nodes: Sequence[int] | None = None, *, reserve: int = 0) -> dict[int, NodeTeam]:
-    """A team for each node, made once in a process and used by all who ask; they end with it.
-
-    After a fork the child gets teams of its own.
-
-    Parameters
-    ----------
-    nodes
-        All effective nodes where None is given. Of a node whose memory alone may be used, the team of the nearest node.
-    reserve
-        Physical cores of each node that are left to others.
-
-    Raises
-    ------
-    NodeUnavailable
-        A node does not exist, or may not be used.
-    InvalidInput
-        A node has no core left.
-    """
-    topology = read_topology()
-    found = {}
-    for node in topology.effective_nodes if nodes is None else nodes:
-        home = node if topology.cpus_of([node]) else topology.nearest_cpu_node(node)
-        topology.require_effective(home)
-        cores = topology.cpus_for([home])
-        if not 0 <= reserve < len(cores):
-            raise InvalidInput(
-                f"reserve={reserve}: expected 0 to {len(cores) - 1}, as node {home} has {len(cores)} cores"
-            )
-        key = os.getpid(), home, cores[reserve:]  # a thread that may use fewer CPUs gets another team
-        with _lock:
-            if key not in _shared:
-                _shared[key] = NodeTeam(home, key[-1])
-            found[node] = _shared[key]
-    if not found:
-        raise NodeUnavailable("no node has both CPUs and memory that this process may use")
-    return found
-
-
-_shared: dict[tuple[int, int, tuple[int, ...]], NodeTeam] = {}
-_lock = threading.Lock()
-os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
-
-
-def run_on_leaders(calls: Iterable[tuple[NodeTeam, Callable[[], T]]]) -> list[T]:
-    """Call functions on the leaders of teams, and wait for all: what they return, in order.
-
-    In torch's inference mode, which is a setting of each thread: they may write into whatever the caller made.
-
-    Raises
-    ------
-    NumaLabError
-        The process was forked since a team was made, or the caller leads a team.
     Exception
-        The first that a function raises, or that a signal's handler raises here; when nothing runs any more.
+        The first that a function raises, when all are done; and what ``NodeTeam.submit`` raises.
     """
-    require_no_leader()
-    futures: list[Future[T]] = []
+    given_up = False  # an interrupt may lose a future, so cancelling them is not enough
+
+    def call(function: Callable[[], T]) -> T | None:
+        return None if given_up else function()
+
     try:
-        for team, function in calls:
-            futures.append(Future())  # before it is queued, so that none is lost from sight
-            team.submit(_fulfil, team, futures[-1], function)
-        wait(futures)
-    finally:
-        _outlast([future for future in futures if not future.cancel()])
-    return [future.result() for future in futures]
+        futures = [team.submit(call, function) for team, function in calls]
+        for future in reversed(futures):  # the last first: who is woken for each takes the interpreter from the leaders
+            future.exception()
+    except BaseException:
+        given_up = True
+        raise
+    return [future.result() for future in futures]  # type: ignore[misc]  # not given up, so none is None for that
 
 
-def _fulfil(team: NodeTeam, future: Future[T], function: Callable[[], T]) -> None:
-    if future.set_running_or_notify_cancel():
-        try:
-            team.hold()
-            with torch.inference_mode():
-                result = function()
-        except BaseException as error:  # the caller's to judge
-            future.set_exception(error)
-        else:
-            future.set_result(result)
-
-
-def _outlast(futures: Sequence[Future[Any]]) -> None:
-    """Wait for all, however often a signal's handler raises meanwhile: what still runs uses what the caller made."""
-    raised: BaseException | None = None
-    while not all(future.done() for future in futures):
-        try:
-            wait(futures)
-        except BaseException as error:
-            raised = error
-    if raised:
-        raise raised
-
-
-def run_compiled(work: Mapping[NodeTeam, Sequence[Job]]) -> None:
-    """Run compiled functions on several teams at once, and wait for all.
-
-    Parameters
-    ----------
-    work
-        For each team what ``openmp.run_on_team`` takes, one after the other: function, data, threads.
-
-    Raises
-    ------
-    NumaLabError
-        The process was forked since a team was made, or the caller leads a team.
-    RuntimeError
-        A team was shut down; nothing was run then.
-
-    Warns
-    -----
-    RuntimeWarning
-        The kernel had moved threads of a team, which is placed again for what comes next.
-
-    Notes
-    -----
-    An exception that a signal's handler raises, as of Ctrl-C, comes when all is done: until then teams write into memory of the
-    caller.
-    """
-    require_no_leader()
-    for team in work:
-        team.require_process()
-    # Locks are taken in one order, as two callers may want the same teams.
-    if moved := _run_holding(sorted(work, key=id), work):
-        futures = [team.submit(team._hold) for team in moved]
-        wait(futures)
-        if told := "; ".join(filter(None, (future.result() for future in futures))):
-            warnings.warn(told, RuntimeWarning, stacklevel=2)
-
-
-def _run_holding(to_take: Sequence[NodeTeam], work: Mapping[NodeTeam, Sequence[Job]]) -> list[NodeTeam]:
-    """Take the teams one by one, and run; those whose threads the kernel has moved.
-
-    By nested ``with``, since a signal leaves no lock of those held.
-    """
-    if to_take:
-        with to_take[0]._posting:
-            return _run_holding(to_take[1:], work)
-    ear, here = _of_thread.ear.eventfd, _current_cpu()
-    in_turn = sorted(work, key=lambda team: here in team.cpus)  # last the leader that takes this CPU from us
-    # The caller looks while the teams compute, since it would only wait.
-    looking = [
-        (team, team._before.exchange)
-        for team in in_turn
-        if team._before and isinstance(team._before.exchange, Exchange)
-    ]
-    desks = [team._ready(work[team], ear) for team in in_turn]
-    seen = handover.run(desks, ear, [exchange.looking() for _, exchange in looking])
-    return [team for (team, _), moved in zip(looking, seen, strict=True) if moved]
-
-
-_current_cpu = ctypes.CDLL(None).sched_getcpu
-
-
-class _Ear:
-    """Where a calling thread hears from leaders."""
-
-    def __init__(self) -> None:
-        with descriptors.told("a thread that calls teams"):
-            self.eventfd = os.eventfd(0)
-        weakref.finalize(self, os.close, self.eventfd)
-
-
-class _OfThread(threading.local):
-    """Of a thread: whether it leads a team, and its ear."""
-
-    leads = False
-
-    def __init__(self) -> None:
-        self.ear = _Ear()
-
-
-_of_thread = _OfThread()
-
-
-def _deafen() -> None:
-    """In a forked child: what it inherited hears from the parent's teams."""
-    global _of_thread
-    _of_thread = _OfThread()
-
-
-os.register_at_fork(after_in_child=_deafen)
+@atexit.register
+def _finish() -> None:
+    """Before the process ends, finish what was submitted in it."""
+    leaders = [thread for thread in threading.enumerate() if isinstance(thread, _Leader)]
+    for leader in leaders:
+        if team := leader.team():
+            team.shutdown(wait=False)
+    for leader in leaders:
+        leader.wait()

@@ -24,10 +24,10 @@ import torch.multiprocessing  # teaches pickle to pass tensors by shared memory
 from torch import Tensor
 
 from numa_lab import descriptors, proof, shared_memory
+from numa_lab.batch import node_of
 from numa_lab.binding import Binding, MemPolicy
 from numa_lab.errors import MissingDependency, NodeUnavailable, NotPermitted
 from numa_lab.mappings import PAGE_BYTES
-from numa_lab.pool import node_of
 from numa_lab.receipt import Receipt, team_of
 from numa_lab.sysfs import format_cpulist
 from numa_lab.topology import read_topology

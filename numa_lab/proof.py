@@ -10,9 +10,12 @@ from numa_lab.topology import Topology
 
 def look(topology: Topology) -> tuple[Binding, tuple[ThreadSeen, ...], tuple[str, ...]]:
     """The binding in effect, the team's threads as they are now, and what could not be placed or seen."""
-    found, notes = [], memory.lost()
-    if openmp.runtime() is None:
-        notes = (*notes, "torch's OpenMP library was not found: its threads were not pinned one by one")
-    else:
-        found = openmp.team()
-    return effective(topology), threads_now((thread.tid, thread.cpus) for thread in found), notes
+    team = openmp.team() if openmp.runtime() else []
+    return effective(topology), threads_now((thread.tid, thread.cpus) for thread in team), lost()
+
+
+def lost() -> tuple[str, ...]:
+    """What could not be placed or seen, in this process."""
+    if openmp.runtime():
+        return memory.lost()
+    return (*memory.lost(), "torch's OpenMP library was not found: its threads were not pinned one by one")

@@ -1,36 +1,36 @@
-"""Attention over pieces of K and V that lie on several nodes: each node's team computes over its own, and the parts are merged.
+"""Attention over pieces of K and V that lie on several nodes, in one step of a team that has seats on all of them.
 
-The calling thread prepares all of it, so that compiled work alone is left to the teams (``node_team.run_compiled``): in front of a
-step that streams K and V through the caches each line of Python takes microseconds, and there the nodes would wait for each
-other.
+Each place's threads compute over what lies there, with the log-sum-exp, and whoever is done last merges the parts. What can be is
+laid out once for many steps: where a step has just streamed K and V through the caches, each line of Python takes microseconds.
 """
 
 from __future__ import annotations
 
-import threading
+import ctypes
 from collections import defaultdict
 from collections.abc import Sequence
-from functools import cache, partial
+from itertools import accumulate
 from typing import NamedTuple
-from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from numa_lab.attention import addresses, decode
+from numa_lab.attention import addresses, autocast, decode
 from numa_lab.attention.partial import merge, partial_attention
-from numa_lab.attention.plans import Memory, Merge, Plan, make_plan
-from numa_lab.handover import Job
-from numa_lab.node_team import NodeTeam, run_compiled, run_on_leaders
+from numa_lab.attention.plans import KV_LEN, OUT, QUERY, Arguments, Merge, Plan, make_plan
+from numa_lab.mappings import PAGE_BYTES
+from numa_lab.seats import Place, seats_of
 
 MAX_PLANS = 1024
+_FLOAT_BYTES = 4
 _plans: dict[tuple[object, ...], Plan] = {}
 
 
 class Piece(NamedTuple):
     """Neighbouring tokens of some sequences, in the memory of one node."""
 
-    team: NodeTeam  # that reads it
+    place: Place  # that reads it
     rows: slice  # the sequences; its start and stop are numbers
     slot: int  # of the partial result: each piece of a sequence has another
     key: Tensor  # [batch, kv_heads, room, head_dim], of all sequences
@@ -39,10 +39,10 @@ class Piece(NamedTuple):
     last: int  # token + 1
     mask: Tensor | None = None  # [q_len, last - first]: True where a query may look
 
-    def plan(self, query: Tensor, outputs: Tensor, scale: float | None) -> Plan | None:
+    def plan(self, query: Tensor, scale: float | None) -> Plan | None:
         """How the decode kernel computes this; None where it does not serve. The layers of a model ask alike."""
         signature = (
-            type(query), query.dtype, query.shape, query.stride(), scale, len(self.team.cpus),
+            type(query), query.dtype, query.shape, query.stride(), scale, len(self.place.cpus),
             self.rows.stop - self.rows.start, self.key.stride(), self.value.stride(), self.key.shape[1],
         )  # fmt: skip
         if self.mask is None and (known := _plans.get(signature)):
@@ -51,32 +51,20 @@ class Piece(NamedTuple):
         mask = None if self.mask is None else self.mask.expand(*query.shape[:-1], -1)
         if decode.refusal(query, key, value, mask, 0.0, scale):
             return None
-        plan = make_plan(query, key, value, mask, scale, outputs[0, self.rows], len(self.team.cpus))
+        # All tensors are told their dtype and device: a program may have set other defaults.
+        out = torch.empty(query.shape, dtype=query.dtype, device="cpu")
+        plan = make_plan(query, key, value, mask, scale, out, len(self.place.cpus))
         if mask is None:
             if len(_plans) >= MAX_PLANS:
                 _plans.clear()
             _plans[signature] = plan
         return plan
 
-    def job(self, plan: Plan, memory: Memory, query: Tensor, outputs: Tensor, log_sum_exps: Tensor) -> Job:
-        """What the team runs."""
-        start = self.rows.start
-        return plan.job(
-            memory, self.last - self.first, _at(query, start), _at(self.key, start, 0, self.first),
-            _at(self.value, start, 0, self.first), _at(outputs, self.slot, start), _at(log_sum_exps, self.slot, start),
-            0 if self.mask is None else self.mask.data_ptr(),
-        )  # fmt: skip
 
-    def compute(self, query: Tensor, outputs: Tensor, log_sum_exps: Tensor, scale: float | None) -> None:
-        """The same by torch."""
-        tokens = slice(self.first, self.last)
-        key, value = self.key[self.rows, :, tokens], self.value[self.rows, :, tokens]
-        output, log_sum_exp = partial_attention(query[self.rows], key, value, self.mask, scale)
-        outputs[self.slot, self.rows], log_sum_exps[self.slot, self.rows] = output, log_sum_exp
-
-
-def attend(query: Tensor, pieces: Sequence[Piece], scale: float | None = None) -> Tensor:
-    """Attention over all pieces together.
+def prepare(
+    query: Tensor, pieces: Sequence[Piece], places: tuple[Place, ...], scale: float | None = None
+) -> Step | None:
+    """Lay out attention over all pieces together; None where torch has to compute it (``by_torch``).
 
     Parameters
     ----------
@@ -84,59 +72,141 @@ def attend(query: Tensor, pieces: Sequence[Piece], scale: float | None = None) -
         ``[batch, q_heads, q_len, head_dim]``.
     pieces
         At least one. What a sequence has in none is no part of it.
+    places
+        All that pieces have.
     scale
         Factor of the scores; 1 / sqrt(head_dim) where it is None.
-
-    Returns
-    -------
-    Tensor
-        ``[batch, q_heads, q_len, head_dim]``, of the query's dtype, without gradients. Where torch has to see the operators, as
-        transforms (``vmap``, forward AD), tracers and dispatch modes want it, the calling thread computes by torch, and what
-        they make of it comes out.
-
-    Raises
-    ------
-    NumaLabError
-        As ``node_team.run_compiled`` raises it.
     """
     if not addresses.readable(query) or query.dtype != pieces[0].key.dtype:
-        return _here(query, pieces, scale)
-    slots, query = 1 + max(piece.slot for piece in pieces), query.detach()
-    # All tensors are told their dtype and device: a program may have set other defaults.
-    outputs = torch.empty(slots, *query.shape, dtype=query.dtype, device="cpu")
-    log_sum_exps = torch.empty(slots, *query.shape[:-1], dtype=torch.float32, device="cpu")
-    plans = [piece.plan(query, outputs, scale) for piece in pieces]
-    if None in plans:
-        wide = torch.promote_types(query.dtype, torch.float32)
-        outputs, log_sum_exps = outputs.to(wide), log_sum_exps.to(wide)
-    if sum(piece.rows.stop - piece.rows.start for piece in pieces) < slots * len(query):  # some sequences have fewer
-        outputs.zero_()
-        log_sum_exps.fill_(-torch.inf)
-    if None in plans:
-        _by_torch(query, pieces, outputs, log_sum_exps, scale)
-    else:
-        work: dict[NodeTeam, list[Job]] = defaultdict(list)
-        for piece, plan in zip(pieces, plans, strict=True):
-            assert plan is not None
-            memory = _memories.one(piece.team, len(work[piece.team]))
-            work[piece.team].append(piece.job(plan, memory, query, outputs, log_sum_exps))
-        run_compiled(work)
-        if slots > 1:
-            out = torch.empty(query.shape, dtype=query.dtype, device="cpu")
-            _memories.merge(query.dtype, query.size(-1))(outputs, log_sum_exps, out)
-            return out
-    return (outputs[0] if slots == 1 else merge(outputs, log_sum_exps)).to(query.dtype)
+        return None
+    query = query.detach()
+    found = [plan for piece in pieces if (plan := piece.plan(query, scale))]
+    return Step(query, pieces, found, places, scale) if len(found) == len(pieces) else None
 
 
-def _by_torch(
-    query: Tensor, pieces: Sequence[Piece], outputs: Tensor, log_sum_exps: Tensor, scale: float | None
-) -> None:
-    run_on_leaders([(piece.team, partial(piece.compute, query, outputs, log_sum_exps, scale)) for piece in pieces])
+class _Job(NamedTuple):
+    """The kernel's work over one piece, and where its query and, in bytes behind that of all, its output begin."""
+
+    arguments: Arguments
+    plan: Plan
+    query_begin: int
+    out_begin: int
 
 
-def _here(query: Tensor, pieces: Sequence[Piece], scale: float | None) -> Tensor:
+class Step:
+    """Attention over pieces, laid out for the calling thread; also for other queries, and other numbers of tokens of the pieces."""
+
+    def __init__(
+        self,
+        query: Tensor,
+        pieces: Sequence[Piece],
+        found: Sequence[Plan],
+        places: tuple[Place, ...],
+        scale: float | None,
+    ) -> None:
+        self._shape, self._dtype, self._scale, self._places = query.shape, query.dtype, scale, places
+        self._same, self._seats, self._alive = addresses.guard(query), seats_of(places), pieces
+        slots, rows = 1 + max(piece.slot for piece in pieces), query[..., 0].numel()
+        sizes = [slots * query.nbytes, slots * rows * _FLOAT_BYTES]
+        sizes += [len(piece.place.cpus) * plan.workspace_bytes for piece, plan in zip(pieces, found, strict=True)]
+        *begins, end = accumulate((-(-size // PAGE_BYTES) * PAGE_BYTES for size in sizes), initial=0)
+        self._room = self._seats.room.at_least(end)
+        outputs, log_sum_exps, *workspaces = (self._room + begin for begin in begins)
+
+        self._jobs = []
+        for piece, plan, workspace in zip(pieces, found, workspaces, strict=True):
+            start, arguments = piece.rows.start, Arguments()
+            before = rows // len(query) * start  # rows of outputs in front of the first sequence's
+            out_begin = before * query.size(-1) * query.element_size()
+            plan.pack(
+                arguments, workspace, 0,
+                _at(piece.key, start, 0, piece.first), _at(piece.value, start, 0, piece.first),
+                outputs + piece.slot * query.nbytes + out_begin,
+                log_sum_exps + (piece.slot * rows + before) * _FLOAT_BYTES,
+                0 if piece.mask is None else piece.mask.data_ptr(), piece.last - piece.first,
+            )  # fmt: skip
+            self._jobs.append(_Job(arguments, plan, _at(query, start) - query.data_ptr(), out_begin))
+        self._of_places = [
+            (ctypes.c_int64 * len(own))(*own)
+            for place in places
+            for own in [
+                [job.arguments.address for job, piece in zip(self._jobs, pieces, strict=True) if piece.place == place]
+            ]
+        ]
+        table = [word for own in self._of_places for word in (ctypes.addressof(own), len(own))]
+        self._table = (ctypes.c_int64 * len(table))(*table)
+        self._table_address = ctypes.addressof(self._table)
+        self._merge = Merge(query.dtype, query.size(-1), outputs, log_sum_exps, slots, rows) if slots > 1 else None
+        # A sequence with fewer pieces than others has nothing in some slots, where weights of 0 then belong.
+        full = sum(piece.rows.stop - piece.rows.start for piece in pieces) == slots * len(query)
+        self._to_clear = None if full else (outputs, slots * query.nbytes, _floats(log_sum_exps, slots * rows))
+
+    @property
+    def count(self) -> int:
+        """Of the pieces."""
+        return len(self._jobs)
+
+    def serves(self, query: Tensor, scale: float | None) -> bool:
+        """Whether this thread may run it for a query."""
+        return (
+            type(query) is Tensor
+            and (scale is None or type(scale) is float)
+            and scale == self._scale
+            and addresses.unwatched(query)
+            and self._same(query)
+            and autocast.dtype() in (None, self._dtype)
+            and seats_of(self._places) is self._seats
+            and self._seats.room.address == self._room
+        )
+
+    def run(self, query: Tensor, counts: Sequence[int] = ()) -> Tensor:
+        """Compute.
+
+        Parameters
+        ----------
+        query
+            As the one that it was laid out for.
+        counts
+            How many tokens each piece has now, all at least 1; as before where none are given.
+
+        Returns
+        -------
+        Tensor
+            ``[batch, q_heads, q_len, head_dim]``, of the query's dtype, without gradients.
+
+        Warns
+        -----
+        RuntimeWarning
+            As ``Seats.run``.
+        """
+        out = torch.empty(self._shape, dtype=self._dtype, device="cpu")
+        query_at, out_at = query.data_ptr(), out.data_ptr()
+        for job in self._jobs:
+            job.arguments.words[QUERY] = query_at + job.query_begin
+            if not self._merge:
+                job.arguments.words[OUT] = out_at + job.out_begin
+        for job, count in zip(self._jobs, counts, strict=False):
+            job.arguments.words[KV_LEN] = count
+        # What is less than a team is woken for is the calling thread's alone.
+        tokens = sum(job.arguments.words[KV_LEN] for job in self._jobs)
+        alone = tokens < min(job.plan.least_shared for job in self._jobs)
+        if self._to_clear:
+            address, nbytes, log_sum_exps = self._to_clear
+            ctypes.memset(address, 0, nbytes)
+            log_sum_exps.fill(-np.inf)
+        if self._merge:
+            self._merge.into(out_at)
+            self._seats.run(self._table_address, self._merge.kernel, self._merge.address, alone=alone)
+        else:
+            self._seats.run(self._table_address, alone=alone)
+        return out
+
+
+def by_torch(query: Tensor, pieces: Sequence[Piece], scale: float | None) -> Tensor:
     """The same on the calling thread, by operators that torch can trace, transform and derive: none changes a tensor in place."""
     of_rows: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = defaultdict(list)
+    if addresses.readable(query):  # nobody asks for derivatives of what the kernel could have been asked for
+        query = query.detach()
     with torch.autocast("cpu", enabled=False):  # it casts products of float32, which the query was brought to
         for piece in pieces:
             tokens = slice(piece.first, piece.last)
@@ -157,19 +227,6 @@ def _at(tensor: Tensor, *place: int) -> int:
     return tensor.data_ptr() + tensor.element_size() * sum(index * stride for index, stride in steps)
 
 
-class _Memories(threading.local):
-    """What a calling thread keeps for the teams that it calls; each team touches its own workspace first."""
-
-    def __init__(self) -> None:
-        self._of_team: WeakKeyDictionary[NodeTeam, list[Memory]] = WeakKeyDictionary()
-        self.merge = cache(Merge)
-
-    def one(self, team: NodeTeam, number: int) -> Memory:
-        """The memory of a team's first, second, ... job at once."""
-        found = self._of_team.setdefault(team, [])
-        while len(found) <= number:
-            found.append(Memory())
-        return found[number]
-
-
-_memories = _Memories()
+def _floats(address: int, count: int) -> np.ndarray:
+    """The float32 numbers at an address."""
+    return np.ctypeslib.as_array((ctypes.c_float * count).from_address(address))

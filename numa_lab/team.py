@@ -16,6 +16,7 @@ import os
 import warnings
 from collections.abc import Collection, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Generic, TypeVar, cast
 
 import numpy as np
@@ -26,6 +27,7 @@ from numa_lab.entered import Entered, Exit, Ticket, end, entered, ticket_for
 from numa_lab.errors import InvalidInput, NodeUnavailable, NumaLabError
 from numa_lab.sysfs import format_cpulist
 from numa_lab.thread_state import Exchange
+from numa_lab.topology import Topology, read_topology
 
 Policy = tuple[int, Collection[int]]  # a mode of numa_lab.libnuma, and its nodes
 
@@ -106,6 +108,12 @@ def cpus_outside() -> frozenset[int]:
     """What the calling thread may use outside of all placements."""
     exchanges = [one.exchange for one in placed() if one.exchange]
     return exchanges[-1].cpus_before() if exchanges else frozenset(os.sched_getaffinity(0))
+
+
+def topology_outside() -> Topology:
+    """The machine as the calling thread may use it outside of all placements."""
+    topology = read_topology()
+    return replace(topology, allowed_cpus=tuple(sorted(cpus_outside()))) if placed() else topology
 
 
 T_co = TypeVar("T_co", covariant=True)

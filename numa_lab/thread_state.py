@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import cfunc, types
+from numba import cfunc, njit, types
 from numpy.typing import NDArray
 
 from numa_lab import affinity, libnuma, openmp
@@ -31,8 +31,8 @@ MOVED, ENDED = 1, 2  # what can have become of a thread
 # What both ways of an exchange share: how many rows there are, and how many threads there were; whether rows were taken and not given
 # back; which calls failed; and the caller's thread counts before, OpenMP's and MKL's.
 _ROWS, _SIZE, _TAKEN, _NO_MASK, _NO_POLICY, _COUNT, _MKL_COUNT, _SHARED = range(8)
-_NEW, _OLD, _LEADER, _LEADER_GRANTED, _BACK, _OWN, _NUMBERS = range(7)  # of one way, as ``_exchange`` says
-_ARGUMENTS = 4  # pointers, before the numbers
+_NEW, _OLD, _SEEN, _LEADER, _LEADER_GRANTED, _BACK, _OWN, _NUMBERS = range(8)  # of one way, as ``_exchange`` says
+_ARGUMENTS = 5  # pointers, before the numbers
 _Go = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_size_t)
 
 Rows = NDArray[np.int64]
@@ -41,14 +41,17 @@ _WORDS = types.CPointer(types.int64)
 
 @cache
 def _exchange() -> tuple[int, int, int]:
-    """Addresses of what each thread of a team runs, and of what its first thread calls to have it run, there and back.
+    """Addresses of three functions: one by which a thread takes a row, and two by which a team does, there and back.
+
+    The first gets the number of the row, on the way there. The others are called by a team's first thread, and each thread takes the
+    row at its own place.
 
     A thread saves its mask and policy in its old row, on the way there alone, and takes those of its new row. One that has no row
     was born inside, and gets on the way back what the first one gets. The thread counts are exchanged in the same call.
 
-    All get pointers to the new rows, to the old rows, to what both ways share, and to numbers of this way: the addresses of both
-    rows, those of a mask that the first thread takes last and of where it notes what it was granted of that (no mask is 0), whether this
-    is the way back, and the address of these arguments.
+    All get pointers to the new rows, to the old rows, to what both ways share, to numbers of this way, and to rows for what is
+    seen on the way back. The numbers are the addresses of these three kinds of rows, those of a mask that the first thread takes last
+    and of where it notes what it was granted of that (no mask is 0), whether this is the way back, and the address of these arguments.
     """
     libc, library, own_id = ctypes.CDLL(None), openmp.require().library, openmp.own_id()
     number, size = openmp.int_function("omp_get_thread_num"), openmp.int_function("omp_get_num_threads")
@@ -65,38 +68,64 @@ def _exchange() -> tuple[int, int, int]:
     )
     cpu_bytes, max_nodes = 8 * CPU_WORDS, libnuma.MAX_NODES + 1
 
-    @cfunc(types.void(types.CPointer(_WORDS)), error_model="numpy")
-    def body(arguments: Any) -> None:
+    @njit(error_model="numpy")
+    def differ(masks: Any, row: Any, others: Any, other: Any) -> Any:
+        differing = 0
+        for word in range(CPU_WORDS):
+            differing |= masks[row + word] ^ others[other + word]
+        return differing != 0
+
+    @njit(error_model="numpy")
+    def exchange(arguments: Any, wanted: Any) -> None:
         new, old, shared, numbers = arguments[0], arguments[1], arguments[2], arguments[3]
         there, place = numbers[_BACK] == 0, number()
-        born_inside = not there and place >= shared[_SIZE]
+        row = place * ROW
+        # The thread's own row tells, since in a step over several nodes one thread may be on its way back before another comes.
+        born_inside = not there and (place >= shared[_ROWS] or old[row + TID] == 0)
         if place >= shared[_ROWS] and not born_inside:
             return
-        row = 0 if born_inside else place * ROW
-        new_address, old_address = numbers[_NEW] + 8 * row, numbers[_OLD] + 8 * row
+        if born_inside:
+            row = 0
+        taken = wanted * ROW if there else row
+        new_address, old_address = numbers[_NEW] + 8 * taken, numbers[_OLD] + 8 * row
         if place == 0:
             shared[_TAKEN] = there
             if there:
                 shared[_SIZE] = size()
+        # A mask that is there already is not set again: threads that set theirs at once wait for each other in the kernel.
+        differs = born_inside
         if there:
             get_mask(0, cpu_bytes, old_address)
+            differs = differ(old, row, new, taken)
             old[row + TID] = own_id()
             old[row + MODE] = KEEP
-        if set_mask(0, cpu_bytes, new_address) != 0 and there:
+        elif not born_inside:
+            get_mask(0, cpu_bytes, numbers[_SEEN] + 8 * row)
+            differs = differ(arguments[4], row, new, row)
+            old[row + TID] = 0
+        if differs and set_mask(0, cpu_bytes, new_address) != 0 and there:
             shared[_NO_MASK] = 1
         if place == 0 and numbers[_LEADER] != 0:
             if set_mask(0, cpu_bytes, numbers[_LEADER]) != 0:
                 shared[_NO_MASK] = 1
             get_mask(0, cpu_bytes, numbers[_LEADER_GRANTED])
-        if new[row + MODE] != KEEP:
+        if new[taken + MODE] != KEEP:
             if there:
                 old[row + MODE] = 0  # the kernel writes the lower half
                 if get_policy(old_address + 8 * MODE, old_address + 8 * NODES, max_nodes, 0, 0) != 0:
                     old[row + MODE] = KEEP
                     shared[_NO_POLICY] = 1
                     return
-            if set_policy(new[row + MODE], new_address + 8 * NODES, max_nodes) != 0 and there:
+            if set_policy(new[taken + MODE], new_address + 8 * NODES, max_nodes) != 0 and there:
                 shared[_NO_POLICY] = 1
+
+    @cfunc(types.void(types.CPointer(_WORDS)), error_model="numpy")
+    def body(arguments: Any) -> None:
+        exchange(arguments, number())
+
+    @cfunc(types.void(types.CPointer(_WORDS), types.int64), error_model="numpy")
+    def take(arguments: Any, wanted: Any) -> None:
+        exchange(arguments, wanted)
 
     run = body.address
     parallel = ctypes.CFUNCTYPE(None, address, address, ctypes.c_uint, ctypes.c_uint)(("GOMP_parallel", library))
@@ -121,8 +150,8 @@ def _exchange() -> tuple[int, int, int]:
             mkl_set_count(shared[_MKL_COUNT])
         return 0
 
-    _keep_alive.extend((body, there, back))
-    return body.address, there.address, back.address
+    _keep_alive.extend((body, take, there, back))
+    return take.address, there.address, back.address
 
 
 @cache
@@ -173,7 +202,7 @@ class Exchange:
     def __init__(self, new: Rows, leader_cpus: Collection[int] = ()) -> None:
         self.old = np.zeros_like(new)
         self.given = new.copy()  # where the first row's mask is what was granted of leader_cpus
-        self._new = new  # keeps alive what is pointed to
+        self._new, self._seen = new, np.zeros_like(new)  # keep alive what is pointed to
         self._shared = (ctypes.c_int64 * _SHARED)()
         self._shared[_ROWS] = len(new)
         self._there, self._back = (np.zeros(_ARGUMENTS + _NUMBERS, np.int64) for _ in range(2))
@@ -192,10 +221,10 @@ class Exchange:
         self._go_there, self._go_back = _Go(there), _Go(back)
 
     def _arguments(self, words: Rows, new: Rows, old: Rows, *, back: int) -> int:
-        """Lay out what ``_exchange`` gets, three pointers; its address."""
-        own = words.ctypes.data
-        words[:_ARGUMENTS] = new.ctypes.data, old.ctypes.data, ctypes.addressof(self._shared), own + 8 * _ARGUMENTS
-        words[_ARGUMENTS:] = new.ctypes.data, old.ctypes.data, 0, 0, back, own
+        """Lay out what ``_exchange`` gets; its address."""
+        own, rows = words.ctypes.data, (new.ctypes.data, old.ctypes.data)
+        words[:_ARGUMENTS] = *rows, ctypes.addressof(self._shared), own + 8 * _ARGUMENTS, self._seen.ctypes.data
+        words[_ARGUMENTS:] = *rows, self._seen.ctypes.data, 0, 0, back, own
         return int(own)
 
     @property
@@ -233,11 +262,6 @@ class Exchange:
     def look(self) -> int:
         """What has become of the masks that were taken: MOVED and ENDED, for any of the threads; 0 while all are as they were."""
         return int(self._look(self._looked_at_address, self.granted))
-
-    def looking(self) -> tuple[int, int, int]:
-        """The same as the address of a compiled ``int64 look(int64, int64)``, and what it takes."""
-        address = ctypes.cast(self._look, ctypes.c_void_p).value or 0
-        return address, self._looked_at_address, self.granted
 
     def thread_ids(self) -> list[int]:
         """The kernel's ids of the threads that took their rows."""

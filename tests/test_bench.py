@@ -8,6 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from numa_lab import openmp
+
 MODULES = ("common", "peers", "progress", "sharded", "two_nodes")
 
 
@@ -130,15 +132,16 @@ def test_each_part_of_sharding_measures_what_it_names(quick, part, rows):
     assert [row for row in rows if row not in text] == []
 
 
-def test_a_cache_that_can_be_entered_is_entered_around_the_steps_of_a_sample(quick, monkeypatch):
+def test_entering_a_cache_surrounds_the_steps_of_a_sample(quick):
     import sharded
     import two_nodes
 
-    inside = set()
-    for name, change in {"__enter__": inside.add, "__exit__": lambda cache, *_: inside.remove(cache)}.items():
-        monkeypatch.setattr(two_nodes.NodeShardedKVCache, name, change, raising=False)
-    model = sharded.model_of(64)
-    seen = two_nodes.steps(model, "entered", lambda: seen_inside.add(len(inside)))
-    seen_inside = set()
-    assert seen() > 0
-    assert (seen_inside, inside) == ({model.layers}, set())
+    masks = {}
+    for way in ("sharded", "entered"):
+        outside, seen = openmp.team(), set()
+        measure = two_nodes.steps(sharded.model_of(64), way, lambda seen=seen: seen.add(openmp.team()[-1].cpus))
+        assert measure() > 0
+        assert openmp.team() == outside
+        masks[way] = seen
+    assert masks["sharded"] == {outside[-1].cpus}
+    assert [len(mask) for mask in masks["entered"]] == [1], "a worker was not pinned"

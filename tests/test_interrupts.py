@@ -52,7 +52,6 @@ assert (set(after.threads), after.counts) == (set(before.threads), before.counts
 """
 
 
-@pytest.mark.xfail(reason="placements are entered and left in Python, and pools are built on Condition", strict=False)
 def test_alarms_anywhere_in_any_call_leave_nothing_behind():
     words = [sys.executable, "-m", "interrupts", "--count", str(ALARMS)]
     done = subprocess.run(words, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -79,7 +78,6 @@ def ended(client):
     return "ok" if content["status"] == "ok" else f"{content['ename']}: " + "\n".join(content["traceback"])
 
 
-@pytest.mark.xfail(reason="placements are entered and left in Python", strict=False)
 @pytest.mark.notebook
 def test_a_kernel_is_interrupted_at_any_moment_and_goes_on(kernel):
     """IPython keeps the last traceback, and by it the frames of the loop with all that they hold."""

@@ -1,6 +1,5 @@
 import itertools
 import random
-from functools import partial as partial_call
 
 import pytest
 import torch
@@ -10,10 +9,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from numa_lab import kv_cache, memory
 from numa_lab.attention import partial
 from numa_lab.attention.reference import attention as reference
-from numa_lab.errors import InvalidInput, NumaLabError
+from numa_lab.errors import InvalidInput
 from numa_lab.kv_cache import NodeShardedKVCache
 from numa_lab.kv_layout import Layout
-from numa_lab.node_team import NodeTeam
+from numa_lab.seats import Place
 from numa_lab.topology import read_topology
 
 BY_TORCH_ITSELF = pytest.mark.filterwarnings(
@@ -24,15 +23,14 @@ BY_TORCH_ITSELF = pytest.mark.filterwarnings(
 
 @pytest.fixture
 def several(monkeypatch):
-    """Three nodes that are all the one that is here: each with a team and memory of its own."""
-    real = read_topology().effective_nodes[0]
-    teams = {name: NodeTeam(real) for name in (10, 11, 12)}
+    """Three nodes that are all the one that is here, each with memory of its own."""
+    real = read_topology()
+    node = real.effective_nodes[0]
+    cpus = real.cpus_for([node])
     monkeypatch.setattr(
         kv_cache.memory, "empty", lambda shape, dtype, node, **_: torch.zeros(shape, dtype=dtype, device="cpu")
     )
-    yield teams
-    for one in teams.values():
-        one.shutdown()
+    return {10: Place(node, cpus), 11: Place(node, cpus[:1]), 12: Place(node, cpus[-1:])}
 
 
 class Plain:
@@ -210,16 +208,6 @@ def test_beams_that_fork_at_each_token_stay_few_segments(several):
     query = torch.randn(1, 2, 1, 16)
     expected, _ = reference(query, key, value, enable_gqa=True)
     torch.testing.assert_close(cache.attend(query).double(), expected, rtol=0, atol=1e-5)
-
-
-def test_a_leader_is_refused_where_it_would_wait_for_leaders(several):
-    cache = NodeShardedKVCache(1, 1, 12, 64, torch.float64, list(several), several, block=4)
-    long = torch.randn(1, 1, 20, 12, dtype=torch.float64)
-    cache.append(long, long)
-    for call in (partial_call(cache.append, long, long), partial_call(cache.attend, long[:, :, :1]), cache.receipt):
-        with pytest.raises(NumaLabError, match="leads a team"):
-            several[10].submit(call).result()
-    assert len(cache) == 20
 
 
 def test_blocks_go_round_by_weight_and_fill_each_node_from_its_start():

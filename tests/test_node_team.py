@@ -1,6 +1,4 @@
-import ctypes
 import gc
-import itertools
 import os
 import random
 import signal
@@ -8,258 +6,266 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+import weakref
+from concurrent.futures import CancelledError, as_completed, wait
 
 import pytest
-from numba import cfunc, types
 
 from numa_lab import openmp
 from numa_lab.errors import InvalidInput, NodeUnavailable, NumaLabError
-from numa_lab.node_team import NodeTeam, run_compiled, run_on_leaders, teams
+from numa_lab.node_team import NodeTeam, least_busy, run_each
 from numa_lab.topology import read_topology
 
 NODE = read_topology().effective_nodes[0]
-CPUS = read_topology().cpus_for([NODE])
-
-
-usleep = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_uint)(("usleep", ctypes.CDLL(None)))
-
-
-@cfunc(types.void(types.CPointer(types.int64)))
-def count(number):
-    number[0] += 1
-
-
-@cfunc(types.void(types.CPointer(types.int64)))
-def count_slowly(number):
-    usleep(2_000)
-    number[0] += 1
+CORES = read_topology().cpus_for([NODE])
+SECONDS = 120  # that nothing here takes, on a busy machine either
+needs_two_cores = pytest.mark.skipif(len(CORES) < 2, reason="needs two cores")
 
 
 @pytest.fixture
-def node():
-    return NODE
+def team():
+    made = NodeTeam(NODE)
+    yield made
+    made.shutdown()
 
 
 @pytest.fixture
-def two():
-    """Two teams of one thread each, on two cores where there are."""
-    found = [NodeTeam(NODE, [cpu]) for cpu in (CPUS[0], CPUS[-1])]
-    yield found
-    for team in found:
-        team.shutdown()
+def pair():
+    """A team of two leaders."""
+    made = NodeTeam(NODE, CORES[:2], leaders=2)
+    yield made
+    made.shutdown()
 
 
-class Counters:
-    def __init__(self, number):
-        self.words = (ctypes.c_int64 * number)()
+def block(team):
+    """Keep a leader busy until the event is set."""
+    go, begun = threading.Event(), threading.Event()
+    team.submit(lambda: (begun.set(), go.wait(SECONDS)))
+    assert begun.wait(SECONDS)
+    return go
 
-    def job(self, number, function=count):
-        return function.address, ctypes.addressof(self.words) + 8 * number, 1
+
+def test_a_team_computes_on_its_cpus(team):
+    assert team.cpus == CORES
+    assert [thread.cpus for thread in team.submit(openmp.team).result()] == [{cpu} for cpu in CORES]
+    assert team.submit(team.is_current).result()
+    assert not team.is_current()
 
 
-def test_a_node_team_computes_on_its_cpus_and_belongs_to_its_process(node):
-    own = NodeTeam(node)
-    cpus = read_topology().cpus_for([node])
+@needs_two_cores
+def test_leaders_share_cpus_and_queue(pair):
+    together = threading.Barrier(2)
+
+    def masks():
+        together.wait(SECONDS)
+        return [thread.cpus for thread in openmp.team()]
+
+    for futures in [[pair.submit(masks) for _ in range(2)] for _ in range(3)]:
+        seen = [future.result() for future in futures]
+        assert sorted(seen, key=str) == [[{cpu}] for cpu in CORES[:2]]
+
+
+def test_what_can_be_no_team_is_told():
+    with pytest.raises(NodeUnavailable, match="CPU 4095"):
+        NodeTeam(NODE, [4095])
+    with pytest.raises(InvalidInput, match=f"leaders=99: expected 1 to {len(CORES)}"):
+        NodeTeam(NODE, leaders=99)
+
+
+def test_tasks_begin_in_order_and_those_cancelled_do_not(team):
+    go, began = block(team), []
+    futures = [team.submit(began.append, number) for number in range(50)]
+    assert futures[7].cancel()
+    go.set()
+    for future in futures[:7] + futures[8:]:
+        future.result()
+    assert began == [*range(7), *range(8, 50)]
+    with pytest.raises(CancelledError):
+        futures[7].result()
+
+
+@needs_two_cores
+def test_the_least_busy_team_has_the_fewest_tasks_per_leader(pair, team):
+    ends = [block(team), block(pair), block(pair)]
+    waiting = [pair.submit(int)]
+    assert least_busy([pair, team]) is team
+    waiting.append(team.submit(int))
+    assert least_busy([pair, team]) is pair
+    for end in ends:
+        end.set()
+    for future in waiting:
+        future.result()
+
+
+def test_errors_of_any_kind_reach_the_caller_and_are_held_by_no_one_else(team):
+    def fail(_argument):
+        raise SystemExit(3)
+
+    class Argument:
+        pass
+
+    argument = Argument()
+    alive = weakref.ref(argument)
+    gc.disable()
     try:
-        assert [thread.cpus for thread in own.submit(openmp.team).result()] == [{cpu} for cpu in cpus]
-        with pytest.raises(ZeroDivisionError):
-            own.submit(lambda: 1 / 0).result()
-        own._process += 1  # as a forked child sees it
-        with pytest.raises(NumaLabError, match="in the process that uses it"):
-            own.submit(openmp.team)
+        future = team.submit(fail, argument)
+        with pytest.raises(SystemExit):
+            future.result()
+        del argument, future
+        team.submit(int).result()  # the leader has left the task that failed
+        for _ in range(100):  # and so has pytest
+            if alive() is None:
+                break
+            time.sleep(0.01)
+        assert alive() is None
     finally:
-        own.shutdown()
+        gc.enable()
 
 
-def test_teams_are_made_once_in_each_process_and_leave_cores_to_others(node):
-    first = teams()
-    assert first == teams([node]) if len(first) == 1 else first.keys() == set(read_topology().effective_nodes)
-    assert teams([node])[node] is first[node]
-    cores = len(first[node].cpus)
-    with pytest.raises(InvalidInput, match=f"reserve={cores}: expected 0 to {cores - 1}"):
-        teams([node], reserve=cores)
-    if cores > 1:
-        assert teams([node], reserve=1)[node].cpus == first[node].cpus[1:]
+def test_no_callback_takes_a_leader_along(team, caplog):
+    def fail(_future):
+        raise SystemExit(3)
+
+    future, go = team.submit(int), block(team)
+    waiting = team.submit(int)
+    waiting.add_done_callback(fail)
+    go.set()
+    assert future.result() == waiting.result() == team.submit(int).result() == 0
+    assert "exception calling callback" in caplog.text
+
+
+@needs_two_cores
+def test_a_look_waits_for_no_task_and_leaves_out_what_a_task_has_ended(team):
+    go = block(team)
+    granted, threads, _notes = team.look()
+    assert (granted.cpu_nodes, [thread.allowed for thread in threads]) == ((NODE,), [(cpu,) for cpu in CORES])
+    go.set()
+    team.submit(openmp._end_team).result()  # as a fork does
+    for _ in range(100):
+        if len(team.look()[1]) == 1:
+            break
+        time.sleep(0.01)
+    assert [thread.allowed for thread in team.look()[1]] == [(CORES[0],)]
+    assert [thread.cpus for thread in team.submit(openmp.team).result()] == [{cpu} for cpu in CORES]
+    assert len(team.look()[1]) == len(CORES)
+
+
+def test_shutdown_finishes_everything_and_refuses_more(team):
+    go = block(team)
+    futures = [team.submit(go.wait, SECONDS) for _ in range(20)]
+    by_leader = team.submit(team.shutdown)
+    team.shutdown(wait=False)
+    with pytest.raises(RuntimeError, match="shutdown"):
+        team.submit(int)
+    go.set()
+    team.shutdown()
+    with pytest.raises(NumaLabError, match="leads a team"):
+        by_leader.result()
+    assert all(future.done() and future.result() for future in futures)
+
+
+def test_who_waits_for_the_end_waits_for_what_is_freed_at_the_end_of_a_thread(team):
+    class Freed:
+        def __del__(self):
+            time.sleep(0.01)  # as who frees a tensor lets other threads run
+            freed.append(True)
+
+    freed, of_thread = [], threading.local()
+    team.submit(setattr, of_thread, "kept", Freed()).result()
+    team.shutdown()
+    assert freed
+
+
+def test_a_team_that_nobody_has_any_more_ends_when_all_is_done():
+    team = NodeTeam(NODE, name="numa-forgotten")
+    go, (leader,) = block(team), (one for one in threading.enumerate() if one.name.startswith("numa-forgotten"))
+    last = team.submit(int)
+    del team
+    gc.collect()
+    go.set()
+    assert last.result(SECONDS) == 0
+    leader.join(SECONDS)
+    assert not leader.is_alive()
+
+
+def test_a_forked_child_is_refused_and_has_teams_of_its_own(team):
+    go = block(team)
+    waiting = team.submit(int)
     child = os.fork()
     if not child:
-        fresh = teams([node])[node]
-        os._exit(fresh is first[node] or fresh.submit(openmp.threads).result() != cores)
-    assert os.waitpid(child, 0)[1] == 0
+        signal.alarm(SECONDS)  # ends a child that hangs
+        refused = ""
+        try:
+            team.submit(int)
+        except NumaLabError as error:
+            refused = str(error)
+        team.shutdown()
+        own = NodeTeam(NODE).submit(openmp.threads).result()
+        as_wanted = "in the process that uses it" in refused and waiting.cancel() and own == len(CORES)
+        os._exit(0 if as_wanted else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    go.set()
+    assert waiting.result() == 0
 
 
-def test_a_thread_that_may_use_fewer_cpus_gets_teams_of_those():
-    found = []
+@pytest.mark.guest(None)  # to begin Python anew takes most of a minute in a guest
+def test_an_interpreter_that_ends_finishes_what_waits():
+    code = f"""
+import time
+from numa_lab.node_team import NodeTeam
+team, idle = NodeTeam({NODE}), NodeTeam({NODE})
+for number in range(20):
+    team.submit(lambda number=number: (time.sleep(0.005), print(number, flush=True)))
+nobody_has_it = NodeTeam({NODE})
+last = nobody_has_it.submit(lambda: (time.sleep(0.2), print(20, flush=True)))
+del nobody_has_it
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=1200, check=True)
+    assert ended.stdout.split() == [str(number) for number in range(21)]
+    assert ended.stderr == ""
 
-    def ask():
-        os.sched_setaffinity(0, CPUS[:1])
-        found.append(teams([NODE])[NODE].cpus)
 
-    thread = threading.Thread(target=ask)
-    thread.start()
-    thread.join()
-    assert found == [CPUS[:1]]
-    assert teams([NODE])[NODE].cpus == CPUS
-
-
-def test_compiled_and_other_work_of_several_threads_is_done_once_each(two):
-    counters, posted, called = Counters(2), [0, 0], itertools.count()
+@needs_two_cores
+def test_random_play_runs_everything_once_or_cancels_it(pair):
+    ran, futures = [], {}
 
     def play(seed):
-        chance = random.Random(seed)
-        for _ in range(300):
-            if chance.random() < 0.3:
-                chance.choice(two).submit(next, called).result()
-                continue
-            work = {number: chance.choice([1, 3]) for number in chance.choice([[0], [1], [0, 1], [1, 0]])}
-            run_compiled({two[number]: [counters.job(number)] * times for number, times in work.items()})
-            with lock:
-                calls.append(1)
-                for number, times in work.items():
-                    posted[number] += times
+        draw = random.Random(seed)
+        for number in range(500):
+            key = seed, number
+            futures[key] = pair.submit(ran.append, key)
+            if draw.random() < 0.3:
+                futures[draw.choice(list(futures))].cancel()
+            if draw.random() < 0.05:
+                pair.submit(int).result(SECONDS)
+            if draw.random() < 0.1:
+                time.sleep(0.0005)
 
-    lock, calls = threading.Lock(), []
-    players = [threading.Thread(target=play, args=[seed]) for seed in range(3)]
+    players = [threading.Thread(target=play, args=(seed,)) for seed in range(4)]
     for player in players:
         player.start()
     for player in players:
         player.join()
-    assert list(counters.words) == posted
-    assert next(called) + len(calls) == 3 * 300
+    half = list(futures.values())[::2]
+    assert not wait(list(futures.values()), SECONDS).not_done
+    assert set(as_completed(half, SECONDS)) == set(half)
+    assert sorted(ran) == sorted(key for key, future in futures.items() if not future.cancelled())
 
 
-def test_compiled_work_is_refused_where_it_would_hang(two):
-    counters = Counters(1)
-    for team in two:  # also one that has nothing to do with the work: two such would wait for each other
-        with pytest.raises(NumaLabError, match="leads a team"):
-            team.submit(run_compiled, {two[0]: [counters.job(0)]}).result()
-    two[1].shutdown()
-    with pytest.raises(RuntimeError, match="shutdown"):
-        run_compiled({team: [counters.job(0)] for team in two})
-    assert counters.words[0] == 0
-    with pytest.raises(NumaLabError, match="leads a team"):
-        two[0].submit(two[0].shutdown).result()
-    run_compiled({two[0]: [counters.job(0)]})
-    assert counters.words[0] == 1
+def test_each_is_run_or_none_that_has_not_begun(team):
+    assert run_each((team, lambda number=number: number) for number in range(9)) == list(range(9))
+    ran = []
+    with pytest.raises(ZeroDivisionError):
+        run_each([(team, lambda: 1 / 0), (team, lambda: ran.append(1))])
+    assert ran == [1], "one that fails keeps no other from being run"
+    go = block(team)
 
+    def calls():
+        yield team, lambda: ran.append(2)
+        raise TimeoutError  # as a signal's handler may
 
-def test_a_leader_that_cant_enter_its_node_is_no_team():
-    with pytest.raises(NodeUnavailable, match="CPU 4095"):
-        NodeTeam(NODE, [4095])
-
-
-def test_an_interrupt_is_raised_when_no_leader_writes_any_more(two):
-    def interrupt(*_):
-        if next(rings, False):
-            raise TimeoutError
-
-    rings = itertools.repeat(True)
-    run_compiled(
-        {team: [Counters(1).job(0)] for team in two}
-    )  # an exception while a thread starts is Python's own matter
-    before = signal.signal(signal.SIGALRM, interrupt)
-    try:
-        for _ in range(20):
-            counters = Counters(2)
-            work = {team: [counters.job(number, count_slowly)] * 3 for number, team in enumerate(two)}
-            with pytest.raises(TimeoutError):
-                signal.setitimer(signal.ITIMER_REAL, 0.003)
-                run_compiled(work)
-                time.sleep(1)
-            assert counters.words[0] == counters.words[1] in (0, 3)
-            run_compiled(work)
-            assert counters.words[0] == counters.words[1] in (3, 6)
-        begun, ended = [], []
-
-        def slow():
-            begun.append(1)
-            time.sleep(0.05)
-            ended.append(1)
-
-        rings = iter([True] * 3)
-        with pytest.raises(TimeoutError):
-            signal.setitimer(signal.ITIMER_REAL, 0.02, 0.01)
-            run_on_leaders([(two[0], slow), (two[0], slow)])
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        assert len(begun) == len(ended)
-        two[0].submit(int).result()
-        assert len(ended) <= 1, "what had not begun was not given up"
-    finally:
-        signal.signal(signal.SIGALRM, before)
-
-
-def test_a_stream_of_compiled_work_keeps_nobody_out_and_ends_with_the_team(two):
-    counters, ended = Counters(2), []
-
-    def stream():
-        try:
-            while True:
-                run_compiled({team: [counters.job(number, count_slowly)] for number, team in enumerate(two)})
-        except RuntimeError as error:
-            ended.append(str(error))
-
-    thread = threading.Thread(target=stream)
-    thread.start()
-    while not counters.words[0]:
-        time.sleep(0.001)
-    for _ in range(50):
-        two[0].submit(int).result(timeout=600)
-    two[0].shutdown()
-    thread.join()
-    assert ended == ["cannot schedule new futures after shutdown"]
-    assert counters.words[0] == counters.words[1] > 0
-
-
-def test_a_team_that_nobody_has_any_more_ends():
-    team = NodeTeam(NODE, name="numa-forgotten")
-    run_compiled({team: [Counters(1).job(0)]})
-    (leader,) = (thread for thread in threading.enumerate() if thread.name.startswith("numa-forgotten"))
-    del team
-    gc.collect()
-    leader.join(timeout=600)
-    assert not leader.is_alive()
-
-
-def test_a_child_has_teams_of_its_own(two):
-    counters = Counters(1)
-    run_compiled({two[0]: [counters.job(0)]})
-    child = os.fork()
-    if not child:
-        status = 1
-        try:
-            with pytest.raises(NumaLabError, match="in the process that uses it"):
-                run_compiled({two[0]: [counters.job(0)]})
-            for _ in range(100):
-                run_compiled({teams([NODE])[NODE]: [counters.job(0)]})
-            status = 0 if counters.words[0] == 101 else 2
-        finally:
-            os._exit(status)
-    for _ in range(100):
-        run_compiled({two[0]: [counters.job(0)]})
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    assert counters.words[0] == 101
-
-
-@pytest.mark.guest(None)  # to begin Python anew takes most of a minute in a guest
-def test_a_spawned_process_has_teams_of_its_own():
-    program = f"""
-from numa_lab import node_team, openmp
-assert len(node_team.teams([{NODE}])[{NODE}].submit(openmp.team).result()) == {len(CPUS)}
-"""
-    with ProcessPoolExecutor(1, get_context("spawn")) as spawned:
-        spawned.submit(exec, program).result()
-
-
-@pytest.mark.guest(None)
-def test_a_process_ends_beside_teams_that_wait_for_work():
-    program = f"""
-import ctypes, math
-from numba import cfunc, types
-from numa_lab.node_team import run_compiled, teams
-nothing = cfunc(types.void(types.int64))(lambda _: None)
-run_compiled({{teams([{NODE}])[{NODE}]: [(nothing.address, 0, 1)]}})
-print("done")
-"""
-    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=1200)
-    assert (found.returncode, found.stdout, found.stderr) == (0, "done\n", "")
+    with pytest.raises(TimeoutError):
+        run_each(calls())
+    go.set()
+    team.submit(int).result()
+    assert ran == [1]

@@ -10,10 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from numa_lab import memory, openmp, pool
 from numa_lab.attention.reference import attention as reference
 from numa_lab.errors import InvalidInput, NodeUnavailable
-from numa_lab.measured import Measured
 from numa_lab.optimized import NUMAOptimizedGQA
 from numa_lab.pool import NUMAThreadPool
-from numa_lab.topology import Cpu, Node, Topology, read_topology
+from numa_lab.topology import read_topology
 
 NODE = read_topology().effective_nodes[0]
 CORES = read_topology().cpus_for([NODE])
@@ -154,41 +153,6 @@ def test_what_waits_can_be_cancelled(threads):
     assert ran == [0, 2]
 
 
-def two_nodes():
-    """This machine's first and last core, as if each were a node."""
-    cpus = tuple(Cpu(cpu, cpu, node, node) for node, cpu in enumerate((CORES[0], CORES[-1])))
-    nodes = tuple(Node(cpu.node, (cpu.id,), 1 << 30, 1 << 30, 1 << 30, True) for cpu in cpus)
-    return Topology(nodes, cpus, None, tuple(cpu.id for cpu in cpus), (0, 1), (), (), "test", None, False)
-
-
-@pytest.mark.skipif(len(CORES) < 2, reason="needs two cores")
-def test_inputs_of_a_busy_node_are_taken_where_its_cpus_are_slow_and_counted(monkeypatch):
-    slow = Measured((0, 1), ((25e9, 25e9), (50e9, 100e9)), None, None)  # node 1 reads even memory 0 faster than node 0
-    monkeypatch.setattr(pool, "read_topology", two_nodes)
-    monkeypatch.setattr(memory, "homes", lambda tensors: [0] * len(tensors))
-    go, (queries, keys, values) = threading.Event(), batch(5)
-    with NUMAThreadPool(measured=slow) as threads:
-        blocker = threads.submit(go.wait, numa_node=0)
-        outputs = threads.parallel_gqa_compute(queries, keys, values)  # all by node 1: node 0 is blocked
-        assert not blocker.done()
-        go.set()
-        notes = {node: receipt.notes for node, receipt in threads.receipt().items()}
-    assert {"inputs read over a link: 5", "inputs taken from node 0: 5"} <= set(notes[1])
-    assert not any("inputs" in note for note in notes[0])
-    for output, *arguments in zip(outputs, queries, keys, values, strict=True):
-        assert (output - reference(*arguments, enable_gqa=True)[0]).abs().max() < 1e-5
-
-
-def test_bandwidths_of_another_machine_are_refused(monkeypatch):
-    monkeypatch.setattr(pool, "read_topology", two_nodes)
-    with pytest.raises(InvalidInput, match="measured were nodes 0, and the machine has 0-1: measure this machine"):
-        NUMAThreadPool(measured=Measured((0,), ((1e9,),), None, None))
-    with pytest.raises(InvalidInput, match="no bandwidth of the CPUs of node 1, and this pool computes there: measure"):
-        NUMAThreadPool(measured=Measured((0, 1), ((1e9, 1e9), (None, None)), None, None))
-    with pytest.raises(InvalidInput, match="on_remote='migrate': expected on_remote='compute_there'"):
-        NUMAThreadPool(on_remote="migrate", measured=Measured((0,), ((1e9,),), None, None))
-
-
 def test_10000_small_tasks_leave_nothing_behind(threads):
     process, tensor = psutil.Process(), torch.zeros(64)
     many = 500 if read_topology().emulated else 10000
@@ -215,6 +179,6 @@ def test_scatter_binds_copies_to_the_nodes(threads):
 def test_no_effective_node_is_told(monkeypatch, four_nodes):
     object.__setattr__(four_nodes, "allowed_cpus", ())
     object.__setattr__(four_nodes, "nodes", ())
-    monkeypatch.setattr(pool, "read_topology", lambda: four_nodes)
+    monkeypatch.setattr(pool, "topology_outside", lambda: four_nodes)
     with pytest.raises(NodeUnavailable, match="allowed are CPUs none and memory of nodes 0-3"):
         NUMAThreadPool()

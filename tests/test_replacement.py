@@ -8,8 +8,6 @@ import torch
 from numa_lab import openmp, replacement, team
 from numa_lab.entered import entered
 from numa_lab.errors import NodeUnavailable
-from numa_lab.kv_cache import NodeShardedKVCache
-from numa_lab.node_team import NodeTeam
 from numa_lab.optimized import NUMAOptimizedGQA
 from numa_lab.pool import NUMAThreadPool
 from numa_lab.topology import Cpu, read_topology
@@ -52,24 +50,6 @@ def test_the_helper_inside_its_block_notices_each_thread_that_was_moved_and_plac
         helper.compute(*inputs())
     assert masks() == outside
     assert torch.get_num_threads() == threads
-
-
-@pytest.mark.parametrize("which", range(min(2, len(CPUS))))
-def test_a_team_that_stays_notices_it_when_it_computes(which):
-    node_team = NodeTeam(NODE)
-    cache = NodeShardedKVCache(1, 2, 64, 999, torch.float32, teams={NODE: node_team})
-    query, key, value = inputs()
-    cache.append(key, value)
-    cache.attend(query)
-    placed = node_team.submit(openmp.team).result()
-    for use in (lambda: cache.attend(query), cache.receipt):
-        move(placed[which].tid)
-        with pytest.warns(RuntimeWarning, match=MOVED) as warned:
-            use()
-        assert len(warned) == 1
-        assert node_team.submit(openmp.team).result() == placed
-    cache.attend(query)
-    node_team.shutdown()
 
 
 def test_a_pool_notices_it_before_it_computes():

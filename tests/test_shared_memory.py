@@ -56,8 +56,8 @@ def test_too_many_open_files_are_told_with_the_limit():
     opened = []
     try:
         with (
-            pytest.raises(LimitReached, match=r"a desk: Too many open files\. .*ulimit -n \d+"),
-            descriptors.told("a desk"),
+            pytest.raises(LimitReached, match=r"a pipe: Too many open files\. .*ulimit -n \d+"),
+            descriptors.told("a pipe"),
         ):
             while True:
                 opened.append(os.eventfd(0))

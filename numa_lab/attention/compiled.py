@@ -12,29 +12,35 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
+import sys
 import tempfile
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import llvmlite
 import llvmlite.binding as llvm
 import numba
 
 from numa_lab import cache_folder, simd
-from numa_lab.attention import decode_kernel, merge_kernel, tiles
-from numa_lab.attention.decode_kernel import Spec
-from numa_lab.attention.merge_kernel import MergeSpec
+from numa_lab.attention import decode_kernel, tiles
 
 _ENTRY = "numa_lab_kernel"
 _DIGEST_BYTES = hashlib.sha256().digest_size
 _engines: list[Any] = []  # they own the machine code
 
 
+class Spec(Protocol):
+    """One version of a kernel; what it is written as names it."""
+
+    def build(self) -> Any:
+        """Let Numba compile it."""
+
+
 @cache
-def address(spec: Spec | MergeSpec) -> int:
-    """Address of the compiled ``void (void *)`` of one version of a kernel: loaded from disk, or compiled and stored."""
+def address(spec: Spec) -> int:
+    """Address of one version of a kernel: loaded from disk, or compiled and stored."""
     kept = folder()
     path = kept / f"kernel-{_fingerprint(spec)}.o" if kept else None
     code = _read(path) if path else None
@@ -51,19 +57,19 @@ def folder() -> Path | None:
     return kept / "kernels" if kept else None
 
 
-def machine_code(spec: Spec | MergeSpec) -> bytes:
+def machine_code(spec: Spec) -> bytes:
     """Compile one version of the kernel for this CPU, as an object file that needs nothing but the C library's mathematics."""
     target = _target_machine()
     return bytes(target.emit_object(_module(spec, target)))
 
 
-def assembly(spec: Spec | MergeSpec, target: Any = None) -> str:
+def assembly(spec: Spec, target: Any = None) -> str:
     """The same as text, for reading; for another CPU where llvmlite's ``TargetMachine`` of it is given."""
     target = target or _target_machine()
     return str(target.emit_assembly(_module(spec, target)))
 
 
-def _module(spec: Spec | MergeSpec, target: Any) -> Any:
+def _module(spec: Spec, target: Any) -> Any:
     """Numba's code for a version, optimised as a whole.
 
     Numba links each function as one that others may replace, and so keeps its ways of raising Python errors. Made private
@@ -96,11 +102,11 @@ def _load(code: bytes) -> int:
 
 
 @cache
-def _origin() -> bytes:
-    """Digest of all that decides about every kernel's code."""
+def _origin(module: str) -> bytes:
+    """Digest of all that decides about the code of a module's kernels."""
     digest = hashlib.sha256()
-    for module in (simd, tiles, decode_kernel, merge_kernel):
-        digest.update(Path(str(module.__file__)).read_bytes())
+    for source in (simd, tiles, decode_kernel, sys.modules[module]):
+        digest.update(Path(str(source.__file__)).read_bytes())
     facts = (
         numba.__version__, llvmlite.__version__, numba.config.OPT, llvm.get_host_cpu_name(),
         llvm.get_host_cpu_features().flatten(),
@@ -109,8 +115,8 @@ def _origin() -> bytes:
     return digest.digest()
 
 
-def _fingerprint(spec: Spec | MergeSpec) -> str:
-    return hashlib.sha256(_origin() + repr(spec).encode()).hexdigest()[:32]
+def _fingerprint(spec: Spec) -> str:
+    return hashlib.sha256(_origin(type(spec).__module__) + repr(spec).encode()).hexdigest()[:32]
 
 
 def _read(path: Path) -> bytes | None:

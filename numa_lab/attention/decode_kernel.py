@@ -1,4 +1,4 @@
-"""The decode kernel: what each thread of a team runs, compiled by Numba for one kind of rows and one number of query rows.
+"""The decode kernel: what each of some threads runs, compiled by Numba for one kind of rows and one number of query rows.
 
 All rows of K and V of a batch, head after head, are split evenly over the threads; each reads its share once, for all query
 rows of a group together, with an online softmax block by block. A head that several threads share is merged by the log-sum-exp
@@ -27,12 +27,13 @@ MASK_NONE, MASK_BOOL, MASK_FLOAT, MASK_HALF, MASK_BFLOAT = range(5)
 LOWEST = np.float32(tiles.LOWEST)
 LOG2_E, LN_2 = math.log2(math.e), math.log(2)
 
-# What the team gets: first what differs between calls of one shape, then addresses of functions, strides in bytes, and
-# counts. `factor` is the scale of the scores times log2(e).
+# What the threads get: first what differs between calls of one shape, then addresses of functions (the kernel's own, and
+# OpenMP's, for ``numa_lab.attention.regions``), strides in bytes, and counts. Fewer keys than `least_shared` are the first thread's
+# alone. `factor` is the scale of the scores times log2(e).
 CALL = ("arrived", "workspace", "query", "key", "value", "out", "lse", "mask", "kv_len")
 FIELDS = (
     *CALL,
-    "thread_number", "team_size", "workspace_bytes",
+    "share", "thread_number", "team_size", "workspace_bytes", "least_shared",
     "batch", "kv_heads", "group", "q_len",
     "query_batch", "query_head", "query_row",
     "key_batch", "key_head", "key_row",
@@ -150,7 +151,7 @@ def arguments_as(dtype: np.dtype[Any]) -> Any:
 
 
 def build(spec: Spec) -> Any:
-    """Compile the body of a team's threads, a ``void (void *ARGUMENTS)``."""
+    """Compile ``void share(void *ARGUMENTS, int64_t number, int64_t threads)``; whoever is done last merges."""
     rows = spec.rows
     first, further, rest = spec.tiles
     lanes, sum_bytes, query_bytes = rows.vectors.lanes, rows.sum_bytes, rows.query_bytes
@@ -264,10 +265,13 @@ def build(spec: Spec) -> Any:
             finish(a, h // a.kv_heads, h % a.kv_heads, part, others, a.workspace_bytes, count)
             merged = h
 
-    @cfunc(types.void(types.int64), error_model="numpy")
-    def team(arguments):  # type: ignore[no-untyped-def]
+    @cfunc(types.void(types.int64, types.int64, types.int64), error_model="numpy")
+    def share(arguments, me, threads):  # type: ignore[no-untyped-def]
         a = arguments_at(arguments)
-        me, threads = tiles.call_int(a.thread_number), tiles.call_int(a.team_size)
+        if a.kv_len < a.least_shared:
+            if me > 0:
+                return
+            threads = 1
         query_rows = a.group * a.q_len
         part_bytes = query_rows * (8 + sum_bytes)
         total = a.batch * a.kv_heads * a.kv_len
@@ -289,6 +293,7 @@ def build(spec: Spec) -> Any:
             at += count
             part = own_space + part_bytes
         if tiles.fetch_add(a.arrived) == threads - 1:
+            tiles.store_word(a.arrived, 0)  # for the next call
             merge(a, total, threads, part_bytes)
 
-    return team
+    return share

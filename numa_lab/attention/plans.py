@@ -12,13 +12,12 @@ import struct
 import threading
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from numa_lab import openmp, simd
-from numa_lab.attention import compiled, decode_kernel, merge_kernel
+from numa_lab.attention import compiled, decode_kernel, merge_kernel, regions
 from numa_lab.attention.decode_kernel import CALL, FIELDS, LOG2_E, Spec
 from numa_lab.attention.merge_kernel import MergeSpec
 from numa_lab.simd import Kind, Rows
@@ -34,35 +33,42 @@ _MASK_KINDS = {
 }
 _CALL = struct.Struct(f"{len(CALL)}q")
 _SHAPE = struct.Struct(f"{len(FIELDS) - len(CALL)}qd")
+ARGUMENT_BYTES = _CALL.size + _SHAPE.size
+QUERY, OUT, KV_LEN = map(CALL.index, ("query", "out", "kv_len"))  # words of the arguments
 
 
-class Memory:
-    """What a team needs for a call: its arguments, the counter of threads that arrived, and a workspace, touched by the team."""
+class Room:
+    """Working memory that begins at a page, and grows where it has to."""
 
     def __init__(self) -> None:
-        self._room = self.workspace = 0
-        # The counter has a line of its own; the kernel leaves it at the number of threads.
-        self._block = bytearray(_CALL.size + _SHAPE.size + 2 * simd.LINE_BYTES)
-        self.arguments = memoryview(self._block)[: _CALL.size + _SHAPE.size]
-        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._block))
-        self.counter = -(-(self.address + len(self.arguments)) // simd.LINE_BYTES) * simd.LINE_BYTES
-        self._count: Any = ctypes.c_int64.from_address(self.counter)
+        self.nbytes = self.address = 0
 
-    def ready(self, workspace_bytes: int) -> None:
-        """Make ready for a call."""
-        if self._room < workspace_bytes:
+    def at_least(self, nbytes: int) -> int:
+        """Address of so many bytes; what was there is lost where it changes."""
+        if self.nbytes < nbytes:
             # Up to a page may lie in front of where one begins.
-            self._buffer = torch.empty(workspace_bytes + mmap.PAGESIZE, dtype=torch.uint8, device="cpu")
-            self.workspace = -(-self._buffer.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-            self._room = workspace_bytes
-        self._count.value = 0
+            self._buffer = torch.empty(nbytes + mmap.PAGESIZE, dtype=torch.uint8, device="cpu")
+            self.address = -(-self._buffer.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+            self.nbytes = nbytes
+        return self.address
+
+
+class Arguments:
+    """What a kernel gets. The counter of threads that are done has a line of its own; the kernel leaves it at 0."""
+
+    def __init__(self) -> None:
+        self._block = bytearray(ARGUMENT_BYTES + 2 * simd.LINE_BYTES)
+        self.packed = memoryview(self._block)[:ARGUMENT_BYTES]
+        self.words = self.packed.cast("q")
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._block))
+        self.counter = -(-(self.address + ARGUMENT_BYTES) // simd.LINE_BYTES) * simd.LINE_BYTES
 
 
 class _OfThread(threading.local):
-    """The memory of the calling thread's own team."""
+    """What the calling thread's own team gets, and its workspace."""
 
     def __init__(self) -> None:
-        self.memory = Memory()
+        self.arguments, self.room = Arguments(), Room()
 
 
 _of_thread = _OfThread()
@@ -72,7 +78,7 @@ _of_thread = _OfThread()
 class Plan:
     """What calls of one shape have in common, whatever the number of keys."""
 
-    function: int  # 0 where there is nothing to compute
+    kernel: int  # 0 where there is nothing to compute
     threads: int
     least_shared: int  # from so many keys on the team computes; fewer are the calling thread's alone
     workspace_bytes: int  # of each thread
@@ -89,28 +95,23 @@ class Plan:
         lse: Tensor | None,
     ) -> None:
         """Compute on the calling thread's team."""
-        if not self.function or not kv_len:
+        if not self.kernel or not kv_len:
             out.zero_()
             if lse is not None:
                 lse.fill_(-math.inf)
             return
-        job = self.job(
-            _of_thread.memory, kv_len, query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr(),
-            0 if lse is None else lse.data_ptr(), 0 if mask is None else mask.data_ptr(),
+        arguments, threads = _of_thread.arguments, self.threads if kv_len >= self.least_shared else 1
+        self.pack(
+            arguments, _of_thread.room.at_least(threads * self.workspace_bytes),
+            query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr(),
+            0 if lse is None else lse.data_ptr(), 0 if mask is None else mask.data_ptr(), kv_len,
         )  # fmt: skip
-        openmp.run_on_team(*job)
+        openmp.run_on_team(_alone(), arguments.address, threads)
 
-    def job(
-        self, memory: Memory, kv_len: int, query: int, key: int, value: int, out: int, lse: int = 0, mask: int = 0
-    ) -> tuple[int, int, int]:
-        """What ``openmp.run_on_team`` takes to compute over what lies at these addresses; valid until `memory` is used again."""
-        threads = self.threads if kv_len >= self.least_shared else 1
-        memory.ready(threads * self.workspace_bytes)
-        _CALL.pack_into(
-            memory.arguments, 0, memory.counter, memory.workspace, query, key, value, out, lse, mask, kv_len
-        )
-        memory.arguments[_CALL.size :] = self.shape
-        return self.function, memory.address, threads
+    def pack(self, arguments: Arguments, *call: int) -> None:
+        """Write what the kernel gets: of ``decode_kernel.CALL`` all but the counter, and what calls of this shape share."""
+        _CALL.pack_into(arguments.packed, 0, arguments.counter, *call)
+        arguments.packed[_CALL.size :] = self.shape
 
 
 def make_plan(
@@ -123,36 +124,49 @@ def make_plan(
         return Plan(0, 0, 0, 0, b"")
     query_rows = q_heads // kv_heads * q_len
     version = _version(query.dtype, head_dim, query_rows)
+    least_shared = -(-ALONE_BYTES // (2 * batch * kv_heads * head_dim * key.element_size()))
     shape = _SHAPE.pack(
-        *_team_functions(), version.workspace_bytes,
+        version.kernel, *regions.team_functions(), version.workspace_bytes, least_shared,
         batch, kv_heads, q_heads // kv_heads, q_len,
         *(stride for tensor in (query, key, value, out) for stride in _strides(tensor)),
         *((0, 0, 0, 0, decode_kernel.MASK_NONE) if mask is None else _mask_fields(mask)),
         LOG2_E * (head_dim**-0.5 if scale is None else scale),
     )  # fmt: skip
-    least_shared = -(-ALONE_BYTES // (2 * batch * kv_heads * head_dim * key.element_size()))
-    return Plan(version.function, threads, least_shared, version.workspace_bytes, shape)
+    return Plan(version.kernel, threads, least_shared, version.workspace_bytes, shape)
 
 
 class Merge:
-    """The merge of partial results of the decode kernel by the calling thread alone (``partial.merge`` says what it is)."""
+    """The merge of partial results of the decode kernel by one thread (``partial.merge`` says what it is).
 
-    def __init__(self, dtype: torch.dtype, head_dim: int) -> None:
+    Parameters
+    ----------
+    dtype, head_dim
+        Of the outputs.
+    outputs, log_sum_exps
+        Addresses of ``[parts, ..., head_dim]`` and, in float32, ``[parts, ...]``, both contiguous.
+    parts, rows
+        How many parts, and rows of each.
+    """
+
+    def __init__(
+        self, dtype: torch.dtype, head_dim: int, outputs: int, log_sum_exps: int, parts: int, rows: int
+    ) -> None:
         vectors = simd.host()
         assert vectors is not None  # refusal() has looked
         spec = MergeSpec(Rows(vectors, KINDS[dtype], head_dim))
-        self._function = ctypes.CFUNCTYPE(None, ctypes.c_size_t)(compiled.address(spec))
-        self._space = bytearray(spec.space_bytes)
-        self._arguments = (ctypes.c_int64 * len(merge_kernel.FIELDS))()
-        self._arguments[3] = ctypes.addressof(ctypes.c_char.from_buffer(self._space))
-        self._address = ctypes.addressof(self._arguments)
+        self.kernel, self._space = compiled.address(spec), ctypes.create_string_buffer(spec.space_bytes)
+        space = ctypes.addressof(self._space)
+        self._words = (ctypes.c_int64 * len(merge_kernel.FIELDS))(outputs, log_sum_exps, 0, space, parts, rows)
+        self.address = ctypes.addressof(self._words)
 
-    def __call__(self, outputs: Tensor, log_sum_exps: Tensor, out: Tensor) -> None:
-        """All contiguous: ``[parts, ..., head_dim]``, ``[parts, ...]`` in float32, and ``[..., head_dim]``."""
-        words = self._arguments
-        words[0], words[1], words[2] = outputs.data_ptr(), log_sum_exps.data_ptr(), out.data_ptr()
-        words[4], words[5] = len(outputs), log_sum_exps.numel() // len(outputs)
-        self._function(self._address)
+    def into(self, out: int) -> None:
+        """Where the merged output goes, the address of ``[..., head_dim]``, contiguous."""
+        self._words[2] = out
+
+
+@cache
+def _alone() -> int:
+    return compiled.address(regions.Alone())
 
 
 def _strides(tensor: Tensor) -> tuple[int, ...]:
@@ -169,7 +183,7 @@ def _mask_fields(mask: Tensor) -> tuple[int, ...]:
 class _Version:
     """A compiled version of the kernel, and what each thread needs for it."""
 
-    function: int
+    kernel: int
     workspace_bytes: int
 
 
@@ -180,14 +194,3 @@ def _version(dtype: torch.dtype, head_dim: int, query_rows: int) -> _Version:
     kind = Kind.BFLOAT16_PAIRS if dtype is torch.bfloat16 and vectors.pairs else KINDS[dtype]
     spec = Spec.of(Rows(vectors, kind, head_dim), query_rows)
     return _Version(compiled.address(spec), spec.workspace_bytes(query_rows))
-
-
-@cache
-def _team_functions() -> tuple[int, int]:
-    """Addresses of the functions that tell a thread its number and the size of its team."""
-    library = openmp.require().library
-    number, size = (
-        ctypes.cast(function, ctypes.c_void_p).value
-        for function in (library.omp_get_thread_num, library.omp_get_num_threads)
-    )
-    return int(number or 0), int(size or 0)

@@ -347,6 +347,18 @@ def load_float(_context, address):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
+def load_word(_context, address):  # type: ignore[no-untyped-def]
+    """The int64 at an address."""
+    return types.int64(types.int64), lambda _c, b, _s, a: b.load(simd.at(b, a[0]), typ=I64)
+
+
+@intrinsic
+def store_word(_context, address, value):  # type: ignore[no-untyped-def]
+    """Write an int64."""
+    return _void([types.int64, types.int64], lambda b, at, x: b.store(x, simd.at(b, at)))
+
+
+@intrinsic
 def load_half(_context, address):  # type: ignore[no-untyped-def]
     """The float16 at an address, as float32."""
     return types.float32(types.int64), lambda _c, b, _s, a: b.fpext(
@@ -406,6 +418,34 @@ def call_int(_context, address):  # type: ignore[no-untyped-def]
         return b.sext(b.call(function, []), I64)
 
     return types.int64(types.int64), emit
+
+
+def _caller(parameters: int) -> Any:
+    """Call a ``void f(int64_t, ...)`` at an address, likewise."""
+
+    def emit(b: Any, function: Any, *values: Any) -> None:
+        signature = ir.FunctionType(ir.VoidType(), [I64] * parameters)
+        b.call(b.inttoptr(function, signature.as_pointer()), values)
+
+    return _void([types.int64] * (1 + parameters), emit)
+
+
+@intrinsic
+def call_with_one(_context, address, first):  # type: ignore[no-untyped-def]
+    """Call ``void f(int64_t)`` at an address."""
+    return _caller(1)
+
+
+@intrinsic
+def call_with_two(_context, address, first, second):  # type: ignore[no-untyped-def]
+    """Call ``void f(int64_t, int64_t)`` at an address."""
+    return _caller(2)
+
+
+@intrinsic
+def call_with_three(_context, address, first, second, third):  # type: ignore[no-untyped-def]
+    """Call ``void f(int64_t, int64_t, int64_t)`` at an address."""
+    return _caller(3)
 
 
 def _void(parameters: list[Any], emit: Any) -> Any:

@@ -126,7 +126,7 @@ def _open_files(machine: Machine) -> Finding | None:
     return Finding(
         "open_files",
         f"this process may have {soft} files open",
-        "Each leader of a team, each process of a pool and each tensor that processes share takes some.",
+        "Each process of a pool and each tensor that processes share takes some.",
         f"ulimit -n {LEAST_FILES}\ndocker run --ulimit nofile={LEAST_FILES}:{LEAST_FILES} IMAGE",
         "info",
     )

@@ -177,11 +177,10 @@ def test_without_what_it_needs_torch_computes_and_one_warning_says_why(monkeypat
 def test_threads_share_no_page_of_their_workspace_whatever_its_size(monkeypatch, page):
     monkeypatch.setattr(mmap, "PAGESIZE", page)
     spec = decode_kernel.Spec.of(simd.Rows(simd.AVX2, simd.Kind.FLOAT32, 128), 4)
-    memory = plans.Memory()
-    memory.ready(3 * spec.workspace_bytes(4))
-    assert memory.workspace % page == spec.workspace_bytes(4) % page == 0
-    end = memory.workspace + 3 * spec.workspace_bytes(4)
-    assert end <= memory._buffer.data_ptr() + memory._buffer.nbytes
+    room = plans.Room()
+    begin = room.at_least(3 * spec.workspace_bytes(4))
+    assert begin % page == spec.workspace_bytes(4) % page == 0
+    assert begin + 3 * spec.workspace_bytes(4) <= room._buffer.data_ptr() + room._buffer.nbytes
 
 
 BY_ANOTHER_PROCESS = """
@@ -203,15 +202,16 @@ def test_what_was_compiled_is_loaded_from_disk_and_made_anew_where_damaged(tmp_p
         started = [subprocess.Popen(words, stdout=subprocess.PIPE, text=True) for _ in range(count)]
         return [tuple(map(int, process.communicate()[0].split())) for process in started]
 
-    assert {files for _, files in others(2)} == {1}  # at once
-    assert others(1) == [(0, 1)]
-    (stored,) = (tmp_path / "numa_lab/kernels").glob("*.o")
+    assert {files for _, files in others(2)} == {2}  # at once; a kernel, and what lets a team run it
+    assert others(1) == [(0, 2)]
+    stored, _ = kept = list((tmp_path / "numa_lab/kernels").glob("*.o"))
     stored.write_bytes(stored.read_bytes()[:-100])
-    assert others(1) == [(1, 1)]
-    stored.unlink()
+    assert others(1) == [(1, 2)]
+    for file in kept:
+        file.unlink()
     stored.parent.rmdir()
     stored.parent.write_text("not a folder")
-    assert others(1) == [(1, 0)]
+    assert others(1) == [(2, 0)]
 
 
 NUMBA_ON_X86 = pytest.mark.skipif(

@@ -11,7 +11,7 @@ from torch import Tensor
 from interrupts.aim import Target
 from interrupts.cases import CPUS, HEAD_DIM, KV_HEADS, NODE, Q_HEADS, attention, case, numbers, require_close
 from numa_lab import NodeShardedKVCache, kv_cache, memory
-from numa_lab.node_team import NodeTeam
+from numa_lab.seats import Place
 from numa_lab.topology import read_topology
 
 TOKENS, BLOCK, ROOM = 600, 32, 200
@@ -28,10 +28,7 @@ def two_nodes() -> Iterator[Mapping[str, Any]]:
         return memory.empty(shape, dtype, NODE, huge_pages=huge_pages)
 
     with mock.patch.object(kv_cache, "memory", mock.Mock(wraps=memory, empty=here)):
-        teams = {number: NodeTeam(NODE, [cpu]) for number, cpu in enumerate((CPUS * 2)[:2])}
-        yield {"teams": teams}
-        for team in teams.values():
-            team.shutdown()
+        yield {"teams": {number: Place(NODE, (cpu,)) for number, cpu in enumerate((CPUS * 2)[:2])}}
 
 
 class Filled:
@@ -174,24 +171,22 @@ def _lasting(cache: NodeShardedKVCache) -> dict[int, tuple[object, ...]]:
     }
 
 
-if hasattr(NodeShardedKVCache, "__enter__"):
+@case("with-cache")
+def inside() -> Iterator[Target]:
+    """A few steps, entered once."""
+    with two_nodes() as given:
+        filled = Filled(given)
 
-    @case("with-cache")
-    def inside() -> Iterator[Target]:
-        """A few steps, entered once."""
-        with two_nodes() as given:
-            filled = Filled(given)
+        def steps() -> None:
+            with filled.cache:
+                for until in range(TOKENS + 1, TOKENS + 4):
+                    filled.append(until)
+                    filled.require_right((until,))
 
-            def steps() -> None:
-                with filled.cache:
-                    for until in range(TOKENS + 1, TOKENS + 4):
-                        filled.append(until)
-                        filled.require_right((until,))
+        def right() -> None:
+            filled.cache.truncate(TOKENS)
+            steps()
+            filled.cache.truncate(TOKENS)
+            filled.require_right()
 
-            def right() -> None:
-                filled.cache.truncate(TOKENS)
-                steps()
-                filled.cache.truncate(TOKENS)
-                filled.require_right()
-
-            yield Target(steps, right)
+        yield Target(steps, right)

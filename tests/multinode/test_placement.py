@@ -5,9 +5,10 @@ import threading
 
 import pytest
 import torch
+from test_seats import Work
 
 from multinode import witness
-from numa_lab import libnuma, memory, node_scaling, openmp, run, sampling, team
+from numa_lab import libnuma, memory, node_scaling, openmp, run, sampling, seats, team
 from numa_lab.attention.reference import attention as reference
 from numa_lab.attention.shapes import preset
 from numa_lab.binding import Binding
@@ -274,7 +275,7 @@ def test_one_sequence_lies_on_all_nodes_and_each_reads_its_own(topology):
     assert all(pages.keys() <= {node, -1} for node, pages in first.items())
     assert first[0][0] > 1.5 * max(first[node][node] for node in (1, 2))
     query = torch.randn(1, 8, 1, 64)
-    with witness.Threads() as threads:
+    with cache, witness.Threads() as threads:
         for _ in range(20):
             output = cache.attend(query)
     expected, _ = reference(query, key[:, :, :2000], value[:, :, :2000], enable_gqa=True)
@@ -290,6 +291,20 @@ def test_one_sequence_lies_on_all_nodes_and_each_reads_its_own(topology):
     for node, pages in lie().items():
         assert pages.keys() <= {node, -1}
         assert pages[node] >= first[node][node], "growth moved pages"
+
+
+@pytest.mark.guest("two-sockets")
+def test_what_a_step_has_to_do_at_a_node_is_done_on_its_cpus(topology):
+    places = tuple(seats.places().values())
+    assert [place.cpus for place in places] == [(0, 1), (2, 3), (4, 5)]
+    work, own, before = Work(places), seats.Seats(places), openmp.team()
+    for times in range(1, 6):
+        own.run(*work.arguments)
+        for place, rows in zip(places, work.rows, strict=True):
+            assert rows[:, [0, 3]].tolist() == [[2, times]] * 2, "each seat computed once"
+            assert set(rows[:, 1]) <= set(topology.cpus_of([place.node]))
+        assert work.merges.value == times
+        assert openmp.team() == before
 
 
 @pytest.mark.guest("two-sockets")
@@ -362,33 +377,6 @@ def test_the_pool_moves_inputs_to_the_nodes_that_compute_them():
         (home,) = witness.pages(key)
         assert witness.pages(value).keys() == {home} < {0, 1, 2, 3}
         assert home != 3, "it lies where no CPUs are"
-        torch.testing.assert_close(output.double(), reference(query, key, value, enable_gqa=True)[0], rtol=0, atol=1e-5)
-
-
-@pytest.mark.guest("two-sockets")
-def test_nodes_with_a_faster_path_help_with_memory_that_has_no_cpus():
-    size = (1, 2, 512, 64)
-    keys, values = (
-        [memory.empty(size, torch.float32, 3, huge_pages=False).normal_() for _ in range(12)] for _ in range(2)
-    )
-    queries = [torch.randn(1, 8, 1, 64) for _ in keys]
-    local, slow = 1e9, 1e8
-    rates = tuple(
-        tuple(slow if (cpu, mem) == (2, 3) else local for mem in range(4)) if cpu < 3 else (None,) * 4
-        for cpu in range(4)
-    )
-    with NUMAThreadPool(measured=Measured((0, 1, 2, 3), rates, None, None)) as threads:
-        outputs = threads.parallel_gqa_compute(queries, keys, values)
-        notes = {node: receipt.notes for node, receipt in threads.receipt().items()}
-    taken = [
-        int(note.rpartition(" ")[2])
-        for node in (0, 1)
-        for note in notes[node]
-        if note.startswith("inputs taken from node 2")
-    ]
-    assert 0 < sum(taken) < 12, notes
-    for query, key, value, output in zip(queries, keys, values, outputs, strict=True):
-        assert witness.pages(key).keys() == {3}, "whoever reads it, it stays"
         torch.testing.assert_close(output.double(), reference(query, key, value, enable_gqa=True)[0], rtol=0, atol=1e-5)
 
 

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_seats import Work
 
 from multinode import witness
-from numa_lab import libnuma, memory, node_team, team
+from numa_lab import libnuma, memory, seats, team
 from numa_lab.attention.shapes import preset
 from numa_lab.binding import Binding, effective
 from numa_lab.errors import NodeUnavailable, NotPermitted
@@ -90,16 +91,29 @@ def test_a_node_that_disappears_from_the_cpuset_is_told_and_its_tokens_stay_read
     with pytest.warns(
         RuntimeWarning, match=r"node 0's team.* was placed on CPUs 0-1, .* is placed again on CPUs [2-5-]+"
     ):
-        torch.testing.assert_close(cache.attend(query), before, rtol=0, atol=1e-6)
+        torch.testing.assert_close(cache.attend(query), before, rtol=0, atol=1e-6)  # by torch, without AVX2
+        receipts = cache.receipt()
     topology = read_topology()
     told = {
-        node: receipt.contradictions(topology.cpus_of([node]) or [0, 1], [node])
-        for node, receipt in cache.receipt().items()
+        node: receipt.contradictions(topology.cpus_of([node]) or [0, 1], [node]) for node, receipt in receipts.items()
     }
     assert "CPUs of nodes 0 were requested" in " ".join(told[0])
     assert told[1] == told[2] == []
-    assert node_team.teams().keys() == {1, 2}
+    assert seats.places().keys() == {1, 2}
     assert NodeShardedKVCache(1, 2, 64, 1024, torch.float32).nodes == (1, 2)
+
+
+def test_a_step_whose_cpus_disappear_is_computed_and_the_next_one_uses_others():
+    places = tuple(seats.places().values())
+    work, own = Work(places), seats.Seats(places)
+    own.run(*work.arguments)
+    hide()  # nodes 0 and 3
+    with pytest.warns(RuntimeWarning, match=r"node 0's team was placed on CPUs 0-1, .* placed again on CPUs [2-5-]+"):
+        own.run(*work.arguments)
+    own.run(*work.arguments)
+    assert work.merges.value == 3
+    assert [rows[:, 3].tolist() for rows in work.rows] == [[3, 3]] * 3
+    assert all(cpu in range(2, 6) for rows in work.rows for cpu in rows[:, 1])
 
 
 def test_refused_mbind_is_replaced_by_first_touch():

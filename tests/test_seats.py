@@ -1,0 +1,162 @@
+import ctypes
+import os
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+from numba import cfunc, types
+
+from numa_lab import libnuma, openmp, seats
+from numa_lab.attention.plans import Arguments
+from numa_lab.attention.regions import SHARE
+from numa_lab.attention.tiles import fetch_add, load_word, store_word
+from numa_lab.errors import NodeUnavailable
+from numa_lab.seats import Place, Seats
+from numa_lab.sysfs import format_cpulist
+from numa_lab.team import pinned_team
+from numa_lab.topology import read_topology
+
+NODE = read_topology().effective_nodes[0]
+CPUS = read_topology().cpus_for([NODE])
+LIBC = ctypes.CDLL(None)
+getcpu = ctypes.CFUNCTYPE(ctypes.c_int)(("sched_getcpu", LIBC))
+get_policy = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_size_t, *[ctypes.c_size_t] * 3, ctypes.c_int)(
+    ("get_mempolicy", libnuma.library())
+)
+
+
+@cfunc(types.void(types.int64, types.int64, types.int64))
+def note(arguments, number, threads):
+    """Write down for each seat that computed: how many share the job, the CPU, the mode of the policy."""
+    row = load_word(arguments) + 32 * number
+    store_word(row, threads)
+    store_word(row + 8, getcpu())
+    get_policy(row + 16, 0, 0, 0, 0)
+    fetch_add(row + 24)
+
+
+@cfunc(types.void(types.int64))
+def count_up(address):
+    fetch_add(address)
+
+
+class Work:
+    """One job for each place, each with a row for every seat, and a merge that counts."""
+
+    def __init__(self, places):
+        self.rows = [np.full((len(place.cpus), 4), 0, np.int64) for place in places]
+        self.jobs, self.merges = [Arguments() for _ in places], ctypes.c_int64()
+        for job, rows in zip(self.jobs, self.rows, strict=True):
+            job.words[0], job.words[SHARE // 8] = rows.ctypes.data, note.address
+        self._own = [(ctypes.c_int64 * 1)(job.address) for job in self.jobs]
+        table = [word for own in self._own for word in (ctypes.addressof(own), 1)]
+        self._table = (ctypes.c_int64 * len(table))(*table)
+        self.arguments = ctypes.addressof(self._table), count_up.address, ctypes.addressof(self.merges)
+
+
+@pytest.fixture
+def two():
+    """Two places on the node that is here, of one core each where there are two."""
+    return Place(NODE, CPUS[:1]), Place(NODE, CPUS[-1:])
+
+
+def state():
+    return openmp.team(), openmp.run_on_each(lambda _: libnuma.get_mempolicy(), openmp.threads())
+
+
+def test_what_lies_at_a_place_is_computed_there_and_threads_are_where_they_were_afterwards(two):
+    before, work, own = state(), Work(two), Seats(two)
+    for times in range(1, 4):
+        own.run(*work.arguments)
+        assert work.merges.value == times, "one thread merges"
+        assert [rows[:, [0, 1, 3]].tolist() for rows in work.rows] == [[[1, place.cpus[0], times]] for place in two]
+        assert state() == before
+    with seats.Taken(two):
+        own.run(*work.arguments)
+        assert {rows[0, 2] for rows in work.rows} == {libnuma.MPOL_PREFERRED}
+    (team, policies), (threads, others) = state(), before
+    assert [thread.cpus for thread in team] == [
+        thread.cpus for thread in threads
+    ]  # some are new, where it was smaller inside
+    assert policies == others
+
+
+def test_who_is_on_no_free_seat_goes_to_one_and_comes_back(two):
+    work, own = Work(two[1:]), Seats(two[1:])  # of the second core alone, on which the caller is not
+    with pinned_team(CPUS[:1]):
+        for _ in range(3):
+            own.run(*work.arguments)
+            assert os.sched_getaffinity(0) == {CPUS[0]}
+    assert work.rows[0].tolist() == [
+        [1, CPUS[-1], libnuma.MPOL_PREFERRED if len(CPUS) > 1 else libnuma.MPOL_DEFAULT, 3]
+    ]
+
+
+@pytest.mark.parametrize("threads", [1, 5])
+def test_how_many_threads_torch_computes_with_changes_nothing(two, threads):
+    work, own, before = Work(two), Seats(two), openmp.threads()
+    openmp.set_threads(threads)
+    try:
+        team = openmp.team(max(threads, 2))
+        own.run(*work.arguments)
+        assert openmp.team(max(threads, 2)) == team, "threads were ended and started"
+    finally:
+        openmp.set_threads(before)
+    assert [rows[0, 3] for rows in work.rows] == [1, 1]
+
+
+SMALLER_TEAM = f"""
+import torch
+from numa_lab import kv_cache, openmp
+from numa_lab.attention.reference import attention
+from numa_lab.seats import Place
+
+kv_cache.memory.empty = lambda shape, dtype, node, **_: torch.zeros(shape, dtype=dtype)
+places = {{1: Place({NODE}, {CPUS[:1]}), 2: Place({NODE}, {CPUS[-1:]})}}
+cache = kv_cache.NodeShardedKVCache(1, 2, 64, 600, torch.float32, teams=places)
+query, key, value = torch.randn(1, 4, 1, 64), torch.randn(1, 2, 600, 64), torch.randn(1, 2, 600, 64)
+cache.append(key, value)
+expected, _ = attention(query, key, value, enable_gqa=True)
+torch.testing.assert_close(cache.attend(query).double(), expected, rtol=0, atol=1e-5)
+assert len(openmp.team(2)) == 1
+"""
+
+
+def test_a_team_that_openmp_makes_smaller_takes_all_seats_in_turn():
+    limited = os.environ | {"OMP_THREAD_LIMIT": "1"}
+    assert subprocess.run([sys.executable, "-W", "ignore", "-c", SMALLER_TEAM], env=limited).returncode == 0
+
+
+def test_a_forked_child_and_its_parent_go_on_alone(two):
+    work, own = Work(two), Seats(two)
+    own.run(*work.arguments)
+    child = os.fork()
+    if not child:
+        own.run(*work.arguments)
+        os._exit(work.merges.value != 2)
+    assert os.waitpid(child, 0)[1] == 0
+    own.run(*work.arguments)
+    assert work.merges.value == 2
+
+
+def test_threads_have_seats_of_their_own(two):
+    found = [seats.seats_of(two)]
+    thread = threading.Thread(target=lambda: found.append(seats.seats_of(two)))
+    thread.start()
+    thread.join()
+    assert seats.seats_of(two) is found[0] is not found[1]
+
+
+def test_inside_of_seats_the_machine_is_as_large_as_outside(two):
+    with seats.Taken(two[:1]):
+        assert seats.places() == {NODE: Place(NODE, CPUS)}
+        started = subprocess.run(["grep", "Cpus_allowed_list", "/proc/self/status"], capture_output=True, text=True)
+    assert started.stdout.split()[1] == format_cpulist(read_topology().cpus_of([NODE]))
+
+
+def test_places_of_nodes_that_may_not_be_used_are_refused():
+    assert seats.places([NODE]) == {NODE: Place(NODE, CPUS)}
+    with pytest.raises(NodeUnavailable, match="4095"):
+        seats.places([4095])
