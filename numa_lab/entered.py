@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
 
@@ -52,7 +53,7 @@ class Exit:
         self._function(owner, ticket, *exception)
 
 
-class Entered:
+class Entered(ABC):
     """What a thread has entered; ``undo`` gives back what that changed, and may be called again after it was interrupted."""
 
     def __init__(self, owner: object = None, ticket: Ticket | None = None) -> None:
@@ -61,9 +62,9 @@ class Entered:
         self.ticket = ticket
         self.is_over = False
 
+    @abstractmethod
     def undo(self) -> None:
         """Give back whatever has been changed since ``begin``; nothing where that was done."""
-        raise NotImplementedError
 
     def begin(self) -> None:
         """Put this on the calling thread's chain: from now on it is undone, whatever happens."""

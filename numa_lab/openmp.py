@@ -91,7 +91,12 @@ def require() -> Runtime:
 def _entry(path: str | None) -> int | None:
     """Address of GOMP_parallel as the library at `path`, or one that it depends on, has it; None: what is global."""
     function = getattr(ctypes.CDLL(path), "GOMP_parallel", None)
-    return ctypes.cast(function, ctypes.c_void_p).value if function else None
+    return address_of(function) if function else None
+
+
+def address_of(function: Any) -> int:
+    """Address of a function that ctypes has found, or has made of Python's."""
+    return ctypes.cast(function, ctypes.c_void_p).value or 0
 
 
 def run_on_team(function: int, data: int, threads: int) -> None:
@@ -130,7 +135,7 @@ def run_on_each(function: Callable[[int], T], threads: int) -> list[T]:
             errors.append(error)  # nothing may pass through the C frames of the OpenMP library
 
     callback = _Call(on_worker)
-    run_on_team(_on_workers(), ctypes.cast(callback, ctypes.c_void_p).value or 0, threads)
+    run_on_team(_on_workers(), address_of(callback), threads)
     results[0] = function(0)
     if errors:
         raise errors[0]

@@ -34,7 +34,7 @@ from numa_lab.errors import InvalidInput, NodeUnavailable
 from numa_lab.optimal_node import get_optimal_numa_node
 from numa_lab.receipt import Receipt, team_of
 from numa_lab.sysfs import format_cpulist
-from numa_lab.team import Before, Block, Placement
+from numa_lab.team import Before, Block, Placement, placed
 from numa_lab.topology import Topology, read_topology
 
 Shape = Sequence[int]
@@ -134,7 +134,7 @@ class NUMAOptimizedGQA(Block["NUMAOptimizedGQA"]):
             recycled.give_back(inside[0].node)
 
     def _enter(self, before: Before) -> NUMAOptimizedGQA:
-        if self._go_there(before):
+        if self._go_there(before, keep_inner=False):
             recycled.give_back(self.node)
         return self
 
@@ -152,9 +152,10 @@ class NUMAOptimizedGQA(Block["NUMAOptimizedGQA"]):
                     return one
         return None
 
-    def _go_there(self, before: Before) -> bool:
-        """Whether the thread was elsewhere."""
-        if came := self._came_here():
+    def _go_there(self, before: Before, *, keep_inner: bool = True) -> bool:
+        """Whether the thread was elsewhere. To `keep_inner` placements, those that the caller has entered inside of this count as here."""
+        came = self._came_here()
+        if came and (keep_inner or placed()[0] is came):
             self._hold(came)
             before.begin()
             return False

@@ -182,7 +182,7 @@ def _all_at_once(
     seconds: float,
     notes: list[str] | None = None,
 ) -> float:
-    """Sum of the rates of all nodes that read their own memory at the same time, a leader thread and a team for each."""
+    """Sum of the rates of all nodes that read their own memory at the same time, a thread and a team for each."""
     said: list[str] = []
     start = threading.Barrier(len(nodes))
 
@@ -192,7 +192,7 @@ def _all_at_once(
             with team.pinned_team(cores[node]):
                 start.wait()
                 return read_bandwidth(buffer, len(cores[node]), seconds=seconds)
-        except Exception:
+        except BaseException:
             start.abort()  # the others would wait for this one
             raise
 

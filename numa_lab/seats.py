@@ -183,13 +183,13 @@ class Seats:
             with self._now.pinned:  # which says why a CPU is refused, if one still is
                 return
         self._now = self._seating(places)
-        told = [
+        changes = [
             f"node {old.node}'s team was placed on CPUs {format_cpulist(old.cpus)}, which may no longer be used, as where a cpuset is "
             f"rewritten, and is placed again on CPUs {format_cpulist(new.cpus)}"
             for old, new in zip(before, places, strict=True)
             if old != new
         ]
-        warnings.warn("; ".join(told), RuntimeWarning, stacklevel=6)
+        warnings.warn("; ".join(changes), RuntimeWarning, stacklevel=6)
 
 
 def _seat_of_each_cpu(places: Sequence[Place]) -> list[int]:
@@ -214,7 +214,7 @@ def _cores_and_nodes() -> dict[int, tuple[int, int]]:
 @cache
 def _current_cpu() -> int:
     """Address of the C library's function that tells a thread's CPU."""
-    return ctypes.cast(ctypes.CDLL(None).sched_getcpu, ctypes.c_void_p).value or 0
+    return openmp.address_of(ctypes.CDLL(None).sched_getcpu)
 
 
 class _OfThread(threading.local):

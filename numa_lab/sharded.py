@@ -126,14 +126,11 @@ class Step:
                 0 if piece.mask is None else piece.mask.data_ptr(), piece.last - piece.first,
             )  # fmt: skip
             self._jobs.append(_Job(arguments, plan, _at(query, start) - query.data_ptr(), out_begin))
-        self._of_places = [
-            (ctypes.c_int64 * len(own))(*own)
-            for place in places
-            for own in [
-                [job.arguments.address for job, piece in zip(self._jobs, pieces, strict=True) if piece.place == place]
-            ]
-        ]
-        table = [word for own in self._of_places for word in (ctypes.addressof(own), len(own))]
+        self._of_places, table = [], list[int]()
+        for place in places:
+            own = [job.arguments.address for job, piece in zip(self._jobs, pieces, strict=True) if piece.place == place]
+            self._of_places.append((ctypes.c_int64 * len(own))(*own))
+            table += [ctypes.addressof(self._of_places[-1]), len(own)]
         self._table = (ctypes.c_int64 * len(table))(*table)
         self._table_address = ctypes.addressof(self._table)
         self._merge = Merge(query.dtype, query.size(-1), outputs, log_sum_exps, slots, rows) if slots > 1 else None

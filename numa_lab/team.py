@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -119,12 +120,12 @@ def topology_outside() -> Topology:
 T_co = TypeVar("T_co", covariant=True)
 
 
-class Block(Generic[T_co]):
+class Block(ABC, Generic[T_co]):
     """What a ``with`` block can be made of: a class says in ``_enter`` where the calling thread goes, and what ``as`` names."""
 
+    @abstractmethod
     def _enter(self, before: Before) -> T_co:
         """Let ``before`` go to a placement, or ``begin`` alone where the thread is to stay where it is."""
-        raise NotImplementedError
 
     def __enter__(self) -> T_co:
         before = Before(self, ticket_for(self))

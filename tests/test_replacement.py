@@ -87,6 +87,9 @@ def test_a_placement_inside_is_no_move():
     with helper, team.pinned_team([CPUS[-1]]):
         helper.compute(*inputs())
         assert masks() == [{CPUS[-1]}]
+        with helper:  # who says so goes there
+            assert len(masks()) == len(CPUS)
+        assert masks() == [{CPUS[-1]}]
 
 
 def test_what_the_cpuset_took_away_is_replaced_when_the_helper_is_entered(monkeypatch):

@@ -7,7 +7,6 @@ them for as long as the step lasts. Both are kept on disk as kernels are, so all
 
 from __future__ import annotations
 
-import ctypes
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -127,8 +126,4 @@ class Seated:
 def team_functions() -> tuple[int, int]:
     """Addresses of the functions that tell a thread its number and the size of its team."""
     library = openmp.require().library
-    number, size = (
-        ctypes.cast(function, ctypes.c_void_p).value
-        for function in (library.omp_get_thread_num, library.omp_get_num_threads)
-    )
-    return int(number or 0), int(size or 0)
+    return openmp.address_of(library.omp_get_thread_num), openmp.address_of(library.omp_get_num_threads)

@@ -37,9 +37,8 @@ class Target(NamedTuple):
     """A call, and the one that follows it."""
 
     call: Callable[[], object]
-    right: Callable[
-        [], object
-    ]  # calls the same uninterrupted, raises where anything is wrong, and leaves what the next call needs
+    # Calls the same uninterrupted, raises where anything is wrong, and leaves what the next call needs.
+    right: Callable[[], object]
 
 
 class Case(NamedTuple):
@@ -55,9 +54,8 @@ class Shot:
     """What came of one alarm."""
 
     number: int
-    when: str = (
-        ""  # inside the call, after it, or elsewhere: where it was lost in another package; empty where none came
-    )
+    # Inside the call, after it, or elsewhere: where it was lost in another package; empty where none came.
+    when: str = ""
     faults: dict[str, str] = dataclasses.field(default_factory=dict)  # from a column of the table to what was seen
     place: str = ""  # where the handler ran
 

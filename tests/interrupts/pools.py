@@ -1,8 +1,9 @@
 """NUMAThreadPool and NUMAProcessPool."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
+from torch import Tensor
 
 from interrupts.aim import Target
 from interrupts.cases import CPUS, NODE, Q_HEADS, attention, case, numbers, require_close
@@ -42,25 +43,18 @@ def made() -> Iterator[Target]:
     yield Target(lambda: pools.append(new_pool()), right)
 
 
-@case("pool-submit")
-def submit() -> Iterator[Target]:
-    one = torch.ones(3)
-    with new_pool() as pool:
-        yield Target(lambda: pool.submit(torch.add, one, 1, numa_node=NODE), lambda: require_working(pool))
+def _task(name: str, call: Callable[[NUMAThreadPool, Tensor], object]) -> None:
+    def task() -> Iterator[Target]:
+        one = torch.ones(3)
+        with new_pool() as pool:
+            yield Target(lambda: call(pool, one), lambda: require_working(pool))
+
+    case(name)(task)
 
 
-@case("pool-submit-result")
-def result() -> Iterator[Target]:
-    one = torch.ones(3)
-    with new_pool() as pool:
-        yield Target(lambda: pool.submit(torch.add, one, 1, numa_node=NODE).result(), lambda: require_working(pool))
-
-
-@case("pool-execute_on_numa")
-def execute() -> Iterator[Target]:
-    one = torch.ones(3)
-    with new_pool() as pool:
-        yield Target(lambda: pool.execute_on_numa(torch.add, one, 1, numa_node=NODE), lambda: require_working(pool))
+_task("pool-submit", lambda pool, one: pool.submit(torch.add, one, 1, numa_node=NODE))
+_task("pool-submit-result", lambda pool, one: pool.submit(torch.add, one, 1, numa_node=NODE).result())
+_task("pool-execute_on_numa", lambda pool, one: pool.execute_on_numa(torch.add, one, 1, numa_node=NODE))
 
 
 @case("pool-parallel_gqa_compute")
