@@ -152,9 +152,11 @@ class Gun:
 def _clears_errors(frame: FrameType) -> bool:
     """Whether this is Python code that compiled code calls which drops what it raises.
 
-    That of numpy or pandas takes it for a no; and where a thread of Python's ``threading`` is collected, a weak set forgets it.
+    That of numpy or pandas takes it for a no, and the interpreter ends what an object that is collected calls back, as of Python's own
+    weak sets and dictionaries.
     """
-    return not {"numpy", "pandas", "_weakrefset.py"}.isdisjoint(Path(frame.f_code.co_filename).parts)
+    droppers = {"numpy", "pandas", "_weakrefset.py", "weakref.py"}
+    return not droppers.isdisjoint(Path(frame.f_code.co_filename).parts)
 
 
 def _told(error: BaseException) -> str:
