@@ -47,7 +47,8 @@ test: system-numactl-chromium-libomp .venv/installed-dev ## run the tests
 	$(BIN)/python -m pytest --junitxml=build/junit.xml $(PYTEST_ARGS)
 
 # Besides the guests' own tests, those of what pins and places: they run in the guest of four nodes.
-MULTINODE_TESTS ?= tests/multinode $(addprefix tests/test_,team.py node_team.py seats.py optimized.py pool.py)
+MULTINODE_TESTS ?= tests/multinode tests/placement/test_pinned_team.py \
+  $(addprefix tests/nodes/test_,node_threads.py seats.py one_node.py thread_pool.py)
 
 test-multinode: system-numactl-qemu-xz .venv/installed-dev ## run the tests of placement in emulated guests with several NUMA nodes (Debian, x86-64)
 	@mkdir -p build
@@ -55,7 +56,8 @@ test-multinode: system-numactl-qemu-xz .venv/installed-dev ## run the tests of p
 
 # By qemu-user: attention on NEON, and what reads the machine. The first time 300 MB are fetched. What compiled kernels do on disk
 # depends on no processor, and takes most of a minute for each.
-ARM_TESTS ?= tests/attention/test_decode.py tests/attention/test_gqa.py $(addprefix tests/test_,topology.py doctor.py memory.py openmp.py) \
+ARM_TESTS ?= tests/attention/test_decode.py tests/attention/test_gqa.py \
+  $(addprefix tests/,machine/test_topology.py machine/test_doctor.py placement/test_memory.py placement/test_openmp.py) \
   --deselect tests/attention/test_decode.py::test_what_was_compiled_is_loaded_from_disk_and_made_anew_where_damaged
 
 test-arm: system-numactl-qemu_user .venv/installed-dev ## run the tests of attention and of the machine on 64-bit Arm, by emulation (Debian, x86-64)
@@ -64,8 +66,8 @@ test-arm: system-numactl-qemu_user .venv/installed-dev ## run the tests of atten
 
 # One guest, that of four nodes: what qemu-user can't do, it has none of the kernel's NUMA calls.
 MULTINODE_ARM_TESTS ?= 'tests/multinode/test_layouts.py::test_the_machine_is_read_as_it_was_made[two-sockets]' \
-  tests/multinode/test_placement.py tests/test_memory.py \
-  $(addprefix tests/test_doctor.py::test_,trying_the_calls_leaves_the_policy_of_the_thread calls_refused_by_a_real_seccomp_filter)
+  tests/multinode/test_placement.py tests/placement/test_memory.py \
+  $(addprefix tests/machine/test_doctor.py::test_,trying_the_calls_leaves_the_policy_of_the_thread calls_refused_by_a_real_seccomp_filter)
 
 test-multinode-arm: system-numactl-qemu_user-qemu_arm-xz .venv/installed-dev ## run tests of pages and threads in an emulated guest of 64-bit Arm with four nodes
 	@mkdir -p build

@@ -5,10 +5,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from numa_lab import guide_analyses
-from numa_lab.commands import to_paste
 from numa_lab.errors import run_script
-from numa_lab.results import write_json
+from numa_lab.experiments import guide_analyses
+from numa_lab.machine.shell_commands import to_paste
+from numa_lab.measurement.results import write_json
 
 
 def main() -> None:

@@ -24,9 +24,10 @@ __all__ = [
 
 def main() -> None:
     """Print the node, default against optimised, and how to use it."""
-    from numa_lab import guide_analyses, optimal_node, rankings
-    from numa_lab.binding import Binding
-    from numa_lab.topology import read_topology
+    from numa_lab.experiments import guide_analyses
+    from numa_lab.machine.topology import read_topology
+    from numa_lab.nodes import optimal_node, rankings
+    from numa_lab.placement.binding import Binding
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--full", action="store_true", help="the guide's batch of 512, as far as memory allows")

@@ -29,13 +29,14 @@ from progress import Progress
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from numa_lab import openmp, reading, simd
-from numa_lab.attention import decode
+from numa_lab.attention import decode, simd
 from numa_lab.attention.gqa import BACKENDS, gqa_attention
 from numa_lab.attention.reference import attention as reference
 from numa_lab.attention.shapes import AttentionShape
-from numa_lab.sysfs import format_cpulist
-from numa_lab.topology import read_topology, spread
+from numa_lab.bandwidth import read_probe
+from numa_lab.machine.sysfs import format_cpulist
+from numa_lab.machine.topology import read_topology, spread
+from numa_lab.placement import openmp
 
 SAMPLE_SECONDS = 0.02  # of one timing, at least one call
 SLEEP_SECONDS = 0.05  # longer than the pools of all contenders spin
@@ -216,7 +217,7 @@ def read_limit(block: Tensor, threads: int) -> Callable[[], float]:
     turn = iter(range(1 << 62))
 
     def read() -> None:
-        reading.read_once(parts[next(turn) % len(parts)], threads)
+        read_probe.read_once(parts[next(turn) % len(parts)], threads)
 
     def measure() -> float:
         settle(read)

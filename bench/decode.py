@@ -21,8 +21,8 @@ import pandas as pd
 import torch
 
 from numa_lab.attention.shapes import AttentionShape
+from numa_lab.measurement.case_timing import KVPool
 from numa_lab.report import plots
-from numa_lab.sampling import KVPool
 
 POOL_BYTES = 1 << 30
 DRAWN = r"group"  # which cases the figure shows

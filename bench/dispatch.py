@@ -8,8 +8,9 @@ import common
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from numa_lab import gqa_attention, openmp
-from numa_lab.attention import compiled, decode, plans, regions
+from numa_lab import gqa_attention
+from numa_lab.attention import decode, kernel_cache, kernel_plan, openmp_regions
+from numa_lab.placement import openmp
 
 
 def measure(turns: int) -> dict[str, float]:
@@ -17,11 +18,11 @@ def measure(turns: int) -> dict[str, float]:
     query = torch.randn(1, 8, 1, 128)
     key, value = torch.randn(2, 1, 2, 1, 128)
     out = torch.empty_like(query)
-    plan = plans.make_plan(query, key, value, None, None, out, torch.get_num_threads())
-    arguments, room = plans.Arguments(), plans.Room()
+    plan = kernel_plan.make_plan(query, key, value, None, None, out, torch.get_num_threads())
+    arguments, room = kernel_plan.Arguments(), kernel_plan.Room()
     tensors = (tensor.data_ptr() for tensor in (query, key, value, out))
     plan.pack(arguments, room.at_least(plan.workspace_bytes), *tensors, 0, 0, 1)
-    alone = compiled.address(regions.Alone())
+    alone = kernel_cache.address(openmp_regions.Alone())
 
     def kernel() -> None:
         openmp.run_on_team(alone, arguments.address, 1)

@@ -13,9 +13,10 @@ import progress
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from numa_lab import NUMAOptimizedGQA, recycled
+from numa_lab import NUMAOptimizedGQA
 from numa_lab.attention.shapes import PRESETS, preset
-from numa_lab.topology import read_topology
+from numa_lab.machine.topology import read_topology
+from numa_lab.placement import recycled_memory
 
 
 def main() -> None:
@@ -33,8 +34,8 @@ def main() -> None:
     dtype = getattr(torch, shape.dtype)
     query = torch.randn(shape.batch, shape.q_heads, shape.q_len, shape.head_dim, dtype=dtype)
     key, value = torch.randn(2, shape.batch, shape.kv_heads, shape.kv_len, shape.head_dim, dtype=dtype).unbind()
-    recycled.can_lie_elsewhere = lambda: True  # the costs are those of a machine with several nodes, on any
-    looked_at = recycled.Settled()
+    recycled_memory.can_lie_elsewhere = lambda: True  # the costs are those of a machine with several nodes, on any
+    looked_at = recycled_memory.Settled()
     fewer = NUMAOptimizedGQA(helper.node, threads=max(1, helper.threads // 2))
 
     def torch_call() -> object:
@@ -62,8 +63,8 @@ def main() -> None:
         "enter, torch's own call, leave": lambda: (
             helper.__enter__() and (torch_call(), helper.__exit__(None, None, None))
         ),
-        "give malloc's free memory back, as entering does on machines with several nodes": recycled.malloc_trim,
-        f"look where {key.nbytes >> 10} KiB of K lie, as `compute` does there once": lambda: recycled.settle(
+        "give malloc's free memory back, as entering does on machines with several nodes": recycled_memory.malloc_trim,
+        f"look where {key.nbytes >> 10} KiB of K lie, as `compute` does there once": lambda: recycled_memory.settle(
             key, helper.node
         ),
         "find that it was looked at": lambda: looked_at.settle(key, helper.node),

@@ -8,8 +8,8 @@ import common
 import pandas as pd
 import torch
 
-from numa_lab import memory
 from numa_lab.attention.shapes import AttentionShape
+from numa_lab.placement import memory
 
 SHAPES = {
     dtype: AttentionShape(1, 32, 8, 1, 131072, 128, dtype) for dtype in ("bfloat16", "float32")

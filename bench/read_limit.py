@@ -15,7 +15,8 @@ from pathlib import Path
 import common
 import torch
 
-from numa_lab import memory, reading
+from numa_lab.bandwidth import read_probe
+from numa_lab.placement import memory
 
 LOOPS = ("plain", "two_blocks")
 
@@ -59,7 +60,7 @@ def measure(library: str, turns: int) -> dict[str, float]:
         for other in others:
             other.join()
 
-    work = {"the probe": timed(lambda: reading.read_once(block, threads))}
+    work = {"the probe": timed(lambda: read_probe.read_once(block, threads))}
     for name in LOOPS:
         loop = getattr(loops, name)
         loop.restype = ctypes.c_int64

@@ -13,9 +13,9 @@ import common
 import torch
 from numba import cfunc, types
 
-from numa_lab import openmp
-from numa_lab.seats import Place, Taken, seats_of
-from numa_lab.topology import read_topology
+from numa_lab.machine.topology import read_topology
+from numa_lab.nodes.seats import Place, Taken, seats_of
+from numa_lab.placement import openmp
 
 SEATS = (2, 4, 8, 16, 32, 64, 128)
 BARE, OUTSIDE, INSIDE = "a bare region", "a step", "inside a block"

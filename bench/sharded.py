@@ -22,13 +22,13 @@ import numpy as np
 import torch
 from two_nodes import CALLED, ENTERED, SHARDED, Model, in_threads, make_model, steps, tokens
 
-from numa_lab import memory, openmp
 from numa_lab.attention.gqa import gqa_attention
 from numa_lab.attention.shapes import preset
-from numa_lab.doctor import load
-from numa_lab.pool import NUMAThreadPool
-from numa_lab.sysfs import Tree
-from numa_lab.topology import read_topology
+from numa_lab.machine.doctor import load
+from numa_lab.machine.sysfs import Tree
+from numa_lab.machine.topology import read_topology
+from numa_lab.nodes.thread_pool import NUMAThreadPool
+from numa_lab.placement import memory, openmp
 
 KV_LENS = (2048, 8192, 32768, 131072)
 SHORT, MIDDLE = KV_LENS[:2]

@@ -13,7 +13,7 @@ import common
 import pandas as pd
 
 from numa_lab.attention.shapes import AttentionShape
-from numa_lab.sampling import KVPool
+from numa_lab.measurement.case_timing import KVPool
 
 OURS = "numba"
 POOL_BYTES = 256 << 20

@@ -19,13 +19,13 @@ import common
 import torch
 from torch import Tensor
 
-from numa_lab import memory
 from numa_lab.attention.gqa import gqa_attention
 from numa_lab.attention.shapes import AttentionShape
-from numa_lab.kv_cache import NodeShardedKVCache
-from numa_lab.optimized import NUMAOptimizedGQA
-from numa_lab.seats import Place
-from numa_lab.topology import read_topology
+from numa_lab.machine.topology import read_topology
+from numa_lab.nodes.kv_cache import NodeShardedKVCache
+from numa_lab.nodes.one_node import NUMAOptimizedGQA
+from numa_lab.nodes.seats import Place
+from numa_lab.placement import memory
 
 LAYERS_BYTES = (
     256 << 20

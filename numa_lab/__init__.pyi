@@ -1,22 +1,22 @@
 from .attention.gqa import gqa_attention as gqa_attention
 from .attention.shapes import AttentionShape as AttentionShape
-from .binding import Binding as Binding
-from .binding import MemPolicy as MemPolicy
+from .bandwidth.advisor import plan_placement as plan_placement
 from .errors import NumaLabError as NumaLabError
-from .kv_cache import NodeShardedKVCache as NodeShardedKVCache
-from .optimal_node import bind_to_numa_node as bind_to_numa_node
-from .optimal_node import get_optimal_numa_node as get_optimal_numa_node
-from .optimal_node import rank_nodes as rank_nodes
-from .optimized import NUMAOptimizedGQA as NUMAOptimizedGQA
-from .optimized import scaled_dot_product_attention_gqa as scaled_dot_product_attention_gqa
-from .placement import plan_placement as plan_placement
-from .pool import NUMAThreadPool as NUMAThreadPool
-from .process_pool import NUMAProcessPool as NUMAProcessPool
-from .receipt import Receipt as Receipt
-from .results import load_run as load_run
-from .results import load_runs as load_runs
-from .topology import Topology as Topology
-from .topology import read_topology as read_topology
+from .machine.topology import Topology as Topology
+from .machine.topology import read_topology as read_topology
+from .measurement.results import load_run as load_run
+from .measurement.results import load_runs as load_runs
+from .nodes.kv_cache import NodeShardedKVCache as NodeShardedKVCache
+from .nodes.one_node import NUMAOptimizedGQA as NUMAOptimizedGQA
+from .nodes.one_node import scaled_dot_product_attention_gqa as scaled_dot_product_attention_gqa
+from .nodes.optimal_node import bind_to_numa_node as bind_to_numa_node
+from .nodes.optimal_node import get_optimal_numa_node as get_optimal_numa_node
+from .nodes.optimal_node import rank_nodes as rank_nodes
+from .nodes.process_pool import NUMAProcessPool as NUMAProcessPool
+from .nodes.thread_pool import NUMAThreadPool as NUMAThreadPool
+from .placement.binding import Binding as Binding
+from .placement.binding import MemPolicy as MemPolicy
+from .placement.receipt import Receipt as Receipt
 
 __version__: str
 

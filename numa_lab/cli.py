@@ -13,8 +13,8 @@ from typing import Any
 import click
 
 from numa_lab import __version__
-from numa_lab.commands import near, to_paste
 from numa_lab.errors import InvalidInput, NumaLabError, UntrustedResult
+from numa_lab.machine.shell_commands import near, to_paste
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells say it: click's own 1 is that of a sweep some of whose executions failed
 
@@ -63,8 +63,8 @@ _root = click.option(
 @_root
 def topology(as_json: bool, root: str) -> None:
     """Nodes, CPUs, memory, distances, caches and GPUs, and what this process may use."""
-    from numa_lab.overview import overview
-    from numa_lab.topology import read_topology
+    from numa_lab.machine.overview import overview
+    from numa_lab.machine.topology import read_topology
 
     found = read_topology(root)
     if as_json:
@@ -78,7 +78,7 @@ def topology(as_json: bool, root: str) -> None:
 @_root
 def doctor(as_json: bool, root: str) -> None:
     """What on this machine spoils NUMA performance, and the exact fix; by --root on a captured one."""
-    from numa_lab import doctor as checks
+    from numa_lab.machine import doctor as checks
 
     findings = checks.examine(root)
     if as_json:
@@ -94,8 +94,8 @@ def probe(as_json: bool, seconds: float) -> None:
     """Read bandwidth and latency between all nodes."""
     from tqdm import tqdm
 
-    from numa_lab import probes
-    from numa_lab.topology import read_topology
+    from numa_lab.bandwidth import node_probes
+    from numa_lab.machine.topology import read_topology
 
     with tqdm(total=1, desc="probing", unit="cell", disable=None, leave=False) as bar:
 
@@ -103,11 +103,11 @@ def probe(as_json: bool, seconds: float) -> None:
             bar.total, bar.n = total, done
             bar.set_postfix_str(what)
 
-        found = probes.probe_nodes(read_topology(), seconds=seconds, progress=progress)
+        found = node_probes.probe_nodes(read_topology(), seconds=seconds, progress=progress)
     if as_json:
         _print_json(found.to_json())
     else:
-        click.echo(probes.render(found))
+        click.echo(node_probes.render(found))
 
 
 @main.command()
@@ -116,7 +116,7 @@ def probe(as_json: bool, seconds: float) -> None:
 @click.option("--refresh", is_flag=True, help="Measure anew, although a ranking is kept.")
 def detect(as_json: bool, shape: str | None, refresh: bool) -> None:
     """Which node runs attention best, and how sure that is."""
-    from numa_lab import optimal_node, rankings
+    from numa_lab.nodes import optimal_node, rankings
 
     ranking = optimal_node.rank_nodes(shape, refresh=refresh)
     if as_json:
@@ -154,9 +154,9 @@ def predict(
 
     Exactly one of --mlc, --run and --machine says what memory was measured. Nothing is run.
     """
-    from numa_lab import mlc as mlc_output
-    from numa_lab import placement
     from numa_lab.attention.shapes import preset
+    from numa_lab.bandwidth import advisor
+    from numa_lab.bandwidth import mlc as mlc_output
 
     if sum(given is not None for given in (mlc, run_dir, machine)) != 1:
         raise InvalidInput("expected exactly one of --mlc FILE, --run DIR and --machine NAME")
@@ -164,16 +164,16 @@ def predict(
     shape = preset(model, **{name: value for name, value in sizes.items() if value is not None})
     facts = None
     if run_dir is not None:
-        source, (facts, measured) = str(run_dir), placement.read_run(run_dir)
+        source, (facts, measured) = str(run_dir), advisor.read_run(run_dir)
     elif mlc is not None:
         source, measured = mlc, mlc_output.read_mlc(mlc)
     else:
         source, measured = f"{machine}, {mlc_output.SOURCE}", mlc_output.published(str(machine))
-    plan = placement.plan_placement(shape, facts, measured)
+    plan = advisor.plan_placement(shape, facts, measured)
     if as_json:
         _print_json({"source": source, **plan.to_json()})
     else:
-        click.echo(placement.render(plan, source))
+        click.echo(advisor.render(plan, source))
 
 
 @main.command()
@@ -213,13 +213,13 @@ def sweep(
 
     The path of the run directory is the last line on stdout.
     """
-    from numa_lab import notebook
-    from numa_lab import plan as plans
-    from numa_lab import sweep as sweeps
-    from numa_lab.topology import read_topology
-    from numa_lab.workloads import PROFILES
+    from numa_lab.experiments import notebook_runner
+    from numa_lab.experiments import sweep as sweeps
+    from numa_lab.experiments import sweep_plan as plans
+    from numa_lab.machine.topology import read_topology
+    from numa_lab.measurement.workloads import PROFILES
 
-    measured = notebook.find(notebook_path or sweeps.MEASURED_NOTEBOOK)
+    measured = notebook_runner.find(notebook_path or sweeps.MEASURED_NOTEBOOK)
     machine = read_topology()
     if resume:
         plan, run_dir = plans.load_plan(resume), resume
@@ -234,7 +234,7 @@ def sweep(
             bindings=plans.choose_bindings(bindings or PROFILES[profile].bindings, machine),
             topology=machine,
             measured=measured,
-            parameters=notebook.parse_parameters(measured, parameters),
+            parameters=notebook_runner.parse_parameters(measured, parameters),
             run_id=run_id,
             command=plans.typed(_typed(profile, bindings, executions, notebook_path, parameters), machine),
             executions=executions or 0,
@@ -248,7 +248,7 @@ def sweep(
         )
         return
     for binding in {planned.binding for planned in plans.missing(plan, run_dir)}:
-        notebook.require_tools(binding)
+        notebook_runner.require_tools(binding)
     with sweeps.alone():
         if not resume:
             plans.prepare(plan, run_dir, machine)
@@ -279,10 +279,10 @@ def _run(plan: Any, run_dir: Path, machine: Any, measured: Path, *, probes: bool
     """Run a plan with a progress bar; the number of executions that failed."""
     from tqdm import tqdm
 
-    from numa_lab import plan as plans
-    from numa_lab import sweep as sweeps
-    from numa_lab.measured import PROBES
-    from numa_lab.progress import ticking
+    from numa_lab.bandwidth.node_bandwidths import PROBES
+    from numa_lab.experiments import sweep as sweeps
+    from numa_lab.experiments import sweep_plan as plans
+    from numa_lab.experiments.progress import ticking
 
     todo = plans.missing(plan, run_dir)
     failed = 0
@@ -317,12 +317,12 @@ def _run(plan: Any, run_dir: Path, machine: Any, measured: Path, *, probes: bool
 @_as_json
 def verdict(run_dir: Path, as_json: bool) -> None:
     """Which bindings differ, by how much, and how sure that is."""
-    from numa_lab import stats
+    from numa_lab.measurement.comparison import compare
+    from numa_lab.measurement.results import load_machine, load_run
     from numa_lab.report import verdicts
-    from numa_lab.results import load_machine, load_run
 
     rows = load_run(run_dir)
-    found = stats.compare(rows)
+    found = compare(rows)
     if as_json:
         _print_json(found.to_json())
     else:

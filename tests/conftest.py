@@ -17,12 +17,14 @@ import pandas as pd
 import pytest
 from hypothesis import HealthCheck, settings
 
-from numa_lab import libnuma, results, sweep_lock
 from numa_lab.attention.shapes import preset
-from numa_lab.binding import Binding, MemPolicy
 from numa_lab.errors import NotPermitted, NumaLabError
-from numa_lab.sysfs import format_cpulist
-from numa_lab.topology import Cpu, Node, Topology
+from numa_lab.experiments import sweep_lock
+from numa_lab.machine import libnuma
+from numa_lab.machine.sysfs import format_cpulist
+from numa_lab.machine.topology import Cpu, Node, Topology
+from numa_lab.measurement import results
+from numa_lab.placement.binding import Binding, MemPolicy
 from still_running import StillRunning
 
 settings.register_profile("busy", settings.default, deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from numa_lab import openmp
+from numa_lab.placement import openmp
 
 MODULES = ("common", "peers", "progress", "sharded", "two_nodes")
 

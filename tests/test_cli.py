@@ -10,10 +10,10 @@ import pandas as pd
 import pytest
 from click.testing import CliRunner
 
-from numa_lab import mlc
-from numa_lab.binding import Binding
+from numa_lab.bandwidth import mlc
 from numa_lab.cli import main
-from numa_lab.topology import read_topology
+from numa_lab.machine.topology import read_topology
+from numa_lab.placement.binding import Binding
 
 
 def call(*words):
@@ -56,7 +56,7 @@ def test_bad_input_is_one_message_on_stderr(words, status, message):
 
 
 def test_ctrl_c_anywhere_is_no_failure_of_executions(monkeypatch):
-    monkeypatch.setattr("numa_lab.topology.read_topology", mock.Mock(side_effect=KeyboardInterrupt))
+    monkeypatch.setattr("numa_lab.machine.topology.read_topology", mock.Mock(side_effect=KeyboardInterrupt))
     result = call("sweep", "--profile", "smoke")
     assert (result.exit_code, result.stderr) == (130, "numa-lab: stopped\n")
 
@@ -144,7 +144,7 @@ def test_detect_names_a_node_in_a_sentence_or_in_json(monkeypatch, tmp_path):
         index=pd.Index([2, 0], name="node"),
     )  # fmt: skip
     ranking.attrs["noise_floor"] = 0.01
-    monkeypatch.setattr("numa_lab.optimal_node.rank_nodes", lambda shape, refresh: ranking)
+    monkeypatch.setattr("numa_lab.nodes.optimal_node.rank_nodes", lambda shape, refresh: ranking)
     said = "Node 2 is the best. Node 0 is slower by 11% to 14% (fewer cores)."
     shown = call("detect").stdout
     assert said in shown

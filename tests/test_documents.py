@@ -26,9 +26,9 @@ from sybil.parsers.abstract.doctest import DocTestStringParser
 from sybil.parsers.markdown.lexers import RawFencedCodeBlockLexer
 from sybil.parsers.rest import DocTestParser
 
-from numa_lab import notebook, plan, sweep
 from numa_lab.cli import main
-from numa_lab.topology import read_topology
+from numa_lab.experiments import notebook_runner, sweep, sweep_plan
+from numa_lab.machine.topology import read_topology
 
 ROOT = Path(__file__).parents[1]
 PAGES = [  # the source guide has tests of its own
@@ -51,7 +51,7 @@ FILLED_IN = {  # what a reader would
     "--run DIR": "--run data/runs/sample",
     "--root DIR": "--root /",
     "--resume DIR": "--resume data/runs/planned",
-    "--mlc FILE": "--mlc numa_lab/published/icelake_mlc.txt",
+    "--mlc FILE": "--mlc numa_lab/bandwidth/published/icelake_mlc.txt",
     "--machine NAME": "--machine icelake",
     "--preset NAME": "--preset llama-3-8b",
     "--shape NAME": "--shape llama-3-8b",
@@ -93,11 +93,11 @@ def workplace(tmp_path_factory):
     ignored = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "runs", "tests")
     shutil.copytree(ROOT, copy, ignore=ignored)
     shutil.copytree(ROOT / "data/sample/guest", copy / "data/runs/sample")
-    planned = plan.make_plan(
-        profile="smoke", bindings=plan.choose_bindings("local", TOPOLOGY), topology=TOPOLOGY,
-        measured=notebook.find(sweep.MEASURED_NOTEBOOK), parameters={}, run_id="planned", command="numa-lab sweep",
+    planned = sweep_plan.make_plan(
+        profile="smoke", bindings=sweep_plan.choose_bindings("local", TOPOLOGY), topology=TOPOLOGY,
+        measured=notebook_runner.find(sweep.MEASURED_NOTEBOOK), parameters={}, run_id="planned", command="numa-lab sweep",
     )  # fmt: skip
-    plan.prepare(planned, copy / "data/runs/planned", TOPOLOGY)
+    sweep_plan.prepare(planned, copy / "data/runs/planned", TOPOLOGY)
     (copy / ".venv/bin").mkdir(parents=True)
     (copy / ".venv/bin/activate").touch()  # what is active here stays so
     commands.mkdir()
@@ -200,7 +200,7 @@ def fenced_blocks(document):
 def text_of(page):
     if page.suffix == ".md":
         return page.read_text()
-    return "\n\n".join(cell.source for cell in notebook.read(page).cells if cell.cell_type == "markdown")
+    return "\n\n".join(cell.source for cell in notebook_runner.read(page).cells if cell.cell_type == "markdown")
 
 
 def page(text, path):
@@ -234,7 +234,7 @@ def test_what_is_shown_runs(path, workplace, monkeypatch):
 @pytest.mark.parametrize(
     ("block", "reason"),
     [
-        ("python\nfrom numa_lab.attention import simd", "cannot import name 'simd'"),
+        ("python\nfrom numa_lab.attention import numa", "cannot import name 'numa'"),
         ("python\n>>> 1 + 1\n3", "Expected: 3"),
         ("python\nprint(1)\n```\n```\n2", "printed: 1"),
         ("\nnot marked as text", "mark it as text"),

@@ -86,7 +86,7 @@ def test_a_kernel_is_interrupted_at_any_moment_and_goes_on(kernel):
     assert ended(client) == "ok"
     chance = random.Random(0)
     for loop in LOOPS * INTERRUPTS:
-        client.execute(loop)
+        client.execute(loop, stop_on_error=False)  # else the kernel drops what comes within .1 s of the interrupt
         while client.get_iopub_msg(timeout=REPLY_SECONDS)["msg_type"] != "stream":
             pass  # it has begun when it prints
         time.sleep(chance.uniform(0, 0.1))

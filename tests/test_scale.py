@@ -9,17 +9,20 @@ import time
 
 import pytest
 
-from numa_lab import notebook, placement, plan, receipt, stats
 from numa_lab.attention.shapes import preset
-from numa_lab.binding import Binding
-from numa_lab.measured import Measured
-from numa_lab.overview import overview
+from numa_lab.bandwidth import advisor
+from numa_lab.bandwidth.node_bandwidths import Measured
+from numa_lab.experiments import notebook_runner, sweep_plan
+from numa_lab.machine.overview import overview
+from numa_lab.machine.sysfs import format_cpulist
+from numa_lab.machine.topology import read_topology
+from numa_lab.measurement import comparison
+from numa_lab.measurement.results import load_machine, load_run
+from numa_lab.placement import receipt
+from numa_lab.placement.binding import Binding
 from numa_lab.report import figures, verdicts
-from numa_lab.results import load_machine, load_run
-from numa_lab.sysfs import format_cpulist
-from numa_lab.topology import read_topology
 
-MEASURED = notebook.find("02_attention_under_binding")
+MEASURED = notebook_runner.find("02_attention_under_binding")
 SECONDS = 2  # of CPU time, for topology and plan together
 
 
@@ -28,8 +31,8 @@ def test_a_large_machine_is_read_and_planned(captured, name, bindings):
     root = captured(name)
     begin = time.process_time()
     topology = read_topology(root)
-    chosen = plan.choose_bindings("matrix", topology)
-    made = plan.make_plan(
+    chosen = sweep_plan.choose_bindings("matrix", topology)
+    made = sweep_plan.make_plan(
         profile="quick",
         bindings=chosen,
         topology=topology,
@@ -88,8 +91,8 @@ def test_72_nodes_with_4608_cpus_are_read_and_planned(largest, monkeypatch):
     assert (len(topology.cpus), len(topology.sockets), topology.last_cache_bytes) == (CPUS, 36, NODES * 32 << 20)
     assert topology.cpus_for([71]) == tuple(range(71 * 32, 72 * 32))
     assert f"\n  71  248.0 GiB  238.4 GiB  yes            {format_cpulist(topology.node_cpus[71])}\n" in text
-    chosen = plan.choose_bindings("matrix", topology)
-    made = plan.make_plan(
+    chosen = sweep_plan.choose_bindings("matrix", topology)
+    made = sweep_plan.make_plan(
         profile="quick", bindings=chosen, topology=topology, measured=MEASURED, parameters={}, run_id="x", command=""
     )
     planned = time.process_time() - begin - read
@@ -97,9 +100,7 @@ def test_72_nodes_with_4608_cpus_are_read_and_planned(largest, monkeypatch):
     rows = tuple(tuple(9e10 if cpu == mem else 2e10 + cpu for mem in range(NODES)) for cpu in range(NODES))
     measured = Measured(topology.node_ids, rows, None, None)
     shape = preset("llama-3-8b")
-    predicted = placement.predict_bindings(
-        [(binding, shape) for binding in chosen for _ in range(9)], topology, measured
-    )
+    predicted = advisor.predict_bindings([(binding, shape) for binding in chosen for _ in range(9)], topology, measured)
     assert predicted[0].limit == "memory of node 0, 90.0 GB/s"
     assert read < 4
     assert planned < 15
@@ -116,5 +117,5 @@ def test_a_run_on_16_nodes_is_judged_and_drawn(synthetic_rows, synthetic_run):
     heatmap = figures.overhead_heatmap(rows)
     assert len(heatmap.table) >= len(labels)
     assert heatmap.png()
-    compared = stats.compare(rows)
+    compared = comparison.compare(rows)
     assert "takes 1.3" in verdicts.headline(rows, machine, compared)

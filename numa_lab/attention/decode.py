@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from numa_lab import openmp, simd
-from numa_lab.attention import addresses, autocast
+from numa_lab.attention import addresses, autocast, simd
 from numa_lab.attention.addresses import Same, guard, unwatched
 from numa_lab.attention.checks import check, require_options, require_tensors
-from numa_lab.attention.plans import KINDS, Plan, make_plan
+from numa_lab.attention.kernel_plan import KINDS, Plan, make_plan
 from numa_lab.errors import InvalidInput
+from numa_lab.placement import openmp
 
 MAX_HEAD_DIM = 256
 MAX_Q_LEN = 16

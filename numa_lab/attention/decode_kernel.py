@@ -17,7 +17,7 @@ from numba import cfunc, from_dtype, njit, types
 from numba.extending import intrinsic
 
 from numa_lab.attention import tiles
-from numa_lab.simd import CHANCES, STEP_BYTES, Rows
+from numa_lab.attention.simd import CHANCES, STEP_BYTES, Rows
 
 BLOCK = 64  # KV rows between two softmax steps
 TILE = 4  # query rows whose sums fit into registers together
@@ -28,7 +28,7 @@ LOWEST = np.float32(tiles.LOWEST)
 LOG2_E, LN_2 = math.log2(math.e), math.log(2)
 
 # What the threads get: first what differs between calls of one shape, then addresses of functions (the kernel's own, and
-# OpenMP's, for ``numa_lab.attention.regions``), strides in bytes, and counts. Fewer keys than `least_shared` are the first thread's
+# OpenMP's, for ``numa_lab.attention.openmp_regions``), strides in bytes, and counts. Fewer keys than `least_shared` are the first thread's
 # alone. `factor` is the scale of the scores times log2(e).
 CALL = ("arrived", "workspace", "query", "key", "value", "out", "lse", "mask", "kv_len")
 FIELDS = (

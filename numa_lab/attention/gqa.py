@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from numa_lab.attention import addresses, autocast, by_torch, decode, graphs, names
+from numa_lab.attention import addresses, autocast, backend_names, by_torch, decode, graphs
+from numa_lab.attention.backend_names import require_backend
 from numa_lab.attention.checks import check, require_options, require_tensors
-from numa_lab.attention.names import require_backend
 
 Arguments = tuple[Tensor, Tensor, Tensor, Tensor | None, float, bool, float | None, bool]
 Backend = Callable[[Tensor, Tensor, Tensor, Tensor | None, float, bool, float | None, bool], Tensor]
@@ -265,7 +265,7 @@ def _numba(
 
 
 BACKENDS: dict[str, Backend] = dict(
-    zip(names.BACKENDS, (_numba, by_torch.plain, by_torch.folded, by_torch.guide), strict=True)
+    zip(backend_names.BACKENDS, (_numba, by_torch.plain, by_torch.folded, by_torch.guide), strict=True)
 )
 
 

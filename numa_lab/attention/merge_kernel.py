@@ -13,7 +13,7 @@ from numba import cfunc, types
 
 from numa_lab.attention import tiles
 from numa_lab.attention.decode_kernel import LOG2_E, LOWEST, arguments_as, compiled
-from numa_lab.simd import Rows
+from numa_lab.attention.simd import Rows
 
 # `outputs` is [parts, rows, head_dim] and `lse` [parts, rows], float32 and natural; `space` has room for two rows of sums.
 FIELDS = ("outputs", "lse", "out", "space", "parts", "rows")

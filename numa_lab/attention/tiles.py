@@ -14,8 +14,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from numa_lab import simd
-from numa_lab.simd import FLOAT, I8, I16, I32, I64, Kind, Rows
+from numa_lab.attention import simd
+from numa_lab.attention.simd import FLOAT, I8, I16, I32, I64, Kind, Rows
 
 HEADROOM = 8.0  # binary orders by which weights may exceed 1: the reference of a softmax moves only when they would
 LOWEST = -3.4028234663852886e38  # the reference before the first score; -inf - -inf would be no number

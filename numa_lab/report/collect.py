@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from numa_lab import notebook, stats
+from numa_lab.experiments import notebook_runner
+from numa_lab.measurement import comparison
+from numa_lab.measurement.results import load_machine, load_run
 from numa_lab.report import verdicts
 from numa_lab.report.html import write_report
-from numa_lab.results import load_machine, load_run
 
 COLLECTING_NOTEBOOKS = ("06_cross_node_overhead", "07_optimization_guide")
 
@@ -28,18 +29,18 @@ def write(run_dir: Path) -> Written:
     Raises
     ------
     RunDirectoryError, MachineMismatch
-        As ``numa_lab.results.load_run`` does.
+        As ``numa_lab.measurement.results.load_run`` does.
     """
     rows, machine = load_run(run_dir), load_machine(run_dir)
     problems = tuple(problem for name in COLLECTING_NOTEBOOKS for problem in _execute(name, run_dir))
     path = write_report(run_dir)
-    return Written(path, verdicts.headline(rows, machine, stats.compare(rows)), problems)
+    return Written(path, verdicts.headline(rows, machine, comparison.compare(rows)), problems)
 
 
 def _execute(name: str, run_dir: Path) -> list[str]:
-    source = notebook.find(name)
+    source = notebook_runner.find(name)
     output = run_dir.resolve() / "notebooks" / source.name
     output.parent.mkdir(parents=True, exist_ok=True)
     log = output.with_suffix(".log")
-    outcome = notebook.execute(source, output, {"run_dir": str(run_dir.resolve())}, log=log)
-    return [f"{source.name}: {notebook.failure(outcome, log)}"] if outcome.exit_status != 0 else []
+    outcome = notebook_runner.execute(source, output, {"run_dir": str(run_dir.resolve())}, log=log)
+    return [f"{source.name}: {notebook_runner.failure(outcome, log)}"] if outcome.exit_status != 0 else []

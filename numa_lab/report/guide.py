@@ -12,11 +12,11 @@ from typing import Any
 
 import pandas as pd
 
-from numa_lab import stats
-from numa_lab.binding import Binding
-from numa_lab.commands import to_paste
+from numa_lab.machine.shell_commands import to_paste
+from numa_lab.measurement import comparison
+from numa_lab.measurement.comparison import Comparisons
+from numa_lab.placement.binding import Binding
 from numa_lab.report import verdicts
-from numa_lab.stats import Comparisons
 
 SOURCE_CLAIMS = {"gqa": 0.1707, "mha": 0.0437}  # slowest against fastest node, GQA and standard attention
 
@@ -62,13 +62,13 @@ class _Facts:
 
     def __init__(self, rows: pd.DataFrame, machine: Mapping[str, Any], compared: Comparisons) -> None:
         self.floor = compared.noise_floor
-        self.local = [label for label in verdicts.bindings(rows) if stats.is_local(label)]
+        self.local = [label for label in verdicts.bindings(rows) if comparison.is_local(label)]
         self.nodes = len(verdicts.usable_nodes(machine))
         self.best = verdicts.best_node(compared)
         self.tie = verdicts.nodes_tie(compared)
         self.slow = ", ".join(map(str, verdicts.slow_nodes(compared)))
         self.differ = verdicts.nodes_differ(compared)
-        self.executions = int(stats.execution_medians(rows).groupby("label")["execution_id"].nunique().min())
+        self.executions = int(comparison.execution_medians(rows).groupby("label")["execution_id"].nunique().min())
         self.unclear = sum(c.verdict == "unclear" for c in compared.comparisons)
         self.compared = len(compared.comparisons)
         # The same CPUs with other memory: a different number of threads would be another comparison.
@@ -79,9 +79,11 @@ class _Facts:
             if a.is_local != b.is_local and a.cpu_nodes == b.cpu_nodes and a.mem_nodes != b.mem_nodes
         ]
         self.remote_measured = bool(remote)
-        costs = [c.ratio if stats.is_local(c.b) else 1 / c.ratio for c in remote if c.verdict in ("slower", "faster")]
+        costs = [
+            c.ratio if comparison.is_local(c.b) else 1 / c.ratio for c in remote if c.verdict in ("slower", "faster")
+        ]
         self.remote_costs = sorted(costs)
-        spread = stats.spread(rows)
+        spread = comparison.spread(rows)
         self.spreads = {
             str(kind): float(value)
             for kind, value in spread[spread["phase"] == "decode"].groupby("attention")["spread"].median().items()
@@ -96,8 +98,8 @@ class _Facts:
 
 def _thread_gain(rows: pd.DataFrame) -> tuple[int, float, int] | None:
     """Most threads measured in decode, their speed-up over one, and the fewest threads within 5 % of the best time."""
-    medians = stats.execution_medians(rows[rows["phase"] == "decode"])
-    sizes = [name for name in stats.CASE if name != "threads"]
+    medians = comparison.execution_medians(rows[rows["phase"] == "decode"])
+    sizes = [name for name in comparison.CASE if name != "threads"]
     for _, case in medians.groupby(sizes, sort=False):
         times = case.groupby("threads")["seconds"].median()
         if len(times) > 1:
@@ -108,8 +110,8 @@ def _thread_gain(rows: pd.DataFrame) -> tuple[int, float, int] | None:
 
 def _batch_gain(rows: pd.DataFrame) -> tuple[int, float] | None:
     """Largest batch measured in decode, and its tokens per second over those of a batch of one."""
-    medians = stats.execution_medians(rows[rows["phase"] == "decode"])
-    sizes = [name for name in stats.CASE if name != "batch"]
+    medians = comparison.execution_medians(rows[rows["phase"] == "decode"])
+    sizes = [name for name in comparison.CASE if name != "batch"]
     for _, case in medians.groupby(sizes, sort=False):
         times = case.groupby("batch")["seconds"].median()
         if len(times) > 1:

@@ -22,10 +22,11 @@ import pandas as pd
 from markupsafe import Markup, escape
 from pandas.api.types import is_numeric_dtype
 
-from numa_lab import stats
-from numa_lab.commands import to_paste
-from numa_lab.measured import PROBES
-from numa_lab.plan import load_plan
+from numa_lab.bandwidth.node_bandwidths import PROBES
+from numa_lab.experiments.sweep_plan import load_plan
+from numa_lab.machine.shell_commands import to_paste
+from numa_lab.measurement import comparison
+from numa_lab.measurement.results import load_machine, load_prediction, load_run, read_json, whole
 from numa_lab.report import figures, guide, receipts, tables, verdicts
 from numa_lab.report.attachments import (
     MOST_URI_BYTES,
@@ -38,7 +39,6 @@ from numa_lab.report.attachments import (
     rows_csv,
 )
 from numa_lab.report.plots import DPI, Plot, number
-from numa_lab.results import load_machine, load_prediction, load_run, read_json, whole
 
 MOST_BYTES = 5_000_000
 MOST_ROWS = 60  # of a table on the page; the attached data hold the rest
@@ -64,7 +64,7 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
     Raises
     ------
     RunDirectoryError, MachineMismatch
-        As ``numa_lab.results.load_run`` does, and where the page can't be written.
+        As ``numa_lab.measurement.results.load_run`` does, and where the page can't be written.
     """
     folder = Path(run_dir)
     page = render(folder)
@@ -76,7 +76,7 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
 def render(run_dir: Path) -> str:
     """The page of a run, with as much of it as ``MOST_BYTES`` allow."""
     rows, machine, plan = load_run(run_dir), load_machine(run_dir), asdict(load_plan(run_dir))
-    compared, css = stats.compare(rows), (TEMPLATES / "report.css").read_text(encoding="utf-8")
+    compared, css = comparison.compare(rows), (TEMPLATES / "report.css").read_text(encoding="utf-8")
     probes = read_json(run_dir / PROBES) if (run_dir / PROBES).exists() else None
     facts = _facts(run_dir, rows, machine, plan, compared) | {"css": Markup(css)}
     plots, machine_plots = (
@@ -132,7 +132,11 @@ def _variants(
 
 
 def _facts(
-    run_dir: Path, rows: pd.DataFrame, machine: Mapping[str, Any], plan: Mapping[str, Any], compared: stats.Comparisons
+    run_dir: Path,
+    rows: pd.DataFrame,
+    machine: Mapping[str, Any],
+    plan: Mapping[str, Any],
+    compared: comparison.Comparisons,
 ) -> dict[str, Any]:
     """All of the page but figures and attachments."""
     notices = []

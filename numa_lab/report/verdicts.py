@@ -8,12 +8,12 @@ from typing import Any
 
 import pandas as pd
 
-from numa_lab import stats
-from numa_lab.binding import Binding, cpu_words
-from numa_lab.commands import to_paste
-from numa_lab.ratios import MIN_EXECUTIONS
-from numa_lab.receipt import least_huge_pages
-from numa_lab.stats import AA_SUFFIX, Comparison, Comparisons
+from numa_lab.machine.shell_commands import to_paste
+from numa_lab.measurement import comparison
+from numa_lab.measurement.comparison import AA_SUFFIX, Comparison, Comparisons
+from numa_lab.measurement.significance import MIN_EXECUTIONS
+from numa_lab.placement.binding import Binding, cpu_words
+from numa_lab.placement.receipt import least_huge_pages
 
 _EMULATED = "This machine is emulated: its times mean nothing, its placement does. "
 _UNSETTLED_IQR = 0.10
@@ -103,7 +103,7 @@ def placement_sentence(rows: pd.DataFrame) -> str:
 
 def cold_sentence(rows: pd.DataFrame) -> str:
     """How much longer the first call takes than the steady state."""
-    keys = ["execution_id", *stats.CASE]
+    keys = ["execution_id", *comparison.CASE]
     cold = rows[rows["cold"]].groupby(keys)["seconds"].first()
     steady = rows[~rows["cold"]].groupby(keys)["seconds"].median()
     ratio = (cold / steady).dropna()
@@ -117,8 +117,8 @@ def cold_sentence(rows: pd.DataFrame) -> str:
 
 def noise_sentence(rows: pd.DataFrame, compared: Comparisons) -> str:
     """The noise floor, the drift over the run order, and whether more executions are needed."""
-    order = stats.run_order(rows)
-    drift = stats.lag1_autocorrelation(order["relative"].tolist())
+    order = comparison.run_order(rows)
+    drift = comparison.lag1_autocorrelation(order["relative"].tolist())
     floor = (
         "There is no A/A pair, so no difference can be claimed"
         if math.isnan(compared.noise_floor)
@@ -132,9 +132,9 @@ def noise_sentence(rows: pd.DataFrame, compared: Comparisons) -> str:
 def instability(rows: pd.DataFrame) -> list[str]:
     """What makes the results doubtful and what to do about it, as sentences; empty where nothing does."""
     found = []
-    medians = stats.execution_medians(rows)
+    medians = comparison.execution_medians(rows)
     quartiles = (
-        rows[~rows["cold"]].groupby(["execution_id", *stats.CASE])["seconds"].quantile([0.25, 0.5, 0.75]).unstack()
+        rows[~rows["cold"]].groupby(["execution_id", *comparison.CASE])["seconds"].quantile([0.25, 0.5, 0.75]).unstack()
     )
     wide = ((quartiles[0.75] - quartiles[0.25]) / quartiles[0.5] > _UNSETTLED_IQR).mean()
     if wide > 0.25:
@@ -148,7 +148,7 @@ def instability(rows: pd.DataFrame) -> list[str]:
             f"{few} execution(s) per binding can't show a small effect: "
             f"run `{to_paste('numa-lab', 'sweep', '--profile', 'standard')}`."
         )
-    drift = stats.lag1_autocorrelation(stats.run_order(rows)["relative"].tolist())
+    drift = comparison.lag1_autocorrelation(comparison.run_order(rows)["relative"].tolist())
     if abs(drift) > _DRIFT:
         found.append(
             f"The times follow the run order (lag-1 autocorrelation {drift:.2f}): the machine was changing; repeat it."
@@ -158,7 +158,7 @@ def instability(rows: pd.DataFrame) -> list[str]:
 
 def commands(rows: pd.DataFrame, machine: Mapping[str, Any], compared: Comparisons) -> list[tuple[str, str]]:
     """What to type on this machine, each with its purpose."""
-    local = [label for label in bindings(rows) if stats.is_local(label)]
+    local = [label for label in bindings(rows) if comparison.is_local(label)]
     nodes = [Binding.parse(label).cpu_nodes[0] for label in local] or machine["topology"]["allowed_nodes"]
     best = best_node(compared)
     chosen = best if best is not None else next((n for n in nodes if n not in slow_nodes(compared)), nodes[0])
@@ -222,7 +222,7 @@ def nodes_differ(compared: Comparisons) -> bool:
 
 
 def _between_local(compared: Comparisons) -> list[Comparison]:
-    return [c for c in compared.comparisons if stats.is_local(c.a) and stats.is_local(c.b)]
+    return [c for c in compared.comparisons if comparison.is_local(c.a) and comparison.is_local(c.b)]
 
 
 def bandwidth_sentence(probes: Mapping[str, Any]) -> str:

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from numa_lab.attention import partial
-from numa_lab.attention.plans import Merge
+from numa_lab.attention.kernel_plan import Merge
 from numa_lab.attention.reference import attention as reference
-from numa_lab.openmp import run_on_team
+from numa_lab.placement.openmp import run_on_team
 
 ERROR = {
     torch.float32: 1e-6,

@@ -70,5 +70,5 @@ def test_fit_never_leaves_more_new_tokens_than_tokens():
 
 
 def test_shapes_do_not_need_torch():
-    code = "import numa_lab.attention.shapes, numa_lab.workloads, sys; assert 'torch' not in sys.modules"
+    code = "import numa_lab.attention.shapes, numa_lab.measurement.workloads, sys; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

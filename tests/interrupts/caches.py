@@ -10,9 +10,11 @@ from torch import Tensor
 
 from interrupts.aim import Target
 from interrupts.cases import CPUS, HEAD_DIM, KV_HEADS, NODE, Q_HEADS, attention, case, numbers, require_close
-from numa_lab import NodeShardedKVCache, kv_cache, memory
-from numa_lab.seats import Place
-from numa_lab.topology import read_topology
+from numa_lab import NodeShardedKVCache
+from numa_lab.machine.topology import read_topology
+from numa_lab.nodes import kv_cache
+from numa_lab.nodes.seats import Place
+from numa_lab.placement import memory
 
 TOKENS, BLOCK, ROOM = 600, 32, 200
 

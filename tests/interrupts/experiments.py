@@ -12,9 +12,13 @@ import torch
 
 from interrupts.aim import Target
 from interrupts.cases import CPUS, NODE, case
-from numa_lab import NUMAOptimizedGQA, decode_loop, memory, node_scaling, optimal_node, sampling
+from numa_lab import NUMAOptimizedGQA
 from numa_lab.attention.shapes import preset
-from numa_lab.topology import read_topology
+from numa_lab.experiments import decode_loop, node_scaling
+from numa_lab.machine.topology import read_topology
+from numa_lab.measurement import case_timing
+from numa_lab.nodes import optimal_node
+from numa_lab.placement import memory
 
 SHAPE = preset("llama-3-8b", kv_len=16, dtype="float32")
 
@@ -40,7 +44,7 @@ def two_nodes() -> Iterator[tuple[int, ...]]:
 
     with (
         mock.patch.object(optimal_node, "read_topology", return_value=topology),
-        mock.patch.object(sampling, "memory", mock.Mock(wraps=memory, empty=here)),
+        mock.patch.object(case_timing, "memory", mock.Mock(wraps=memory, empty=here)),
     ):
         yield tuple(halves)
 

@@ -9,9 +9,11 @@ import torch
 from interrupts import threads
 from interrupts.aim import Target
 from interrupts.cases import CPUS, NODE, Q_HEADS, attention, case, numbers, require_close
-from numa_lab import NUMAOptimizedGQA, gqa_attention, libnuma, memory
+from numa_lab import NUMAOptimizedGQA, gqa_attention
 from numa_lab.attention.decode import decode_attention
-from numa_lab.team import pinned_team
+from numa_lab.machine import libnuma
+from numa_lab.placement import memory
+from numa_lab.placement.pinned_team import pinned_team
 
 TOKENS = 300
 QUERY, KEY, VALUE = numbers(1, Q_HEADS), numbers(TOKENS), numbers(TOKENS).flip(2)

@@ -13,8 +13,8 @@ from pathlib import Path
 import psutil
 
 from interrupts.aim import FURTHEST, Shot
-from numa_lab import sweep_lock
-from numa_lab.plan import PLAN
+from numa_lab.experiments import sweep_lock
+from numa_lab.experiments.sweep_plan import PLAN
 
 NAME = "sweep"
 SHARE = 0.002  # of the alarms: each takes two sweeps
@@ -33,7 +33,8 @@ SWEEP = f"""
 import os, signal
 from pathlib import Path
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from numa_lab import cli, sweep_lock
+from numa_lab import cli
+from numa_lab.experiments import sweep_lock
 own = "numa_lab.interrupted." + os.environ["{MARK}"]
 sweep_lock.NAME, sweep_lock.FILE = "\\0" + own, sweep_lock.FILE.with_name(own)
 cli.main()

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from numa_lab import openmp
+from numa_lab.placement import openmp
 
 PATIENCE_SECONDS = 5.0  # for threads that were told to end
 

@@ -185,10 +185,11 @@ class Inner:
         if "torch" in sys.modules:
             import scipy.stats  # noqa: F401 (numa_lab imports it late)
 
-            from numa_lab import openmp, reading, thread_state
+            from numa_lab.bandwidth import read_probe
+            from numa_lab.placement import openmp, thread_state
 
             own = thread_state._exchange, thread_state._look, openmp._note_id, openmp._on_workers
-            for compile_once in (*own, reading._team_body):
+            for compile_once in (*own, read_probe._team_body):
                 compile_once()
 
     def pytest_runtest_protocol(self, item: pytest.Item) -> bool:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from numa_lab import doctor
-from numa_lab.topology import read_topology
+from numa_lab.machine import doctor
+from numa_lab.machine.topology import read_topology
 from seccomp import refuse
 
 MIB = 1 << 20

@@ -4,10 +4,11 @@ import os
 
 import pytest
 
-from numa_lab import libnuma, plan
-from numa_lab.binding import Binding, effective
 from numa_lab.errors import NodeUnavailable
-from numa_lab.topology import read_topology
+from numa_lab.experiments import sweep_plan
+from numa_lab.machine import libnuma
+from numa_lab.machine.topology import read_topology
+from numa_lab.placement.binding import Binding, effective
 
 MACHINES = {  # CPUs of each node, nodes with memory, physical cores, effective nodes
     "two-sockets": ({0: (0, 1), 1: (2, 3), 2: (4, 5), 3: ()}, (0, 1, 2, 3), 6, (0, 1, 2)),
@@ -44,8 +45,8 @@ def test_a_node_without_memory_computes_on_the_memory_of_others():
         assert granted == Binding.parse("c1m2")
         assert os.sched_getaffinity(0) == {2, 3}
     assert effective(topology).policy.value == "default"
-    assert list(map(str, plan.choose_bindings("local", topology))) == ["c0m0", "c2m2"]
-    assert "c1m0" in map(str, plan.choose_bindings("matrix", topology))
+    assert list(map(str, sweep_plan.choose_bindings("local", topology))) == ["c0m0", "c2m2"]
+    assert "c1m0" in map(str, sweep_plan.choose_bindings("matrix", topology))
 
 
 @pytest.mark.guest("gaps")

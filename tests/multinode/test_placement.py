@@ -5,23 +5,27 @@ import threading
 
 import pytest
 import torch
-from test_seats import Work
+from seat_work import Work
 
 from multinode import witness
-from numa_lab import libnuma, memory, node_scaling, openmp, run, sampling, seats, team
 from numa_lab.attention.reference import attention as reference
 from numa_lab.attention.shapes import preset
-from numa_lab.binding import Binding
+from numa_lab.bandwidth.node_bandwidths import Measured
 from numa_lab.errors import InvalidInput, NodeUnavailable
-from numa_lab.kv_cache import NodeShardedKVCache
-from numa_lab.measured import Measured
-from numa_lab.optimized import NUMAOptimizedGQA
-from numa_lab.pool import NUMAThreadPool, node_of
-from numa_lab.process_pool import NUMAProcessPool
-from numa_lab.receipt import Receipt
-from numa_lab.sampling import KVPool, sample_case
-from numa_lab.topology import read_topology
-from numa_lab.workloads import Case
+from numa_lab.experiments import execution, node_scaling
+from numa_lab.machine import libnuma
+from numa_lab.machine.topology import read_topology
+from numa_lab.measurement import case_timing
+from numa_lab.measurement.case_timing import KVPool, sample_case
+from numa_lab.measurement.workloads import Case
+from numa_lab.nodes import seats
+from numa_lab.nodes.kv_cache import NodeShardedKVCache
+from numa_lab.nodes.one_node import NUMAOptimizedGQA
+from numa_lab.nodes.process_pool import NUMAProcessPool
+from numa_lab.nodes.thread_pool import NUMAThreadPool, node_of
+from numa_lab.placement import memory, openmp, pinned_team
+from numa_lab.placement.binding import Binding
+from numa_lab.placement.receipt import Receipt
 
 MIB = 1 << 20
 SHAPE = preset("llama-3-8b", kv_len=64)
@@ -67,8 +71,8 @@ def test_threads_and_pages_are_where_the_receipt_says(monkeypatch, topology, lab
         checked.append(tensor)
         return found
 
-    monkeypatch.setattr(sampling.memory, "locate", locate)
-    with binding.bind(topology) as granted, team.pinned_team(cpus, libnuma.get_mempolicy()) as pinned:
+    monkeypatch.setattr(case_timing.memory, "locate", locate)
+    with binding.bind(topology) as granted, pinned_team.pinned_team(cpus, libnuma.get_mempolicy()) as pinned:
         assert granted == binding
         assert len(pinned) == len(cpus)
         pool = KVPool(8 * MIB)
@@ -115,9 +119,9 @@ def test_k_and_v_lie_where_one_thread_touched_them_first(topology, node):
     identity = {"label": label, "binding": label}
     with Binding.parse(label).bind(topology) as granted:
         assert str(granted) == "c0-2m*"
-        pool = run.start(profile="smoke", preset="llama-3-8b", kv_len=512, execution=identity).pool()
+        pool = execution.start(profile="smoke", preset="llama-3-8b", kv_len=512, execution=identity).pool()
         assert witness.pages(pool.block) == {node: pool.block.nbytes // witness.PAGE}
-        with team.pinned_team(cpus):
+        with pinned_team.pinned_team(cpus):
             rows = sample_case(
                 Case(SHAPE, len(cpus)), pool, requested=Binding.parse(label), granted=granted, topology=topology,
                 backend="auto", seconds=0.3, identity=identity,
@@ -208,7 +212,7 @@ def test_two_teams_at_once_do_not_disturb_each_other(topology):
         cpus = topology.cpus_of([node])
         for turn in range(20):
             together.wait()
-            with team.pinned_team(cpus, (libnuma.MPOL_BIND, [other])):
+            with pinned_team.pinned_team(cpus, (libnuma.MPOL_BIND, [other])):
                 masks = [thread.cpus for thread in openmp.team()]
                 tensor = small(64)
                 policies = set(openmp.run_on_each(lambda _number: libnuma.get_mempolicy(), len(cpus)))

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from multinode import witness
-from numa_lab import libnuma, memory, recycled, team
-from numa_lab.optimized import NUMAOptimizedGQA
-from numa_lab.pool import NUMAThreadPool
-from numa_lab.topology import read_topology
+from numa_lab.machine import libnuma
+from numa_lab.machine.topology import read_topology
+from numa_lab.nodes.one_node import NUMAOptimizedGQA
+from numa_lab.nodes.thread_pool import NUMAThreadPool
+from numa_lab.placement import memory, pinned_team, recycled_memory
 from seccomp import refuse
 
 pytestmark = pytest.mark.filterwarnings("ignore:numa_lab's decode kernel")  # the guest's CPUs are too old for it
@@ -41,7 +42,7 @@ def inner_pages(tensor):
 
 def free_memory_on(node):
     """Has malloc keep freed memory of a node, between tensors that are returned: an allocation of 32 MiB that is freed allows it to."""
-    with team.pinned_team(read_topology().cpus_of([0]), (libnuma.MPOL_BIND, [node])):
+    with pinned_team.pinned_team(read_topology().cpus_of([0]), (libnuma.MPOL_BIND, [node])):
         new(32 * MIB - 64 * KIB)
         return [new(size) for size in SIZES[:-1] for _ in range(2)][::2]
 
@@ -137,7 +138,7 @@ def test_memory_with_a_policy_of_its_own_and_calls_from_outside_move_nothing():
         helper.compute(query, *spread)
     assert all(witness.pages(tensor).keys() == {2} for tensor in bound)
     assert all(len(witness.pages(tensor)) == 4 for tensor in spread)
-    with team.pinned_team(read_topology().cpus_of([2]), (libnuma.MPOL_BIND, [2])):
+    with pinned_team.pinned_team(read_topology().cpus_of([2]), (libnuma.MPOL_BIND, [2])):
         query, key, value = qkv()
     where = witness.pages(key)
     helper.compute(query, key, value)
@@ -154,7 +155,7 @@ def test_tasks_of_pools_and_what_is_scattered_lie_on_their_nodes():
                 copies = pool.scatter(made)
                 assert [list(witness.pages(tensor)) for tensor in copies] == [[0], [1], [2]]
             # Touched first by this thread, on another node, and freed: the leader would get it again.
-            with team.pinned_team(read_topology().cpus_of([0]), (libnuma.MPOL_BIND, [3])):
+            with pinned_team.pinned_team(read_topology().cpus_of([0]), (libnuma.MPOL_BIND, [3])):
                 pool.execute_on_numa(torch.empty, 4 * MIB // 4, numa_node=2).fill_(1)
             assert list(inner_pages(pool.execute_on_numa(new, 4 * MIB, numa_node=2))) == [2]
 
@@ -162,9 +163,9 @@ def test_tasks_of_pools_and_what_is_scattered_lie_on_their_nodes():
 def test_what_cannot_be_kept_is_told_once_and_contradicts():
     _between = free_memory_on(3)
     refuse(["move_pages", "madvise", "mbind"])
-    recycled.gives_back.cache_clear()
+    recycled_memory.gives_back.cache_clear()
     memory.locator.cache_clear()
-    assert not recycled.gives_back()
+    assert not recycled_memory.gives_back()
     helper = NUMAOptimizedGQA(1)
     with helper:
         query, key, value = qkv(24 * KIB)

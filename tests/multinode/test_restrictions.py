@@ -7,20 +7,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_seats import Work
+from seat_work import Work
 
 from multinode import witness
-from numa_lab import libnuma, memory, seats, team
 from numa_lab.attention.shapes import preset
-from numa_lab.binding import Binding, effective
 from numa_lab.errors import NodeUnavailable, NotPermitted
-from numa_lab.kv_cache import NodeShardedKVCache
-from numa_lab.optimized import NUMAOptimizedGQA
-from numa_lab.pool import NUMAThreadPool
-from numa_lab.receipt import Receipt
-from numa_lab.sampling import KVPool, sample_case
-from numa_lab.topology import read_topology
-from numa_lab.workloads import Case
+from numa_lab.machine import libnuma
+from numa_lab.machine.topology import read_topology
+from numa_lab.measurement.case_timing import KVPool, sample_case
+from numa_lab.measurement.workloads import Case
+from numa_lab.nodes import seats
+from numa_lab.nodes.kv_cache import NodeShardedKVCache
+from numa_lab.nodes.one_node import NUMAOptimizedGQA
+from numa_lab.nodes.thread_pool import NUMAThreadPool
+from numa_lab.placement import memory, pinned_team
+from numa_lab.placement.binding import Binding, effective
+from numa_lab.placement.receipt import Receipt
 from seccomp import refuse
 
 pytestmark = pytest.mark.guest("two-sockets")
@@ -31,7 +33,7 @@ SHAPE = preset("llama-3-8b", kv_len=64)
 
 def measured(binding, pool, topology, seconds=0.3):
     cpus = sorted(os.sched_getaffinity(0))
-    with team.pinned_team(cpus):
+    with pinned_team.pinned_team(cpus):
         rows = sample_case(
             Case(SHAPE, len(cpus)), pool, requested=binding, granted=effective(topology), topology=topology,
             backend="auto", seconds=seconds, identity={"label": str(binding)},

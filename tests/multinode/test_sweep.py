@@ -31,8 +31,8 @@ def test_every_pair_of_nodes_is_measured_and_passes_the_gate():
 
 @pytest.mark.guest(None)
 def test_each_receipt_matches_its_label():
-    from numa_lab.receipt import Receipt
-    from numa_lab.results import load_run
+    from numa_lab.measurement.results import load_run
+    from numa_lab.placement.receipt import Receipt
 
     rows = load_run(RUN)
     assert set(rows["label"]) == LABELS

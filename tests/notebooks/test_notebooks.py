@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from numa_lab import notebook
+from numa_lab.experiments import notebook_runner
 
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
 SAMPLE = Path(__file__).parents[2] / "data" / "sample"
@@ -14,7 +14,7 @@ SAMPLE = Path(__file__).parents[2] / "data" / "sample"
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_has_the_common_form(path):
-    cells = notebook.read(path).cells
+    cells = notebook_runner.read(path).cells
     code = [cell.source for cell in cells if cell.cell_type == "code"]
     assert len(cells) <= 15
     assert cells[0].source.startswith(f"# {path.name[:2]} · ")
@@ -23,7 +23,7 @@ def test_a_notebook_has_the_common_form(path):
     assert not re.search(r"^\s*(def|class) ", "\n".join(code), re.MULTILINE)
     assert "bad " in " ".join(cell.source for cell in cells if cell.cell_type == "markdown")
     assert cells[-1].source.startswith("## Where to go next")
-    for parameter in notebook.parameters_of(path).values():
+    for parameter in notebook_runner.parameters_of(path).values():
         assert parameter["help"], f"{parameter['name']} has no comment that says what it means"
 
 
@@ -33,7 +33,7 @@ def test_they_are_numbered_without_gaps():
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_links_lead_somewhere(path):
-    text = "\n".join(cell.source for cell in notebook.read(path).cells if cell.cell_type == "markdown")
+    text = "\n".join(cell.source for cell in notebook_runner.read(path).cells if cell.cell_type == "markdown")
     for target in re.findall(r"\]\(([^)]+)\)", text):
         assert (path.parent / target).exists(), target
 
@@ -53,9 +53,9 @@ def test_links_lead_somewhere(path):
 )
 def test_a_notebook_runs_and_every_figure_has_alternative_text(name, parameters, tmp_path):
     output, log = tmp_path / "out.ipynb", tmp_path / "log"
-    outcome = notebook.execute(notebook.find(name), output, parameters, log=log)
-    assert outcome.exit_status == 0, notebook.failure(outcome, log)
-    outputs = [output for cell in notebook.read(output).cells for output in cell.get("outputs", ())]
+    outcome = notebook_runner.execute(notebook_runner.find(name), output, parameters, log=log)
+    assert outcome.exit_status == 0, notebook_runner.failure(outcome, log)
+    outputs = [output for cell in notebook_runner.read(output).cells for output in cell.get("outputs", ())]
     figures = [output for output in outputs if "image/png" in output.get("data", {})]
     assert figures
     assert all(len(figure.metadata["image/png"]["alt"]) > 20 for figure in figures)

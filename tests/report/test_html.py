@@ -12,9 +12,9 @@ from axe_playwright_python.sync_playwright import Axe
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from numa_lab.errors import MachineMismatch, RunDirectoryError
+from numa_lab.measurement.results import read_json, write_json
 from numa_lab.report import figures, html
 from numa_lab.report.html import write_report
-from numa_lab.results import read_json, write_json
 
 DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
 FOUR_NODES = ("c0m0", "c1m1", "c2m2", "c3m3", "c0m3", "c3m0", "c0-3i0-3")

@@ -8,7 +8,7 @@ import pytest
 from matplotlib.text import Text
 from PIL import Image
 
-from numa_lab import stats
+from numa_lab.measurement import comparison
 from numa_lab.report import figures, plots
 
 ONE_NODE_ONE_EXECUTION = {"labels": ("c0m0",), "executions": 1}
@@ -133,7 +133,7 @@ def test_a_notebook_shows_a_figure_once_with_its_alt_text_and_its_table(matrix_r
 def test_measurements_stand_beside_what_was_predicted(matrix_rows):
     cases = figures.against_prediction(matrix_rows, pd.DataFrame())
     assert cases.empty
-    decode = matrix_rows[matrix_rows["phase"] == "decode"].drop_duplicates(["label", *stats.CASE])
+    decode = matrix_rows[matrix_rows["phase"] == "decode"].drop_duplicates(["label", *comparison.CASE])
     usual = decode.groupby("label")["seconds"].transform("median")
     predicted = decode.assign(seconds=usual / 2, limit="memory of node 0").drop(columns=["backend", "phase"])
     plot = check(figures.prediction(matrix_rows, predicted[~predicted["label"].str.contains("~|\\*")]))

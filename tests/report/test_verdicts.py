@@ -1,14 +1,14 @@
 import pytest
 
-from numa_lab import stats
 from numa_lab.errors import UntrustedResult
+from numa_lab.measurement import comparison
 from numa_lab.report import guide, receipts, verdicts
 
 LABELS = ("c0m0", "c0m1", "c1m0", "c1m1")
 
 
 def told(rows, machine):
-    return verdicts.headline(rows, machine, stats.compare(rows))
+    return verdicts.headline(rows, machine, comparison.compare(rows))
 
 
 def test_one_node_has_nothing_to_compare(synthetic_rows, synthetic_machine):
@@ -32,26 +32,26 @@ def test_an_effect_is_told_with_its_size_and_an_absent_one_as_absent(synthetic_r
 def test_an_emulated_machine_says_that_its_times_mean_nothing(synthetic_rows, synthetic_machine):
     machine, rows = synthetic_machine(1, emulated=True), synthetic_rows()
     assert told(rows, machine).startswith("This machine is emulated: its times mean nothing")
-    assert "emulated" in guide.markdown(rows, machine, stats.compare(rows))
-    assert "模拟" in guide.markdown(rows, machine, stats.compare(rows), language="zh")
+    assert "emulated" in guide.markdown(rows, machine, comparison.compare(rows))
+    assert "模拟" in guide.markdown(rows, machine, comparison.compare(rows), language="zh")
 
 
 def test_the_best_node_is_named_only_where_one_was_shown(synthetic_rows, synthetic_machine):
     machine = synthetic_machine(2)
     rows = synthetic_rows(("c0m0", "c1m1"), effects={"c0m0": 1.2}, executions=6)
-    compared = stats.compare(rows)
+    compared = comparison.compare(rows)
     assert verdicts.best_node(compared) == 1
     assert verdicts.commands(rows, machine, compared)[0][1].startswith("numactl --cpunodebind=1 --membind=1")
     machine["topology"]["allowed_cpus"] = [0, 1, 2]
     assert verdicts.commands(rows, machine, compared)[0][1].startswith("numactl --physcpubind=2 --membind=1")
     assert "numactl --cpunodebind=0 --membind=0" in verdicts.commands(rows, machine, compared)[-1][1]
-    tie = stats.compare(synthetic_rows(("c0m0", "c1m1"), executions=6))
+    tie = comparison.compare(synthetic_rows(("c0m0", "c1m1"), executions=6))
     assert verdicts.best_node(tie) is None
 
 
 def test_the_guide_says_the_same_in_both_languages(synthetic_rows, synthetic_machine):
     rows, machine = synthetic_rows(LABELS, effects={"c0m1": 1.4, "c1m0": 1.4}, executions=6), synthetic_machine(2)
-    compared = stats.compare(rows)
+    compared = comparison.compare(rows)
     english, chinese = (guide.markdown(rows, machine, compared, language=language) for language in ("en", "zh"))
     for number in ("17.07%", "4.37%", "1.4", "numactl --cpunodebind=0 --membind=0"):
         assert number in english
@@ -62,7 +62,7 @@ def test_the_guide_says_the_same_in_both_languages(synthetic_rows, synthetic_mac
 def test_each_sentence_survives_a_run_that_holds_little(synthetic_rows, synthetic_machine):
     rows = synthetic_rows(executions=1)
     for some in (rows, rows[rows["phase"] == "prefill"], rows[rows["threads"] == 1]):
-        compared = stats.compare(some)
+        compared = comparison.compare(some)
         for sentence in (
             told(some, synthetic_machine(1)),
             verdicts.limit_sentence(some),
@@ -115,7 +115,7 @@ def test_probe_sentences(synthetic_rows):
 
 def test_a_node_is_best_only_where_it_beats_every_other_and_loses_nowhere(synthetic_rows, synthetic_machine):
     rows, machine = synthetic_rows(("c0m0", "c1m1", "c2m2"), effects={"c0m0": 1.2}, executions=6), synthetic_machine(3)
-    three = stats.compare(rows)
+    three = comparison.compare(rows)
     assert verdicts.best_node(three) is None  # nodes 1 and 2 are not told apart
     assert verdicts.slow_nodes(three) == [0]
     assert "--cpunodebind=1 " in verdicts.commands(rows, machine, three)[0][1]
@@ -123,21 +123,23 @@ def test_a_node_is_best_only_where_it_beats_every_other_and_loses_nowhere(synthe
     rows = synthetic_rows(("c0m0", "c1m1"), executions=8)
     rows.loc[(rows["label"] == "c1m1") & (rows["phase"] == "prefill"), "seconds"] *= 1.3
     rows.loc[(rows["label"] == "c1m1") & (rows["phase"] == "decode"), "seconds"] /= 1.3
-    compared = stats.compare(rows)
+    compared = comparison.compare(rows)
     assert verdicts.best_node(compared) is None
     assert "none is the fastest throughout" in guide.markdown(rows, synthetic_machine(2), compared)
 
 
 def test_what_was_not_told_apart_is_not_called_a_tie(synthetic_rows, synthetic_machine):
     rows = synthetic_rows(("c0m0", "c1m1"), noise=0.2, executions=3)
-    assert "could not be told apart" in guide.markdown(rows, synthetic_machine(2), stats.compare(rows))
+    assert "could not be told apart" in guide.markdown(rows, synthetic_machine(2), comparison.compare(rows))
     quiet = synthetic_rows(("c0m0", "c1m1"), noise=0.001, executions=8)
-    assert "nodes tie" in guide.markdown(quiet, synthetic_machine(2), stats.compare(quiet))
+    assert "nodes tie" in guide.markdown(quiet, synthetic_machine(2), comparison.compare(quiet))
 
 
 def test_memory_of_the_same_node_is_not_called_remote_because_no_policy_binds_it(synthetic_rows, synthetic_machine):
     rows = synthetic_rows(("c0m0", "c0f0"), effects={"c0f0": 1.3})
-    assert "No other node's memory was measured." in guide.markdown(rows, synthetic_machine(2), stats.compare(rows))
+    assert "No other node's memory was measured." in guide.markdown(
+        rows, synthetic_machine(2), comparison.compare(rows)
+    )
 
 
 def test_nothing_to_compare_says_why(synthetic_rows, synthetic_machine):

@@ -1,0 +1,150 @@
+"""Compiled kernels, kept in memory and on disk: compiling one takes seconds, loading it some milliseconds.
+
+Numba's own cache hardly helps here (it compiles on, from what it stored), so the finished machine code is stored, through
+llvmlite's public interface. A file is named after all that decides about its content: this package's sources, the versions
+of Numba and llvmlite, the CPU and its features. It is written under another name and renamed, so that any number of
+processes may share the folder, and begins with a checksum, so that a damaged one is made anew. Where it can't be kept (no home,
+a folder that can't be written, a full disk) each process compiles for itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+import sys
+import tempfile
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import Any, Protocol
+
+import llvmlite
+import llvmlite.binding as llvm
+import numba
+
+from numa_lab.attention import decode_kernel, simd, tiles
+from numa_lab.machine import cache_folder
+
+_ENTRY = "numa_lab_kernel"
+_DIGEST_BYTES = hashlib.sha256().digest_size
+_engines: list[Any] = []  # they own the machine code
+
+
+class Spec(Protocol):
+    """One version of a kernel; what it is written as names it."""
+
+    def build(self) -> Any:
+        """Let Numba compile it."""
+
+
+@cache
+def address(spec: Spec) -> int:
+    """Address of one version of a kernel: loaded from disk, or compiled and stored."""
+    kept = folder()
+    path = kept / f"kernel-{_fingerprint(spec)}.o" if kept else None
+    code = _read(path) if path else None
+    if code is None:
+        code = machine_code(spec)
+        if path:
+            _write(path, code)
+    return _load(code)
+
+
+def folder() -> Path | None:
+    """Where compiled kernels are kept; None where this user has no place for them."""
+    kept = cache_folder.path()
+    return kept / "kernels" if kept else None
+
+
+def machine_code(spec: Spec) -> bytes:
+    """Compile one version of the kernel for this CPU, as an object file that needs nothing but the C library's mathematics."""
+    target = _target_machine()
+    return bytes(target.emit_object(_module(spec, target)))
+
+
+def assembly(spec: Spec, target: Any = None) -> str:
+    """The same as text, for reading; for another CPU where llvmlite's ``TargetMachine`` of it is given."""
+    target = target or _target_machine()
+    return str(target.emit_assembly(_module(spec, target)))
+
+
+def _module(spec: Spec, target: Any) -> Any:
+    """Numba's code for a version, optimised as a whole.
+
+    Numba links each function as one that others may replace, and so keeps its ways of raising Python errors. Made private
+    to the module they prove impossible, and the passes remove them.
+    """
+    entry = spec.build()
+    module = llvm.parse_assembly(entry.inspect_llvm())
+    for function in module.functions:
+        if not function.is_declaration and function.name != entry.native_name:
+            function.linkage = "internal"
+    module.get_function(entry.native_name).name = _ENTRY
+    module.triple, module.data_layout = target.triple, str(target.target_data)
+    passes = llvm.create_pass_builder(target, llvm.create_pipeline_tuning_options(speed_level=3))
+    passes.getModulePassManager().run(module, passes)
+    return module
+
+
+def _target_machine() -> Any:
+    return llvm.Target.from_default_triple().create_target_machine(
+        cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), opt=3, jit=True
+    )
+
+
+def _load(code: bytes) -> int:
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _target_machine())
+    engine.add_object_file(llvm.ObjectFileRef.from_data(code))
+    engine.finalize_object()
+    _engines.append(engine)
+    return int(engine.get_function_address(_ENTRY))
+
+
+@cache
+def _origin(module: str) -> bytes:
+    """Digest of all that decides about the code of a module's kernels."""
+    digest = hashlib.sha256()
+    for source in (simd, tiles, decode_kernel, sys.modules[module]):
+        digest.update(Path(str(source.__file__)).read_bytes())
+    facts = (
+        numba.__version__, llvmlite.__version__, numba.config.OPT, llvm.get_host_cpu_name(),
+        llvm.get_host_cpu_features().flatten(),
+    )  # fmt: skip
+    digest.update(repr(facts).encode())
+    return digest.digest()
+
+
+def _fingerprint(spec: Spec) -> str:
+    return hashlib.sha256(_origin(type(spec).__module__) + repr(spec).encode()).hexdigest()[:32]
+
+
+def _read(path: Path) -> bytes | None:
+    """The code that was kept; None where there is none that can be used.
+
+    It runs in this process, so it is taken from this user and from root alone: XDG_CACHE_HOME may name a folder of many users.
+    """
+    try:
+        # Without waiting: whatever else may bear the name, as a pipe, is no code.
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            about = os.fstat(file.fileno())
+            if not stat.S_ISREG(about.st_mode) or about.st_uid not in (0, os.geteuid()):
+                return None
+            stored = file.read()
+    except OSError:  # there is none, or this user may not see it: it is compiled
+        return None
+    code = stored[_DIGEST_BYTES:]
+    return code if hashlib.sha256(code).digest() == stored[:_DIGEST_BYTES] else None
+
+
+def _write(path: Path, code: bytes) -> None:
+    """Keep the code for other processes, where the folder can be written: without it, each compiles for itself."""
+    with suppress(
+        OSError
+    ):  # as where the folder can't be made, is none, or can't be written, and where the disk is full
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # A file that is not renamed, as it was not written whole, is removed.
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".", ignore_cleanup_errors=True) as own:
+            whole = Path(own) / path.name
+            whole.write_bytes(hashlib.sha256(code).digest() + code)
+            os.replace(whole, path)

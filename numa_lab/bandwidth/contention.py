@@ -1,0 +1,121 @@
+"""How fast memory can be read by several nodes at once: the limits of a machine, from bandwidths of pairs of nodes.
+
+Bytes take as long as the slowest of these lets them: each path from CPUs to memory, the memory of each node, the CPUs of
+each node, the link from each socket to each other, and all nodes together. ``numa_lab.bandwidth.roofline`` says how each is known.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from statistics import median
+
+from numa_lab.bandwidth.node_bandwidths import Groups, Measured
+from numa_lab.machine.sysfs import format_cpulist
+
+Traffic = Mapping[tuple[int, int], float]  # bytes, by node of the CPUs and node of the memory
+_Limit = tuple[str, int, int]  # what limits, and whose: nodes of a path, a node twice, or sockets of a link
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The limits of a machine.
+
+    Parameters
+    ----------
+    measured
+        Bandwidths between its nodes: traffic may be between those that were measured with any other.
+    groups
+        The nodes of each socket, as ``measured.socket_groups`` finds them.
+    """
+
+    measured: Measured
+    groups: Groups
+
+    def seconds(self, traffic: Traffic) -> float:
+        """The time that this traffic takes, all of it at once."""
+        return max((seconds for seconds, _ in self._limits(traffic)), default=0.0)
+
+    def slowest(self, traffic: Traffic) -> tuple[float, str]:
+        """Seconds and name of what bounds this traffic, which is some; of limits that are equal the first is named."""
+        seconds, limit = max(self._limits(traffic), key=lambda found: found[0])
+        return seconds, self._name(*limit)
+
+    def rate(self, cpu: int, mem: int) -> float:
+        """Bandwidth of a path. One that was left out counts as the median of those alike: own memory, same socket, or not."""
+        return self._rates[cpu, mem]
+
+    @cached_property
+    def _socket(self) -> dict[int, int]:
+        return {node: number for number, group in enumerate(self.groups) for node in group}
+
+    @cached_property
+    def _pairs(self) -> list[tuple[int, int]]:
+        return [(cpu, mem) for cpu in self.measured.cpu_nodes for mem in self.measured.mem_nodes]
+
+    @cached_property
+    def _rates(self) -> dict[tuple[int, int], float]:
+        def likeness(c: int, m: int) -> tuple[bool, bool]:
+            return c == m, self._socket[c] == self._socket[m]
+
+        known = {pair: rate for pair in self._pairs if (rate := self.measured.bandwidth(*pair)) is not None}
+        alike: dict[tuple[bool, bool], list[float]] = defaultdict(list)
+        by_cpu: dict[int, list[float]] = defaultdict(list)
+        for pair, rate in known.items():
+            alike[likeness(*pair)].append(rate)
+            by_cpu[pair[0]].append(rate)
+        usual = {kind: median(rates) for kind, rates in alike.items()}
+        found = {}
+        for cpu in self.measured.cpu_nodes:
+            guess = median(by_cpu[cpu])
+            for mem in self._socket:
+                found[cpu, mem] = known.get((cpu, mem), usual.get(likeness(cpu, mem), guess))
+        return found
+
+    @cached_property
+    def _shared(self) -> dict[_Limit, float]:
+        """Bandwidth of each limit that several paths share: the best that any of them reached alone."""
+        found: dict[_Limit, float] = defaultdict(float)
+        for cpu, mem in self._pairs:
+            for limit in self._shared_by(cpu, mem):
+                found[limit] = max(found[limit], self.rate(cpu, mem))
+        return found
+
+    def _shared_by(self, cpu: int, mem: int) -> list[_Limit]:
+        sockets = self._socket[cpu], self._socket[mem]
+        link = [("link", *sockets)] if sockets[0] != sockets[1] else []
+        return [("cpu", cpu, cpu), ("mem", mem, mem), *link]
+
+    def _limits(self, traffic: Traffic) -> Iterator[tuple[float, _Limit]]:
+        """Seconds of each limit."""
+        through: dict[_Limit, float] = defaultdict(float)
+        for (cpu, mem), count in traffic.items():
+            yield count / self.rate(cpu, mem), ("path", cpu, mem)
+            for limit in self._shared_by(cpu, mem):
+                through[limit] += count
+        for limit, count in through.items():
+            yield count / self._shared[limit], limit
+        together = self.measured.all_nodes_bytes_per_s
+        if together and len({cpu for cpu, _ in traffic}) > 1:
+            yield sum(traffic.values()) / together, ("all", 0, 0)
+
+    def _name(self, what: str, a: int, b: int) -> str:
+        if what == "path":
+            guessed = "" if self.measured.bandwidth(a, b) is not None else " (not measured: median of alike pairs)"
+            across = "another socket's " if self._socket[a] != self._socket[b] else ""
+            name = f"memory of node {b}" if a == b else f"node {a} reading {across}memory of node {b}"
+            return f"{name}, {gb(self.rate(a, b))}/s{guessed}"
+        if what == "all":
+            return f"all nodes reading at once, {gb(self.measured.all_nodes_bytes_per_s or 0)}/s"
+        if what == "link":
+            name = "socket link from " + " to ".join(f"nodes {format_cpulist(self.groups[end])}" for end in (b, a))
+        else:
+            name = f"CPUs of node {a}" if what == "cpu" else f"memory of node {a}"
+        return f"{name}, {gb(self._shared[what, a, b])}/s"
+
+
+def gb(count: float) -> str:
+    """A number of bytes in words."""
+    return f"{count / 1e9:.1f} GB"

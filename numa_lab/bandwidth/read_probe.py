@@ -1,0 +1,197 @@
+"""Read memory and time it: bandwidth of a team over a tensor, latency of dependent loads.
+
+Compiled by Numba and run on torch's own OpenMP team, so no C compiler and no second OpenMP runtime is needed. Limits: it
+measures reading alone, with one thread per physical core, in plain streams and with the prefetches of the decode kernel, so
+the figure is that of the best case. Latency is that of one dependent load at a time, the translation of its address included.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import cfunc, njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from numa_lab.attention import simd
+from numa_lab.attention.simd import LINE_BYTES
+from numa_lab.errors import InvalidInput
+from numa_lab.placement import openmp
+
+LATENCY_LOADS = 200_000  # of one chase: about 20 ms
+MIN_REPEATS = 3
+
+_WORD_BYTES = 8
+LINE_WORDS = LINE_BYTES // _WORD_BYTES
+_WORDS = types.CPointer(types.int64)
+
+
+@intrinsic
+def _sum_lines(_context: Any, words: Any, first: Any, lines: Any) -> Any:
+    """Add up the words of so many lines from the first on, read with the vectors and prefetches of the decode kernel.
+
+    One stream: two that lie far apart read a quarter less (Zen 4), where their addresses compete for the same ways of a cache.
+    On a CPU whose vectors are not known it prefetches nothing.
+    """
+    vectors = simd.host()
+    type_ = ir.VectorType(simd.I64, vectors.bytes // _WORD_BYTES if vectors else 2)
+    width = type_.count * _WORD_BYTES
+
+    def generate(_c: Any, b: Any, _s: Any, arguments: Any) -> Any:
+        sums = [cgutils.alloca_once_value(b, ir.Constant(type_, None)) for _ in range(LINE_BYTES // width)]
+        address, first, lines = arguments
+        begin = b.add(b.ptrtoint(address, simd.I64), b.mul(first, simd.I64(LINE_BYTES)))
+        with cgutils.for_range(b, lines) as loop:
+            line = b.add(begin, b.mul(loop.index, simd.I64(LINE_BYTES)))
+            if vectors:
+                for chance in range(simd.CHANCES, 0, -1):
+                    simd.prefetch(b, vectors, line, simd.I64(chance * simd.STEP_BYTES), 0)
+            for i, cell in enumerate(sums):
+                x = b.load(simd.at(b, line, i * width), typ=type_, align=_WORD_BYTES)
+                b.store(b.add(b.load(cell, typ=type_), x), cell)
+        total = simd.I64(0)
+        for cell in sums:
+            x = b.load(cell, typ=type_)
+            for lane in range(type_.count):
+                total = b.add(total, b.extract_element(x, simd.I32(lane)))
+        return total
+
+    return types.int64(_WORDS, types.int64, types.int64), generate
+
+
+@cache
+def _team_body() -> Any:
+    """What each thread of the team runs: add up its even share of the lines.
+
+    It gets the addresses of the words, of a line per thread for the sums, and of the number of words. Each process
+    compiles it once: Numba can't cache it on disk ("uses dynamic globals (such as ctypes pointers)").
+    """
+    library = openmp.require().library
+    number, size = library.omp_get_thread_num, library.omp_get_num_threads
+    for function in (number, size):
+        function.argtypes, function.restype = [], ctypes.c_int
+
+    @cfunc(types.void(types.CPointer(_WORDS)), error_model="numpy")
+    def body(arguments: Any) -> None:
+        words, sums, count = arguments[0], arguments[1], arguments[2][0]
+        me, threads, lines = number(), size(), count // LINE_WORDS
+        first, end = lines * me // threads, lines * (me + 1) // threads
+        total = _sum_lines(words, first, end - first)
+        if me == threads - 1:  # words behind the last whole line
+            for i in range(lines * LINE_WORDS, count):
+                total += words[i]
+        sums[me * LINE_WORDS] = total
+
+    return body
+
+
+@njit(error_model="numpy", nogil=True)
+def _chase(following: Any, at: Any, steps: int) -> Any:
+    for _ in range(steps):
+        at = following[at]
+    return at
+
+
+def read_once(tensor: torch.Tensor, threads: int) -> int:
+    """Read every byte of a tensor once on `threads` threads of the calling thread's team.
+
+    Each thread reads an even share of consecutive lines. Returns the sum of the tensor's 8-byte words as int64, which
+    overflows silently.
+
+    Raises
+    ------
+    InvalidInput
+        The tensor is not contiguous, or not made of whole, aligned 8-byte words, or `threads` is not positive.
+    NumaLabError
+        torch's OpenMP library was not found.
+    """
+    _require_readable(tensor, threads)
+    sums = np.zeros(threads * LINE_WORDS, np.int64)
+    count = np.array([tensor.nbytes // _WORD_BYTES], np.int64)
+    addresses = np.array([tensor.data_ptr(), sums.ctypes.data, count.ctypes.data], np.uint64)
+    openmp.run_on_team(_team_body().address, addresses.ctypes.data, threads)
+    return int(sums.sum())
+
+
+def _require_readable(tensor: torch.Tensor, threads: int) -> None:
+    # The compiled loop trusts address and size: an expanded tensor would be read past its end.
+    if threads < 1:
+        raise InvalidInput(f"threads={threads}: expected at least 1")
+    if (
+        not tensor.nbytes
+        or not tensor.is_contiguous()
+        or tensor.nbytes % _WORD_BYTES
+        or tensor.data_ptr() % _WORD_BYTES
+    ):
+        raise InvalidInput(
+            f"a tensor of shape {tuple(tensor.shape)}, strides {tensor.stride()} and {tensor.nbytes} bytes: expected a "
+            "contiguous one of whole, aligned 8-byte words; take one from numa_lab.placement.memory.empty"
+        )
+
+
+def read_bandwidth(tensor: torch.Tensor, threads: int, *, seconds: float = 0.2) -> float:
+    """Bytes per second at which the calling thread's team reads a tensor: the median of at least three passes over it.
+
+    Pin the team first (``team.pinned_team``), and take a tensor several times larger than the caches. Where torch's
+    OpenMP library is not found, torch's own sum is timed instead, and a warning says so.
+
+    Raises
+    ------
+    InvalidInput
+        As ``read_once`` says.
+    """
+    _require_readable(tensor, threads)
+    if openmp.runtime() is None:
+        warnings.warn("torch's OpenMP library was not found: torch.sum stands in for the read probe", stacklevel=2)
+        read: Callable[[], object] = tensor.view(-1).view(torch.int64).sum
+    else:
+
+        def read() -> object:
+            return read_once(tensor, threads)
+
+    read()  # compiles, and wakes the team
+    passes: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(passes) < MIN_REPEATS or time.perf_counter() < end:
+        begin = time.perf_counter()
+        read()
+        passes.append(time.perf_counter() - begin)
+    return tensor.nbytes / statistics.median(passes)
+
+
+def cycle_through(buffer: torch.Tensor) -> np.ndarray:
+    """Make the buffer's lines one random cycle: the first word of each holds the index of the next line's first word.
+
+    One cycle over all lines, so that a chase can't settle in a short loop that a cache holds.
+    """
+    words = buffer.view(torch.int64).numpy().view(np.uint64)  # Numba checks a signed index for wrapping around
+    order = np.random.default_rng(0).permutation(len(words) // LINE_WORDS) * LINE_WORDS
+    words[order] = np.roll(order, -1)
+    return words
+
+
+def read_latency(
+    following: np.ndarray, *, start_line: int = 0, loads: int = LATENCY_LOADS, repeats: int = MIN_REPEATS
+) -> float:
+    """Seconds per load when each load's address is the value of the load before, median of `repeats` chases.
+
+    Each chase goes on where the one before ended: the same lines again would come from a cache. So take a cycle (see
+    ``cycle_through``) of more than ``loads * repeats`` lines, and of more bytes than the last-level cache has.
+    """
+    at = np.uint64(start_line * LINE_WORDS)
+    _chase(following, at, 1)  # compiles
+    chases = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        at = np.uint64(_chase(following, at, loads))
+        chases.append((time.perf_counter() - begin) / loads)
+    return statistics.median(chases)

@@ -1,0 +1,1 @@
+"""What a notebook measures, and the sweep that runs notebooks under every binding."""

@@ -1,0 +1,1 @@
+"""Times and what they prove: cases, the clock, rows of results, and honest comparison."""

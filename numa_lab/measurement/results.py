@@ -1,0 +1,327 @@
+"""The tidy schema, one Parquet file per execution, and the facts of the machine that stand beside them.
+
+A run directory holds ``machine.json``, ``plan.json`` (see ``numa_lab.experiments.sweep``) and ``executions/*.parquet``. A file
+appears under its name only when it is whole. Rows of two machines are never mixed silently: each file carries the
+fingerprint of its machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from numa_lab import __version__
+from numa_lab.errors import MachineMismatch, RunDirectoryError
+from numa_lab.machine.shell_commands import to_paste
+from numa_lab.machine.topology import Topology, format_cpulist
+from numa_lab.measurement.comparison import CASE
+
+__all__ = [
+    "CASE", "COLUMNS", "EXECUTIONS", "MACHINE", "SCHEMA_VERSION", "Column", "differences", "load_machine", "load_run",
+    "load_runs", "machine_facts", "read_json", "read_rows", "whole", "write_json", "write_rows",
+]  # fmt: skip
+
+SCHEMA_VERSION = 1
+EXECUTIONS = "executions"
+MACHINE = "machine.json"
+PREDICTION = "prediction.json"
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of the tidy schema."""
+
+    name: str
+    type: pa.DataType
+    meaning: str
+
+
+COLUMNS = (
+    Column("run_id", pa.string(), "the sweep that the execution belongs to; 'by-hand' outside a sweep"),
+    Column("execution_id", pa.string(), "the process that measured: the unit of statistics"),
+    Column("block", pa.int32(), "block of the plan; within one, every label runs once, in random order"),
+    Column("order", pa.int32(), "place of the execution in the order in which the run took them"),
+    Column("label", pa.string(), "binding, with the suffix ~aa for the second half of the A/A pair"),
+    Column("cpu_nodes", pa.string(), "requested CPU nodes as a list like 0,2-3; empty: any"),
+    Column("mem_nodes", pa.string(), "requested memory nodes; empty: any"),
+    Column(
+        "policy",
+        pa.string(),
+        "requested memory policy, as binding.MemPolicy has it: default, bind, interleave, first-touch (by one thread), ...",
+    ),
+    Column("observed_cpus", pa.string(), "CPUs on which computing threads were seen"),
+    Column("local_page_share", pa.float64(), "share of the pages of query, key, value and output on the CPUs' nodes"),
+    Column("attention", pa.string(), "gqa, mha or mqa"),
+    Column("phase", pa.string(), "decode or prefill"),
+    Column("batch", pa.int32(), "sequences"),
+    Column("q_heads", pa.int32(), "query heads"),
+    Column("kv_heads", pa.int32(), "key and value heads"),
+    Column("q_len", pa.int32(), "query tokens per sequence"),
+    Column("kv_len", pa.int32(), "cached tokens per sequence"),
+    Column("head_dim", pa.int32(), "elements of a head"),
+    Column("dtype", pa.string(), "float32, bfloat16 or float16"),
+    Column("backend", pa.string(), "what computed the attention"),
+    Column("threads", pa.int32(), "computing threads, one per physical core"),
+    Column("sample", pa.int32(), "number of the sample within its case; 0 is the cold one"),
+    Column("cold", pa.bool_(), "whether it is the first call after the tensors were placed"),
+    Column("seconds", pa.float64(), "seconds per call"),
+    Column("kv_bytes", pa.int64(), "bytes of K and V, counted once"),
+    Column("flops", pa.int64(), "floating-point operations of the two matrix products, masked ones included"),
+    Column(
+        "limit_bytes_per_s",
+        pa.float64(),
+        "read bandwidth of the same CPUs, memory and threads, measured right before and after the case",
+    ),
+    Column("requested", pa.string(), "receipt: the binding that was asked for"),
+    Column("effective", pa.string(), "receipt: what the kernel granted"),
+    Column("observed", pa.string(), "receipt: threads with masks and CPUs, pages per tensor and node (JSON)"),
+)
+
+_SCHEMA = pa.schema([pa.field(c.name, c.type, metadata={"meaning": c.meaning}) for c in COLUMNS])
+
+
+def machine_facts(topology: Topology) -> dict[str, Any]:
+    """What identifies the machine and its software, as stored in ``machine.json``.
+
+    ``identity`` holds the values that must agree before rows of two runs may be mixed; ``fingerprint`` is their hash.
+    """
+    facts = topology.to_json()
+    identity = {
+        "machine": topology.fingerprint(),
+        "model": topology.model_name,
+        "nodes": " ".join(f"{n.id}:{len(n.cpus)}cpus{'+memory' * bool(n.memory_bytes)}" for n in topology.nodes),
+        "architecture": platform.machine(),
+        "kernel": platform.release(),
+        **{name: _version(name) for name in ("torch", "numba")},
+    }
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "fingerprint": digest[:16],
+        "identity": identity,
+        "python": platform.python_version(),
+        "numa_lab": __version__,
+        "topology": facts,
+    }
+
+
+def _version(distribution: str) -> str:
+    try:
+        return version(distribution).split("+")[0]  # the local suffix names a build of the same release
+    except PackageNotFoundError:
+        return "not installed"
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path` that takes its name once the block ends without an error.
+
+    Raises
+    ------
+    RunDirectoryError
+        The folder can't be written, or the disk is full; what was there before stays.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        raise RunDirectoryError(
+            f"{path} can't be written: {error.strerror or error}. Free space or name another folder with --out"
+        ) from error
+    finally:
+        if temporary.exists():
+            temporary.unlink()
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write strict JSON whole or not at all."""
+    with whole(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file of a run directory.
+
+    Raises
+    ------
+    RunDirectoryError
+        It is missing or damaged.
+    """
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise RunDirectoryError(
+            f"{path.parent} has no {path.name}: expected a run directory as `numa-lab sweep` writes it"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise RunDirectoryError(
+            f"{path} can't be read ({error}): the run directory is damaged; run the sweep again"
+        ) from error
+
+
+def write_rows(path: Path, rows: pd.DataFrame | Sequence[Mapping[str, object]], fingerprint: str) -> None:
+    """Write the rows of one execution as one Parquet file, whole or not at all.
+
+    Raises
+    ------
+    RunDirectoryError
+        The folder can't be written, or the disk is full.
+    ValueError
+        A column is missing, unknown or of another type than ``COLUMNS`` says.
+    """
+    frame = pd.DataFrame(rows)
+    expected = [column.name for column in COLUMNS]
+    if set(frame.columns) != set(expected):
+        missing, unknown = sorted(set(expected) - set(frame.columns)), sorted(set(frame.columns) - set(expected))
+        raise ValueError(
+            f"rows with columns missing {missing} and unknown {unknown}; expected those of results.COLUMNS"
+        )
+    table = pa.Table.from_pandas(frame[expected], schema=_SCHEMA, preserve_index=False)
+    table = table.replace_schema_metadata({"numa_lab.schema": str(SCHEMA_VERSION), "numa_lab.machine": fingerprint})
+    with whole(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd")
+
+
+def read_rows(path: Path) -> tuple[pd.DataFrame, str]:
+    """The rows of one execution and the fingerprint of its machine.
+
+    Raises
+    ------
+    RunDirectoryError
+        The file is damaged, or of another schema version.
+    """
+    try:
+        table = pq.read_table(path)
+    except (OSError, pa.ArrowException) as error:
+        raise RunDirectoryError(f"{path} can't be read ({error}): delete it and run the sweep with --resume") from error
+    metadata = table.schema.metadata or {}
+    found = metadata.get(b"numa_lab.schema", b"none").decode()
+    if found != str(SCHEMA_VERSION):
+        raise RunDirectoryError(
+            f"{path} has schema version {found}, expected {SCHEMA_VERSION}: measure again, "
+            "or read it with the numa_lab that wrote it"
+        )
+    return table.to_pandas(), metadata[b"numa_lab.machine"].decode()
+
+
+def load_machine(run_dir: str | os.PathLike[str]) -> dict[str, Any]:
+    """``machine.json`` of a run directory.
+
+    Raises
+    ------
+    RunDirectoryError
+        It is missing, damaged or of another schema version.
+    """
+    facts = read_json(Path(run_dir) / MACHINE)
+    if not isinstance(facts, dict) or facts.get("schema_version") != SCHEMA_VERSION:
+        found = facts.get("schema_version") if isinstance(facts, dict) else type(facts).__name__
+        raise RunDirectoryError(
+            f"{Path(run_dir) / MACHINE} has schema version {found!r}, expected {SCHEMA_VERSION}: measure again, "
+            "or read it with the numa_lab that wrote it"
+        )
+    if missing := {"fingerprint", "identity", "topology"} - set(facts):
+        raise RunDirectoryError(f"{Path(run_dir) / MACHINE} is damaged, without {sorted(missing)}: measure again")
+    return facts
+
+
+def load_prediction(run_dir: str | os.PathLike[str]) -> pd.DataFrame:
+    """What was predicted before a run was measured, a row for each decode case and binding; empty where nothing was.
+
+    Its columns are `label`, `attention`, `threads`, the sizes and `dtype` of the case, `seconds`, and `limit`: what bounds it.
+
+    Raises
+    ------
+    RunDirectoryError
+        It is damaged or of another schema version.
+    """
+    path = Path(run_dir) / PREDICTION
+    if not path.exists():
+        return pd.DataFrame()
+    stored = read_json(path)
+    if not isinstance(stored, dict) or stored.get("schema_version") != SCHEMA_VERSION or "rows" not in stored:
+        raise RunDirectoryError(f"{path} is damaged, or of another version than {SCHEMA_VERSION}: measure again")
+    return pd.DataFrame(stored["rows"])
+
+
+def load_run(run_dir: str | os.PathLike[str]) -> pd.DataFrame:
+    """All rows of a run directory, in run order.
+
+    Raises
+    ------
+    RunDirectoryError
+        No such directory, nothing finished in it, damaged, or of another schema version.
+    MachineMismatch
+        A file was measured on another machine than ``machine.json`` describes.
+    """
+    folder = Path(run_dir)
+    if not folder.is_dir():
+        raise RunDirectoryError(f"{folder} is not a directory: expected a run directory as `numa-lab sweep` writes it")
+    facts = load_machine(folder)
+    files = sorted((folder / EXECUTIONS).glob("*.parquet"))
+    if not files:
+        failed = [told for path in sorted((folder / EXECUTIONS).glob("*.json")) if (told := read_json(path)["reasons"])]
+        why = f"{len(failed)} failed, one because: {' '.join(failed[0])} When that is mended, " if failed else ""
+        raise RunDirectoryError(
+            f"{folder} holds no finished execution: {why}finish it with `{to_paste('numa-lab', 'sweep', '--resume', folder)}`"
+        )
+    frames = []
+    for file in files:
+        frame, fingerprint = read_rows(file)
+        if fingerprint != facts["fingerprint"]:
+            raise MachineMismatch(
+                f"{file.name} was measured on machine {fingerprint}, and {MACHINE} describes {facts['fingerprint']}: "
+                "move the file into a run directory of its own"
+            )
+        frames.append(frame)
+    return pd.concat(frames, ignore_index=True).sort_values(["order", *CASE, "sample"], ignore_index=True)
+
+
+def load_runs(run_dirs: Sequence[str | os.PathLike[str]], *, mix_machines: bool = False) -> pd.DataFrame:
+    """Rows of several runs, with the column ``machine`` for the fingerprint.
+
+    Raises
+    ------
+    MachineMismatch
+        The machines, or the CPUs that were allowed, differ and `mix_machines` is false; the message names what differs.
+    """
+    machines = [load_machine(run_dir) for run_dir in run_dirs]
+    for run_dir, facts in zip(run_dirs[1:], machines[1:], strict=True):
+        differing = differences(machines[0], facts)
+        then, now = (format_cpulist(one["topology"].get("allowed_cpus", ())) for one in (machines[0], facts))
+        differing += [f"allowed CPUs: {then} against {now}"] if then != now else []
+        if differing and not mix_machines:
+            raise MachineMismatch(
+                f"{run_dirs[0]} and {run_dir} come from different machines or parts of one: {'; '.join(differing)}. "
+                "Load them apart, or with mix_machines=True"
+            )
+    return pd.concat(
+        [
+            load_run(run_dir).assign(machine=facts["fingerprint"])
+            for run_dir, facts in zip(run_dirs, machines, strict=True)
+        ],
+        ignore_index=True,
+    )
+
+
+def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """The identifying values in which two machines differ, as ``name: value against value``."""
+    left, right = one["identity"], other["identity"]
+    return [
+        f"{key}: {left.get(key)} against {right.get(key)}"
+        for key in sorted({*left, *right})
+        if left.get(key) != right.get(key)
+    ]
