@@ -8,7 +8,7 @@ from tqdm import tqdm
 from numa_lab.errors import run_script
 from numa_lab.experiments import guide_analyses
 from numa_lab.machine.shell_commands import to_paste
-from numa_lab.measurement.results import write_json
+from numa_lab.measurement.atomic_files import write_json
 
 
 def main() -> None:

@@ -26,7 +26,7 @@ def main() -> None:
     """Print the node, default against optimised, and how to use it."""
     from numa_lab.experiments import guide_analyses
     from numa_lab.machine.topology import read_topology
-    from numa_lab.nodes import optimal_node, rankings
+    from numa_lab.nodes import optimal_node
     from numa_lab.placement.binding import Binding
 
     parser = argparse.ArgumentParser(description=__doc__)
@@ -34,8 +34,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=15.0, help="for default against optimised (default 15)")
     options = parser.parse_args()
 
-    ranking = rank_nodes()
-    print(f"Nodes:\n{rankings.render(ranking)}\n{rankings.sentence(ranking)}\n")
+    ranking = optimal_node.rank()
+    print(f"Nodes:\n{ranking.render()}\n{ranking.sentence()}\n")
     helper = NUMAOptimizedGQA(optimal_node.choose(ranking))
     _, shape, message = guide_analyses.this_machine(full=options.full)
     print(

@@ -11,7 +11,6 @@ import argparse
 import math
 import multiprocessing
 import os
-import random
 import statistics
 import sys
 import time
@@ -36,6 +35,7 @@ from numa_lab.attention.shapes import AttentionShape
 from numa_lab.bandwidth import read_probe
 from numa_lab.machine.sysfs import format_cpulist
 from numa_lab.machine.topology import read_topology, spread
+from numa_lab.measurement.blocks import randomized_blocks
 from numa_lab.placement import openmp
 
 SAMPLE_SECONDS = 0.02  # of one timing, at least one call
@@ -140,7 +140,7 @@ def samples(
         now = time.monotonic()
         if turn and now + (now - begin) / turn > until:
             break
-        for key in random.sample(list(work), len(work)):
+        for _, key in randomized_blocks(work, 1):
             tell(done, total, key)
             taken[key].append(work[key]())
             done += 1

@@ -86,7 +86,7 @@ def measure(wanted: dict[str, Case], names: list[str], turns: int, until: float)
     threads = torch.get_num_threads()
     pool = KVPool(POOL_BYTES)
     work: dict[tuple[str, str], Callable[[], float]] = {
-        ("limit", "read"): common.read_limit(pool.block, threads),
+        ("limit", "read"): common.read_limit(pool.buffer, threads),
         ("limit", "vector"): common.vector_ceiling(threads),
     }
     errors: dict[tuple[str, str], float] = {}

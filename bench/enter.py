@@ -4,7 +4,6 @@ Every turn times each of the rows once, in random order, so that all see the sam
 """
 
 import argparse
-import random
 import statistics
 import time
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from numa_lab import NUMAOptimizedGQA
 from numa_lab.attention.shapes import PRESETS, preset
 from numa_lab.machine.topology import read_topology
+from numa_lab.measurement.blocks import randomized_blocks
 from numa_lab.placement import recycled_memory
 
 
@@ -71,7 +71,7 @@ def main() -> None:
     }
     taken: dict[str, list[float]] = {name: [] for name in (*rows, "enter and leave again inside itself")}
     for turn in progress.turns(options.turns + 20, "entering"):
-        for name in random.sample(list(rows), len(rows)):
+        for _, name in randomized_blocks(rows, 1):
             start = time.perf_counter()
             rows[name]()
             taken[name].append(time.perf_counter() - start)

@@ -2,6 +2,7 @@ from .attention.gqa import gqa_attention as gqa_attention
 from .attention.shapes import AttentionShape as AttentionShape
 from .bandwidth.advisor import plan_placement as plan_placement
 from .errors import NumaLabError as NumaLabError
+from .experiments.node_ranking import rank_nodes as rank_nodes
 from .machine.topology import Topology as Topology
 from .machine.topology import read_topology as read_topology
 from .measurement.results import load_run as load_run
@@ -11,7 +12,6 @@ from .nodes.one_node import NUMAOptimizedGQA as NUMAOptimizedGQA
 from .nodes.one_node import scaled_dot_product_attention_gqa as scaled_dot_product_attention_gqa
 from .nodes.optimal_node import bind_to_numa_node as bind_to_numa_node
 from .nodes.optimal_node import get_optimal_numa_node as get_optimal_numa_node
-from .nodes.optimal_node import rank_nodes as rank_nodes
 from .nodes.process_pool import NUMAProcessPool as NUMAProcessPool
 from .nodes.thread_pool import NUMAThreadPool as NUMAThreadPool
 from .placement.binding import Binding as Binding

@@ -116,16 +116,15 @@ def probe(as_json: bool, seconds: float) -> None:
 @click.option("--refresh", is_flag=True, help="Measure anew, although a ranking is kept.")
 def detect(as_json: bool, shape: str | None, refresh: bool) -> None:
     """Which node runs attention best, and how sure that is."""
-    from numa_lab.nodes import optimal_node, rankings
+    from numa_lab.nodes import optimal_node
 
-    ranking = optimal_node.rank_nodes(shape, refresh=refresh)
+    ranking = optimal_node.rank(shape, refresh=refresh)
     if as_json:
-        optimal = optimal_node.choose(ranking)
-        nodes = json.loads(ranking.reset_index().to_json(orient="records"))  # NaN becomes null
-        _print_json({"optimal_node": optimal, "sentence": rankings.sentence(ranking), "nodes": nodes})
+        optimal, nodes = optimal_node.choose(ranking), ranking.to_json()["rows"]
+        _print_json({"optimal_node": optimal, "sentence": ranking.sentence(), "nodes": nodes})
     else:
-        click.echo(rankings.render(ranking))
-        click.echo(rankings.sentence(ranking))
+        click.echo(ranking.render())
+        click.echo(ranking.sentence())
         click.echo(optimal_node.advice(ranking).replace("`", ""))
 
 
@@ -318,7 +317,8 @@ def _run(plan: Any, run_dir: Path, machine: Any, measured: Path, *, probes: bool
 def verdict(run_dir: Path, as_json: bool) -> None:
     """Which bindings differ, by how much, and how sure that is."""
     from numa_lab.measurement.comparison import compare
-    from numa_lab.measurement.results import load_machine, load_run
+    from numa_lab.measurement.machine_facts import load_machine
+    from numa_lab.measurement.results import load_run
     from numa_lab.report import verdicts
 
     rows = load_run(run_dir)

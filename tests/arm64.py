@@ -29,7 +29,7 @@ TORCH = "torch==2.10.0"  # the newest whose wheel for aarch64 in the package ind
 WHEELS = (
     "filelock", "fsspec", "jinja2", "networkx", "sympy", "typing_extensions",  # torch's
     "click", "hypothesis", "lazy_loader", "nbformat", "numba", "numpy", "pandas", "platformdirs", "psutil", "pyarrow", "pytest",
-    "pyyaml", "scipy", "threadpoolctl", "tqdm",
+    "pyyaml", "threadpoolctl", "tqdm",
 )  # fmt: skip
 QEMU = "qemu-aarch64-static"
 TOOLS = {

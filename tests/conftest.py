@@ -23,7 +23,7 @@ from numa_lab.experiments import sweep_lock
 from numa_lab.machine import libnuma
 from numa_lab.machine.sysfs import format_cpulist
 from numa_lab.machine.topology import Cpu, Node, Topology
-from numa_lab.measurement import results
+from numa_lab.measurement import atomic_files, machine_facts, results
 from numa_lab.placement.binding import Binding, MemPolicy
 from still_running import StillRunning
 
@@ -209,7 +209,7 @@ def _machine(nodes=1, emulated=False):
     topology = Topology(
         listed, cpus, distances, tuple(range(2 * nodes)), tuple(range(nodes)), (), (), "Synthetic 9000", None, emulated
     )
-    return {**results.machine_facts(topology), "findings": []}
+    return {**machine_facts.machine_facts(topology), "findings": []}
 
 
 @pytest.fixture
@@ -219,7 +219,7 @@ def synthetic_run(tmp_path, synthetic_machine):
     def write(rows, nodes=1, failed=0, emulated=False) -> Path:
         machine = synthetic_machine(nodes, emulated)
         run_dir = tmp_path / f"run-{zlib.crc32(str(len(rows)).encode()):x}-{nodes}"
-        results.write_json(run_dir / "machine.json", machine)
+        atomic_files.write_json(run_dir / "machine.json", machine)
         executions = []
         for key, group in rows.groupby("execution_id"):
             first = group.iloc[0]
@@ -232,17 +232,17 @@ def synthetic_run(tmp_path, synthetic_machine):
             executions.append({**described, "command": f"numactl --cpunodebind=0 papermill {first['label']}.ipynb"})
             results.write_rows(run_dir / "executions" / f"{key}.parquet", group, machine["fingerprint"])
             outcome = {**described, "status": "ok", "reasons": [], "exit_status": 0, "seconds": 9.5}
-            results.write_json(run_dir / "executions" / f"{key}.json", outcome)
+            atomic_files.write_json(run_dir / "executions" / f"{key}.json", outcome)
         for number in range(failed):
             outcome = {
                 "execution_id": f"bad{number}", "label": "c0m0", "block": 0, "order": 900 + number, "status": "failed",
                 "reasons": ["papermill ended with exit status 138: <the kernel died>"], "exit_status": 138, "seconds": 2.0,
             }  # fmt: skip
-            results.write_json(run_dir / "executions" / f"bad{number}.json", outcome)
-        results.write_json(
+            atomic_files.write_json(run_dir / "executions" / f"bad{number}.json", outcome)
+        atomic_files.write_json(
             run_dir / "plan.json",
             {
-                "schema_version": results.SCHEMA_VERSION, "run_id": "synthetic", "created": "2026-01-01T00:00:00+00:00",
+                "schema_version": machine_facts.SCHEMA_VERSION, "run_id": "synthetic", "created": "2026-01-01T00:00:00+00:00",
                 "profile": "quick", "bindings": sorted(set(rows["label"])), "notebook": "02_attention_under_binding.ipynb",
                 "notebook_sha256": "0" * 64, "parameters": {"profile": "quick"},
                 "command": "numa-lab sweep --profile quick", "executions": executions,

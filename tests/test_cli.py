@@ -6,13 +6,13 @@ import sys
 from pathlib import Path
 from unittest import mock
 
-import pandas as pd
 import pytest
 from click.testing import CliRunner
 
 from numa_lab.bandwidth import mlc
 from numa_lab.cli import main
 from numa_lab.machine.topology import read_topology
+from numa_lab.nodes.rankings import RankedNode, Ranking
 from numa_lab.placement.binding import Binding
 
 
@@ -136,15 +136,11 @@ def test_predict_reads_the_probes_of_a_run():
 
 def test_detect_names_a_node_in_a_sentence_or_in_json(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    ranking = pd.DataFrame(
-        {
-            "median_seconds": [1e-3, 1.125e-3], "ratio": [1.0, 1.125], "low": [1.0, 1.11], "high": [1.0, 1.14],
-            "tie_group": [1, 2], "cause": ["", "fewer cores"], "visits": [8, 8], "receipt": ["", ""],
-        },
-        index=pd.Index([2, 0], name="node"),
-    )  # fmt: skip
-    ranking.attrs["noise_floor"] = 0.01
-    monkeypatch.setattr("numa_lab.nodes.optimal_node.rank_nodes", lambda shape, refresh: ranking)
+    nodes = (
+        RankedNode(2, 1e-3, 1.0, 1.0, 1.0, 1, "", 8),
+        RankedNode(0, 1.125e-3, 1.125, 1.11, 1.14, 2, "fewer cores", 8),
+    )
+    monkeypatch.setattr("numa_lab.nodes.optimal_node.rank", lambda shape, refresh: Ranking(nodes, 0.01))
     said = "Node 2 is the best. Node 0 is slower by 11% to 14% (fewer cores)."
     shown = call("detect").stdout
     assert said in shown

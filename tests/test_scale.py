@@ -17,8 +17,9 @@ from numa_lab.machine.overview import overview
 from numa_lab.machine.sysfs import format_cpulist
 from numa_lab.machine.topology import read_topology
 from numa_lab.measurement import comparison
-from numa_lab.measurement.results import load_machine, load_run
-from numa_lab.placement import receipt
+from numa_lab.measurement.machine_facts import load_machine
+from numa_lab.measurement.receipts import contradictions
+from numa_lab.measurement.results import load_run
 from numa_lab.placement.binding import Binding
 from numa_lab.report import figures, verdicts
 
@@ -113,7 +114,7 @@ def test_a_run_on_16_nodes_is_judged_and_drawn(synthetic_rows, synthetic_run):
     run_dir = synthetic_run(synthetic_rows(labels, executions=3, effects=remote, samples=3, nodes=16), nodes=16)
     rows, machine = load_run(run_dir), load_machine(run_dir)
     node_cpus = {node["id"]: node["cpus"] for node in machine["topology"]["nodes"]}
-    assert receipt.contradictions(rows, node_cpus) == []
+    assert contradictions(rows, node_cpus) == []
     heatmap = figures.overhead_heatmap(rows)
     assert len(heatmap.table) >= len(labels)
     assert heatmap.png()

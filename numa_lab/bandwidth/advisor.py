@@ -19,7 +19,8 @@ from numa_lab.errors import InvalidInput, RunDirectoryError
 from numa_lab.machine.shell_commands import to_paste
 from numa_lab.machine.sysfs import format_cpulist
 from numa_lab.machine.topology import Topology
-from numa_lab.measurement.results import load_machine, read_json
+from numa_lab.measurement.atomic_files import read_json
+from numa_lab.measurement.machine_facts import load_machine
 from numa_lab.measurement.significance import LARGEST_TIE
 from numa_lab.placement.binding import Binding, MemPolicy
 

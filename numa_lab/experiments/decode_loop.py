@@ -7,7 +7,6 @@ Runs with and without the helper alternate in random order, each with a cache of
 from __future__ import annotations
 
 import math
-import random
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -23,6 +22,7 @@ from numa_lab.errors import InvalidInput, UntrustedResult
 from numa_lab.machine.sysfs import format_cpulist
 from numa_lab.machine.topology import read_topology
 from numa_lab.measurement import timing
+from numa_lab.measurement.blocks import randomized_blocks
 from numa_lab.measurement.significance import Ratio, ratio_of_medians
 from numa_lab.nodes.one_node import NUMAOptimizedGQA, scaled_dot_product_attention_gqa
 from numa_lab.placement import memory
@@ -169,22 +169,19 @@ def compare(
     rows: list[dict[str, object]] = []
     pages: dict[int, int] = {}
     per_token: dict[str, float] = {}  # the fastest warm-up of each kind: one that was disturbed shortens no run
-    start, block = time.perf_counter(), 0
-    while block < min_blocks or time.perf_counter() - start < seconds:
-        for name in random.sample(list(arms), len(arms)):
-            attend, owner = arms[name]
-            caches = make_layers(shape, layers, max(tokens, FEWEST_TOKENS) + 1, owner)
-            (warm_up,) = decode(caches, shape, 1, attend)
-            per_token[name] = min(warm_up, per_token.get(name, math.inf))
-            fitting = int(seconds / (len(arms) * min_blocks) / max(per_token.values()))
-            taken = decode(caches, shape, min(tokens, max(fitting, FEWEST_TOKENS)), attend)
-            rate = shape.batch * len(taken) / sum(taken)
-            rows.append({"helper": name, "block": block, "tokens": len(taken), "tokens_per_s": rate})
-            if owner is None:
-                pages = memory.locate(caches[0].keys)
-            else:
-                receipt = owner.receipt({"keys": caches[0].keys, "values": caches[0].values})
-        block += 1
+    for block, name in randomized_blocks(arms, min_blocks, seconds=seconds):
+        attend, owner = arms[name]
+        caches = make_layers(shape, layers, max(tokens, FEWEST_TOKENS) + 1, owner)
+        (warm_up,) = decode(caches, shape, 1, attend)
+        per_token[name] = min(warm_up, per_token.get(name, math.inf))
+        fitting = int(seconds / (len(arms) * min_blocks) / max(per_token.values()))
+        taken = decode(caches, shape, min(tokens, max(fitting, FEWEST_TOKENS)), attend)
+        rate = shape.batch * len(taken) / sum(taken)
+        rows.append({"helper": name, "block": block, "tokens": len(taken), "tokens_per_s": rate})
+        if owner is None:
+            pages = memory.locate(caches[0].keys)
+        else:
+            receipt = owner.receipt({"keys": caches[0].keys, "values": caches[0].values})
     runs = pd.DataFrame(rows)
     samples = {name: 1 / runs.loc[runs["helper"] == name, "tokens_per_s"].to_numpy() for name in arms}
     return Comparison(runs, ratio_of_medians(samples[WITHOUT], samples[WITH]), receipt, pages)

@@ -25,11 +25,12 @@ from numa_lab.machine.shell_commands import to_paste
 from numa_lab.machine.sysfs import format_cpulist
 from numa_lab.machine.topology import Topology, read_topology, spread
 from numa_lab.measurement.case_timing import BY_HAND, KVPool, noise, pool_bytes, sample_case
-from numa_lab.measurement.results import machine_facts, write_rows
+from numa_lab.measurement.machine_facts import machine_facts
+from numa_lab.measurement.receipts import contradictions
+from numa_lab.measurement.results import write_rows
 from numa_lab.measurement.workloads import MEMORY_SHARE, Case, Workload, usable_bytes, workload
 from numa_lab.placement import memory, openmp, pinned_team
 from numa_lab.placement.binding import Binding, MemPolicy, effective
-from numa_lab.placement.receipt import contradictions
 
 LIMIT_SECONDS = 0.1  # of one reading, of which each case has two
 TOLERANCE = {
@@ -147,7 +148,7 @@ class Execution:
         rows: list[dict[str, object]] = []
         for threads in sorted({case.threads for case, _ in calls}):
             with pinned_team.pinned_team(spread(cores, threads)):
-                before = read_bandwidth(pool.block, threads, seconds=LIMIT_SECONDS)
+                before = read_bandwidth(pool.buffer, threads, seconds=LIMIT_SECONDS)
                 for case, backend in calls:
                     if case.threads != threads:
                         continue
@@ -162,7 +163,7 @@ class Execution:
                         identity={**self.identity, "label": self.label},
                     )
                     # Before and after: on a shared machine what memory gives can change within seconds.
-                    after = read_bandwidth(pool.block, threads, seconds=LIMIT_SECONDS)
+                    after = read_bandwidth(pool.buffer, threads, seconds=LIMIT_SECONDS)
                     rows += [{**row, "limit_bytes_per_s": (before + after) / 2} for row in sampled]
                     before = after
         return pd.DataFrame(rows)

@@ -9,9 +9,7 @@ Limits: the visits are those of one process; `numa-lab sweep` starts a process f
 from __future__ import annotations
 
 import math
-import random
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,14 +26,15 @@ from numa_lab.machine import libnuma
 from numa_lab.machine.sysfs import format_cpulist
 from numa_lab.machine.topology import Topology, read_topology
 from numa_lab.measurement import comparison, timing
+from numa_lab.measurement.blocks import randomized_blocks
 from numa_lab.measurement.case_timing import KVPool, pool_bytes, sample_case
-from numa_lab.measurement.results import machine_facts
+from numa_lab.measurement.machine_facts import machine_facts
+from numa_lab.measurement.receipts import contradictions
 from numa_lab.measurement.significance import Ratio, ratio_of_medians
 from numa_lab.measurement.workloads import MEMORY_SHARE, Case
 from numa_lab.nodes.one_node import NUMAOptimizedGQA
 from numa_lab.placement import pinned_team
 from numa_lab.placement.binding import Binding, MemPolicy, effective
-from numa_lab.placement.receipt import contradictions
 
 SCHEMA_VERSION = 1
 BLOCKS = 5
@@ -120,29 +119,26 @@ def measure(
         with pinned_team.pinned_team(cpus):
             pools[node] = KVPool(pool_bytes(topology, cpus, largest, len(nodes)), node)
     rows: list[dict[str, object]] = []
-    total, done, end = BLOCKS * len(todo), 0, time.perf_counter() + seconds
-    for block in range(BLOCKS):
-        if block >= FEWEST_BLOCKS and time.perf_counter() > end:
-            break
-        for cell in random.sample(list(todo), len(todo)):
-            binding = Binding((cell.compute_node,), (cell.memory_node,), MemPolicy.BIND)
-            cpus = topology.cpus_for([cell.compute_node], cell.case.threads)
-            with pinned_team.pinned_team(cpus, (libnuma.MPOL_BIND, [cell.memory_node])):
-                visit = sample_case(
-                    cell.case,
-                    pools[cell.memory_node],
-                    requested=binding,
-                    granted=effective(topology),
-                    topology=topology,
-                    backend="auto",
-                    seconds=seconds / total,
-                    identity={"label": cell.label, "execution_id": f"{done:05}", "block": block, "order": done},
-                    own_process=False,
-                )
-            rows += [{**row, "analysis": cell.analysis} for row in visit]
-            done += 1
-            if progress:
-                progress(done, total)
+    total = BLOCKS * len(todo)
+    visits = enumerate(randomized_blocks(todo, FEWEST_BLOCKS, seconds=seconds, most=BLOCKS))
+    for order, (block, cell) in visits:
+        binding = Binding((cell.compute_node,), (cell.memory_node,), MemPolicy.BIND)
+        cpus = topology.cpus_for([cell.compute_node], cell.case.threads)
+        with pinned_team.pinned_team(cpus, (libnuma.MPOL_BIND, [cell.memory_node])):
+            visit = sample_case(
+                cell.case,
+                pools[cell.memory_node],
+                requested=binding,
+                granted=effective(topology),
+                topology=topology,
+                backend="auto",
+                seconds=seconds / total,
+                identity={"label": cell.label, "execution_id": f"{order:05}", "block": block, "order": order},
+                own_process=False,
+            )
+        rows += [{**row, "analysis": cell.analysis} for row in visit]
+        if progress:
+            progress(order + 1, total)
     return pd.DataFrame(rows)
 
 
@@ -265,13 +261,11 @@ def before_and_after(helper: NUMAOptimizedGQA, shape: AttentionShape, *, seconds
         "helper": (placed, helper.compute),
     }
     taken: dict[str, list[float]] = {name: [] for name in arms}
-    end = time.perf_counter() + seconds
-    while len(taken["torch"]) < BLOCKS or time.perf_counter() < end:
-        for name in random.sample(list(arms), len(arms)):
-            make, attend = arms[name]
-            tensors = make()
-            timed = timing.measure(_call(attend, tensors), seconds=min(1.0, seconds / (3 * BLOCKS)))
-            taken[name].append(timed.median_seconds)
+    for _, name in randomized_blocks(arms, BLOCKS, seconds=seconds):
+        make, attend = arms[name]
+        tensors = make()
+        timed = timing.measure(_call(attend, tensors), seconds=min(1.0, seconds / (3 * BLOCKS)))
+        taken[name].append(timed.median_seconds)
     return BeforeAndAfter(
         taken,
         ratio_of_medians(taken["torch"], taken["gqa_attention"]),

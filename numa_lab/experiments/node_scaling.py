@@ -11,7 +11,6 @@ together were measured to read.
 from __future__ import annotations
 
 import math
-import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +31,7 @@ from numa_lab.bandwidth.roofline import predict_split
 from numa_lab.errors import InvalidInput, UntrustedResult
 from numa_lab.machine.topology import Topology, read_topology
 from numa_lab.measurement import timing
+from numa_lab.measurement.blocks import randomized_blocks
 from numa_lab.measurement.significance import ratio_of_medians
 from numa_lab.nodes.kv_cache import NodeShardedKVCache
 from numa_lab.nodes.node_threads import NodeTeam
@@ -108,24 +108,21 @@ def measure(
     topology = read_topology()
     all_nodes = topology.effective_nodes
     count = inputs_per_node * len(all_nodes)
-    arms, rows, end = arms_of(len(all_nodes)), list[dict[str, object]](), time.perf_counter() + seconds
+    rows: list[dict[str, object]] = []
     with NUMAThreadPool() as pool, _Load(topology, all_nodes) as load:
         work = _Work(shape, count, pool, topology)
-        block = 0
-        while block < MIN_BLOCKS or time.perf_counter() < end:
-            for arm in random.sample(arms, len(arms)):
-                used = all_nodes[: arm.nodes]
-                visit = work.visit(arm.work, used)
-                with load.on([node for node in all_nodes if node not in used] if arm.load == LOADED else []):
-                    taken = _seconds(visit.call)
-                    wrong = visit.contradictions()
-                rows.append({
-                    "work": arm.work, "nodes": arm.nodes, "load": arm.load, "block": block, "seconds": taken,
-                    "bytes_per_s": count * shape.kv_bytes / taken,
-                    "predicted": work.predict(arm, visit.tokens, measured, len(all_nodes)), "wrong": " ".join(wrong),
-                })  # fmt: skip
-                del visit  # its memory goes before the next one takes some
-            block += 1
+        for block, arm in randomized_blocks(arms_of(len(all_nodes)), MIN_BLOCKS, seconds=seconds):
+            used = all_nodes[: arm.nodes]
+            visit = work.visit(arm.work, used)
+            with load.on([node for node in all_nodes if node not in used] if arm.load == LOADED else []):
+                taken = _seconds(visit.call)
+                wrong = visit.contradictions()
+            rows.append({
+                "work": arm.work, "nodes": arm.nodes, "load": arm.load, "block": block, "seconds": taken,
+                "bytes_per_s": count * shape.kv_bytes / taken,
+                "predicted": work.predict(arm, visit.tokens, measured, len(all_nodes)), "wrong": " ".join(wrong),
+            })  # fmt: skip
+            del visit  # its memory goes before the next one takes some
     return pd.DataFrame(rows)
 
 

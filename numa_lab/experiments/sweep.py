@@ -23,20 +23,14 @@ from numa_lab.machine.libnuma import interleave_weights
 from numa_lab.machine.shell_commands import to_paste
 from numa_lab.machine.sysfs import format_cpulist
 from numa_lab.machine.topology import Topology
-from numa_lab.measurement.comparison import AA_SUFFIX
-from numa_lab.measurement.results import (
-    EXECUTIONS,
-    PREDICTION,
-    SCHEMA_VERSION,
-    machine_facts,
-    read_json,
-    read_rows,
-    write_json,
-)
+from numa_lab.measurement.atomic_files import read_json, write_json
+from numa_lab.measurement.labels import AA_SUFFIX
+from numa_lab.measurement.machine_facts import SCHEMA_VERSION, machine_facts
+from numa_lab.measurement.receipts import contradictions
+from numa_lab.measurement.results import EXECUTIONS, PREDICTION, read_rows
 from numa_lab.measurement.timing import MIN_SAMPLES
 from numa_lab.measurement.workloads import CASE_KEY, Case, case_key, case_words
 from numa_lab.placement.binding import Binding, MemPolicy
-from numa_lab.placement.receipt import contradictions
 
 MEASURED_NOTEBOOK = "02_attention_under_binding"
 MACHINE_NOTEBOOK = "01_machine"

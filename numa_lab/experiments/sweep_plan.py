@@ -24,17 +24,11 @@ from numa_lab.machine import doctor
 from numa_lab.machine.shell_commands import to_paste
 from numa_lab.machine.sysfs import format_cpulist
 from numa_lab.machine.topology import Topology
-from numa_lab.measurement.comparison import AA_SUFFIX
-from numa_lab.measurement.results import (
-    EXECUTIONS,
-    MACHINE,
-    SCHEMA_VERSION,
-    differences,
-    load_machine,
-    machine_facts,
-    read_json,
-    write_json,
-)
+from numa_lab.measurement.atomic_files import read_json, write_json
+from numa_lab.measurement.blocks import randomized_blocks
+from numa_lab.measurement.labels import AA_SUFFIX
+from numa_lab.measurement.machine_facts import MACHINE, SCHEMA_VERSION, differences, load_machine, machine_facts
+from numa_lab.measurement.results import EXECUTIONS
 from numa_lab.measurement.workloads import PROFILES, Case, usable_bytes, workload
 from numa_lab.placement.binding import Binding, MemPolicy, mask_words
 
@@ -168,22 +162,20 @@ def make_plan(
     seconds = {
         str(b): OVERHEAD_SECONDS + 1.5 * case_seconds * len(expected_cases(all_given, b, topology)) for b in bindings
     }
-    shuffled = random.Random(seed)
     planned: list[Planned] = []
-    for block in range(blocks):
-        for label in shuffled.sample(labels, len(labels)):
-            binding = Binding.parse(label.removesuffix(AA_SUFFIX))
-            cpus = topology.cpus_of(binding.cpu_nodes or topology.node_ids)
-            identity = json.dumps([content, given, label, machine, cpus, block], sort_keys=True)
-            key = hashlib.sha256(identity.encode()).hexdigest()[:12]
-            # numactl can't say who touches first, so who types the command tells the notebook.
-            told = {"execution": {"binding": str(binding)}} if binding.asked_of_kernel != binding else {}
-            words = notebook_runner.command(
-                Path("notebooks") / measured.name, Path(f"{label}.ipynb"), given | told, binding, topology=topology
-            )
-            # Without CPU nodes a command takes the CPUs of who types it.
-            command_line = shlex.join(words) if binding.cpu_nodes else typed(words, topology)
-            planned.append(Planned(key, block, len(planned), label, command_line))
+    for block, label in randomized_blocks(labels, blocks, order=random.Random(seed)):
+        binding = Binding.parse(label.removesuffix(AA_SUFFIX))
+        cpus = topology.cpus_of(binding.cpu_nodes or topology.node_ids)
+        identity = json.dumps([content, given, label, machine, cpus, block], sort_keys=True)
+        key = hashlib.sha256(identity.encode()).hexdigest()[:12]
+        # numactl can't say who touches first, so who types the command tells the notebook.
+        told = {"execution": {"binding": str(binding)}} if binding.asked_of_kernel != binding else {}
+        words = notebook_runner.command(
+            Path("notebooks") / measured.name, Path(f"{label}.ipynb"), given | told, binding, topology=topology
+        )
+        # Without CPU nodes a command takes the CPUs of who types it.
+        command_line = shlex.join(words) if binding.cpu_nodes else typed(words, topology)
+        planned.append(Planned(key, block, len(planned), label, command_line))
     return Plan(
         SCHEMA_VERSION, run_id, datetime.now(UTC).isoformat(timespec="seconds"), profile, tuple(labels), measured.name,
         content, given, command, tuple(planned), round(sum(seconds[str(p.binding)] for p in planned)),

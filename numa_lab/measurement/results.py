@@ -1,41 +1,29 @@
-"""The tidy schema, one Parquet file per execution, and the facts of the machine that stand beside them.
+"""The tidy schema, and the Parquet files that hold rows of it, one per execution.
 
-A run directory holds ``machine.json``, ``plan.json`` (see ``numa_lab.experiments.sweep``) and ``executions/*.parquet``. A file
-appears under its name only when it is whole. Rows of two machines are never mixed silently: each file carries the
-fingerprint of its machine.
+A run directory holds ``machine.json`` (see ``numa_lab.measurement.machine_facts``), ``plan.json`` (see
+``numa_lab.experiments.sweep_plan``) and ``executions/*.parquet``. A file appears under its name only when it is whole. Rows of
+two machines are never mixed silently: each file carries the fingerprint of its machine.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-import platform
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from numa_lab import __version__
 from numa_lab.errors import MachineMismatch, RunDirectoryError
 from numa_lab.machine.shell_commands import to_paste
-from numa_lab.machine.topology import Topology, format_cpulist
+from numa_lab.machine.sysfs import format_cpulist
+from numa_lab.measurement.atomic_files import atomic_file, read_json
 from numa_lab.measurement.comparison import CASE
+from numa_lab.measurement.machine_facts import MACHINE, SCHEMA_VERSION, differences, load_machine
 
-__all__ = [
-    "CASE", "COLUMNS", "EXECUTIONS", "MACHINE", "SCHEMA_VERSION", "Column", "differences", "load_machine", "load_run",
-    "load_runs", "machine_facts", "read_json", "read_rows", "whole", "write_json", "write_rows",
-]  # fmt: skip
-
-SCHEMA_VERSION = 1
 EXECUTIONS = "executions"
-MACHINE = "machine.json"
 PREDICTION = "prediction.json"
 
 
@@ -92,89 +80,17 @@ COLUMNS = (
 _SCHEMA = pa.schema([pa.field(c.name, c.type, metadata={"meaning": c.meaning}) for c in COLUMNS])
 
 
-def machine_facts(topology: Topology) -> dict[str, Any]:
-    """What identifies the machine and its software, as stored in ``machine.json``.
-
-    ``identity`` holds the values that must agree before rows of two runs may be mixed; ``fingerprint`` is their hash.
-    """
-    facts = topology.to_json()
-    identity = {
-        "machine": topology.fingerprint(),
-        "model": topology.model_name,
-        "nodes": " ".join(f"{n.id}:{len(n.cpus)}cpus{'+memory' * bool(n.memory_bytes)}" for n in topology.nodes),
-        "architecture": platform.machine(),
-        "kernel": platform.release(),
-        **{name: _version(name) for name in ("torch", "numba")},
-    }
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "fingerprint": digest[:16],
-        "identity": identity,
-        "python": platform.python_version(),
-        "numa_lab": __version__,
-        "topology": facts,
-    }
-
-
-def _version(distribution: str) -> str:
-    try:
-        return version(distribution).split("+")[0]  # the local suffix names a build of the same release
-    except PackageNotFoundError:
-        return "not installed"
-
-
-@contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its name once the block ends without an error.
-
-    Raises
-    ------
-    RunDirectoryError
-        The folder can't be written, or the disk is full; what was there before stays.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        raise RunDirectoryError(
-            f"{path} can't be written: {error.strerror or error}. Free space or name another folder with --out"
-        ) from error
-    finally:
-        if temporary.exists():
-            temporary.unlink()
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write strict JSON whole or not at all."""
-    with whole(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
-
-
-def read_json(path: Path) -> Any:
-    """Read a JSON file of a run directory.
-
-    Raises
-    ------
-    RunDirectoryError
-        It is missing or damaged.
-    """
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise RunDirectoryError(
-            f"{path.parent} has no {path.name}: expected a run directory as `numa-lab sweep` writes it"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise RunDirectoryError(
-            f"{path} can't be read ({error}): the run directory is damaged; run the sweep again"
-        ) from error
-
-
 def write_rows(path: Path, rows: pd.DataFrame | Sequence[Mapping[str, object]], fingerprint: str) -> None:
     """Write the rows of one execution as one Parquet file, whole or not at all.
+
+    Parameters
+    ----------
+    path
+        The file.
+    rows
+        What ``numa_lab.measurement.case_timing.sample_case`` gave, of all cases.
+    fingerprint
+        That of the machine, which ``numa_lab.measurement.machine_facts`` computes.
 
     Raises
     ------
@@ -192,12 +108,12 @@ def write_rows(path: Path, rows: pd.DataFrame | Sequence[Mapping[str, object]], 
         )
     table = pa.Table.from_pandas(frame[expected], schema=_SCHEMA, preserve_index=False)
     table = table.replace_schema_metadata({"numa_lab.schema": str(SCHEMA_VERSION), "numa_lab.machine": fingerprint})
-    with whole(path) as temporary:
+    with atomic_file(path) as temporary:
         pq.write_table(table, temporary, compression="zstd")
 
 
 def read_rows(path: Path) -> tuple[pd.DataFrame, str]:
-    """The rows of one execution and the fingerprint of its machine.
+    """Read the rows of one execution, and the fingerprint of the machine that they were measured on.
 
     Raises
     ------
@@ -209,44 +125,27 @@ def read_rows(path: Path) -> tuple[pd.DataFrame, str]:
     except (OSError, pa.ArrowException) as error:
         raise RunDirectoryError(f"{path} can't be read ({error}): delete it and run the sweep with --resume") from error
     metadata = table.schema.metadata or {}
-    found = metadata.get(b"numa_lab.schema", b"none").decode()
-    if found != str(SCHEMA_VERSION):
+    stored_version = metadata.get(b"numa_lab.schema", b"none").decode()
+    if stored_version != str(SCHEMA_VERSION):
         raise RunDirectoryError(
-            f"{path} has schema version {found}, expected {SCHEMA_VERSION}: measure again, "
+            f"{path} has schema version {stored_version}, expected {SCHEMA_VERSION}: measure again, "
             "or read it with the numa_lab that wrote it"
         )
     return table.to_pandas(), metadata[b"numa_lab.machine"].decode()
 
 
-def load_machine(run_dir: str | os.PathLike[str]) -> dict[str, Any]:
-    """``machine.json`` of a run directory.
-
-    Raises
-    ------
-    RunDirectoryError
-        It is missing, damaged or of another schema version.
-    """
-    facts = read_json(Path(run_dir) / MACHINE)
-    if not isinstance(facts, dict) or facts.get("schema_version") != SCHEMA_VERSION:
-        found = facts.get("schema_version") if isinstance(facts, dict) else type(facts).__name__
-        raise RunDirectoryError(
-            f"{Path(run_dir) / MACHINE} has schema version {found!r}, expected {SCHEMA_VERSION}: measure again, "
-            "or read it with the numa_lab that wrote it"
-        )
-    if missing := {"fingerprint", "identity", "topology"} - set(facts):
-        raise RunDirectoryError(f"{Path(run_dir) / MACHINE} is damaged, without {sorted(missing)}: measure again")
-    return facts
-
-
 def load_prediction(run_dir: str | os.PathLike[str]) -> pd.DataFrame:
-    """What was predicted before a run was measured, a row for each decode case and binding; empty where nothing was.
+    """Read what was predicted before a run was measured.
 
-    Its columns are `label`, `attention`, `threads`, the sizes and `dtype` of the case, `seconds`, and `limit`: what bounds it.
+    Returns
+    -------
+    A row for each decode case and binding, with the columns `label`, `attention`, `threads`, the sizes and `dtype` of the case,
+    `seconds` per call, and `limit`: what bounds it. Empty where nothing was predicted.
 
     Raises
     ------
     RunDirectoryError
-        It is damaged or of another schema version.
+        The prediction is damaged or of another schema version.
     """
     path = Path(run_dir) / PREDICTION
     if not path.exists():
@@ -258,12 +157,16 @@ def load_prediction(run_dir: str | os.PathLike[str]) -> pd.DataFrame:
 
 
 def load_run(run_dir: str | os.PathLike[str]) -> pd.DataFrame:
-    """All rows of a run directory, in run order.
+    """Read all rows of a run directory.
+
+    Returns
+    -------
+    Tidy rows, one per sample, with the columns of ``COLUMNS``, in the order in which executions ran.
 
     Raises
     ------
     RunDirectoryError
-        No such directory, nothing finished in it, damaged, or of another schema version.
+        There is no such directory, nothing is finished in it, or a file is damaged or of another schema version.
     MachineMismatch
         A file was measured on another machine than ``machine.json`` describes.
     """
@@ -273,7 +176,8 @@ def load_run(run_dir: str | os.PathLike[str]) -> pd.DataFrame:
     facts = load_machine(folder)
     files = sorted((folder / EXECUTIONS).glob("*.parquet"))
     if not files:
-        failed = [told for path in sorted((folder / EXECUTIONS).glob("*.json")) if (told := read_json(path)["reasons"])]
+        outcomes = [read_json(path) for path in sorted((folder / EXECUTIONS).glob("*.json"))]
+        failed = [outcome["reasons"] for outcome in outcomes if outcome["reasons"]]
         why = f"{len(failed)} failed, one because: {' '.join(failed[0])} When that is mended, " if failed else ""
         raise RunDirectoryError(
             f"{folder} holds no finished execution: {why}finish it with `{to_paste('numa-lab', 'sweep', '--resume', folder)}`"
@@ -291,18 +195,31 @@ def load_run(run_dir: str | os.PathLike[str]) -> pd.DataFrame:
 
 
 def load_runs(run_dirs: Sequence[str | os.PathLike[str]], *, mix_machines: bool = False) -> pd.DataFrame:
-    """Rows of several runs, with the column ``machine`` for the fingerprint.
+    """Read the rows of several run directories of one machine.
+
+    Parameters
+    ----------
+    run_dirs
+        The directories, one or more.
+    mix_machines
+        Load them although they come from several machines, or from different CPUs of one.
+
+    Returns
+    -------
+    The rows of ``load_run``, one run after another, with the column ``machine``: the fingerprint.
 
     Raises
     ------
+    RunDirectoryError
+        As in ``load_run``.
     MachineMismatch
         The machines, or the CPUs that were allowed, differ and `mix_machines` is false; the message names what differs.
     """
     machines = [load_machine(run_dir) for run_dir in run_dirs]
     for run_dir, facts in zip(run_dirs[1:], machines[1:], strict=True):
         differing = differences(machines[0], facts)
-        then, now = (format_cpulist(one["topology"].get("allowed_cpus", ())) for one in (machines[0], facts))
-        differing += [f"allowed CPUs: {then} against {now}"] if then != now else []
+        first, other = (format_cpulist(machine["topology"].get("allowed_cpus", ())) for machine in (machines[0], facts))
+        differing += [f"allowed CPUs: {first} against {other}"] if first != other else []
         if differing and not mix_machines:
             raise MachineMismatch(
                 f"{run_dirs[0]} and {run_dir} come from different machines or parts of one: {'; '.join(differing)}. "
@@ -315,13 +232,3 @@ def load_runs(run_dirs: Sequence[str | os.PathLike[str]], *, mix_machines: bool 
         ],
         ignore_index=True,
     )
-
-
-def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """The identifying values in which two machines differ, as ``name: value against value``."""
-    left, right = one["identity"], other["identity"]
-    return [
-        f"{key}: {left.get(key)} against {right.get(key)}"
-        for key in sorted({*left, *right})
-        if left.get(key) != right.get(key)
-    ]

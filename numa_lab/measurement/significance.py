@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from numa_lab.measurement import student_t
+
 CONFIDENCE = 0.95
 MIN_EXECUTIONS = 3  # per binding: with two, no spread can be told from chance
 LARGEST_TIE = 0.05  # however noisy the run, what may differ by more is not called the same
@@ -19,7 +21,7 @@ PAIRS_AT_ONCE = 200  # resampled together, which bounds the memory that it takes
 
 @dataclass(frozen=True)
 class Ratio:
-    """Median of a over median of b, with its interval; low and high are NaN where there are too few executions."""
+    """Median of a over median of b, with its interval: `low` and `high` are NaN where there are too few executions."""
 
     ratio: float
     low: float
@@ -27,7 +29,10 @@ class Ratio:
     p_value: float  # of no difference
 
     def describe(self, unit: str) -> str:
-        """The interval in words, such as "1.90 to 2.10 times as fast" for the unit "as fast"; a tie and doubt are told."""
+        """Give the interval in words, such as "1.90 to 2.10 times as fast" for the unit "as fast".
+
+        An interval that holds 1 is called a tie where it is narrow, and unclear where it is wide.
+        """
         if math.isnan(self.low):
             return f"unclear, too few runs for an interval ({self.ratio:.2f} times {unit})"
         interval = f"{self.low:.2f} to {self.high:.2f} times {unit}"
@@ -40,21 +45,29 @@ class Ratio:
 def ratio_of_medians(a: ArrayLike, b: ArrayLike, *, confidence: float = CONFIDENCE) -> Ratio:
     """Compare the execution medians of two bindings.
 
-    Limits: blocks are not paired, so drift between blocks widens the interval and hides effects; it makes no false ones.
+    Limits: the executions of a block are not paired, so drift between blocks widens the interval and hides effects; it makes
+    no false ones.
 
     Parameters
     ----------
     a, b
         Seconds, one value per execution.
     confidence
-        Of the interval.
+        The probability with which the interval holds the true ratio, between 0 and 1.
+
+    Returns
+    -------
+    The ratio of the medians, its interval, and the p-value of no difference.
     """
     (ratio,) = _ratios(np.array([a], float), np.array([b], float), confidence)
     return ratio
 
 
 def _ratios(a: NDArray[np.float64], b: NDArray[np.float64], confidence: float = CONFIDENCE) -> list[Ratio]:
-    """``ratio_of_medians`` of each row of a to the same row of b, resampled together: one by one takes ten times as long."""
+    """Compare each row of a with the same row of b as ``ratio_of_medians`` does.
+
+    Rows are resampled together, since one by one takes ten times as long.
+    """
     centre = np.median(a, axis=-1) / np.median(b, axis=-1)
     if min(a.shape[-1], b.shape[-1]) < MIN_EXECUTIONS:
         return [Ratio(float(ratio), math.nan, math.nan, 1.0) for ratio in centre]
@@ -81,44 +94,49 @@ def _intervals(
     wider of both  2.9 2.3 4.3    2.6 1.5 3.3    3.5 1.4 2.9
     =============  =============  =============  =============
     """
-    from scipy import stats as scipy_stats  # most of a second, which an execution that only measures need not wait for
-
-    resampled = scipy_stats.bootstrap(
-        (a, b), _difference, axis=-1, vectorized=True, method="percentile", confidence_level=confidence,
-        n_resamples=RESAMPLES, rng=np.random.default_rng(0),
-    ).confidence_interval  # fmt: skip
+    rng = np.random.default_rng(0)
+    resampled = _resampled_medians(a, rng) - _resampled_medians(b, rng)
+    lower, upper = np.quantile(resampled, [(1 - confidence) / 2, (1 + confidence) / 2], axis=-1)
     n_a, n_b = a.shape[-1], b.shape[-1]
     # Executions that agree to the last digit don't prove a noiseless machine.
     error_a, error_b = (np.maximum(x.var(axis=-1, ddof=1), LEAST_NOISE**2) / x.shape[-1] for x in (a, b))
     error = np.sqrt(error_a + error_b)
     degrees = (error_a + error_b) ** 2 / (error_a**2 / (n_a - 1) + error_b**2 / (n_b - 1))
     centre = a.mean(axis=-1) - b.mean(axis=-1)
-    reach = scipy_stats.t.isf((1 - confidence) / 2, degrees) * error
-    p_value = 2 * scipy_stats.t.sf(np.abs(centre) / error, degrees)
-    return np.minimum(resampled.low, centre - reach), np.maximum(resampled.high, centre + reach), p_value
+    reach = student_t.critical_value((1 - confidence) / 2, degrees) * error
+    p_value = 2 * student_t.upper_tail(np.abs(centre) / error, degrees)
+    return np.minimum(lower, centre - reach), np.maximum(upper, centre + reach), p_value
 
 
-def _difference(a: NDArray[np.float64], b: NDArray[np.float64], axis: int = -1) -> NDArray[np.float64]:
-    return np.asarray(np.median(a, axis=axis) - np.median(b, axis=axis))
+def _resampled_medians(values: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.float64]:
+    """Medians of ``RESAMPLES`` samples that are drawn with replacement from each row; all rows are drawn from alike."""
+    n = values.shape[-1]
+    return np.asarray(np.median(values[..., rng.integers(0, n, (RESAMPLES, n))], axis=-1))
 
 
 def all_ratios(
     pairs: Sequence[tuple[NDArray[np.float64], NDArray[np.float64]]], confidence: float = CONFIDENCE
 ) -> list[Ratio]:
-    """The ratio of each pair of samples; pairs of the same sizes are resampled together, some hundreds at a time."""
-    found: dict[int, Ratio] = {}
-    sizes: dict[tuple[int, int], list[int]] = {}
+    """Compare each pair of samples as ``ratio_of_medians`` does; the ratios are in the order of the pairs.
+
+    Pairs of the same sizes are resampled together, ``PAIRS_AT_ONCE`` at a time.
+    """
+    ratios: dict[int, Ratio] = {}
+    places_by_size: dict[tuple[int, int], list[int]] = {}
     for place, (a, b) in enumerate(pairs):
-        sizes.setdefault((len(a), len(b)), []).append(place)
-    for places in sizes.values():
-        for some in (places[i : i + PAIRS_AT_ONCE] for i in range(0, len(places), PAIRS_AT_ONCE)):
-            a, b = (np.array([pairs[place][side] for place in some]) for side in (0, 1))
-            found |= dict(zip(some, _ratios(a, b, confidence), strict=True))
-    return [found[place] for place in range(len(pairs))]
+        places_by_size.setdefault((len(a), len(b)), []).append(place)
+    for places in places_by_size.values():
+        for batch in (places[i : i + PAIRS_AT_ONCE] for i in range(0, len(places), PAIRS_AT_ONCE)):
+            a, b = (np.array([pairs[place][side] for place in batch]) for side in (0, 1))
+            ratios |= dict(zip(batch, _ratios(a, b, confidence), strict=True))
+    return [ratios[place] for place in range(len(pairs))]
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjust p-values for testing them all (Holm 1979): a family's chance of one false claim stays as asked for."""
+    """Adjust p-values for testing them all (Holm 1979), so that the chance of one false claim among all stays as asked for.
+
+    The adjusted values are in the order of the given ones.
+    """
     order = np.argsort(p_values)
     scaled = np.asarray(p_values, float)[order] * (len(order) - np.arange(len(order)))
     adjusted = np.minimum(1.0, np.maximum.accumulate(scaled))

@@ -34,12 +34,12 @@ class Timing:
 
 
 def require_seconds(seconds: float) -> None:
-    """Refuse what is no time to measure for.
+    """Refuse a time for all visits together that is not positive.
 
     Raises
     ------
     InvalidInput
-        It is not positive.
+        `seconds` is zero, negative or NaN.
     """
     if not seconds > 0:
         raise InvalidInput(f"seconds={seconds}: expected a positive time, for all visits together")
@@ -53,25 +53,38 @@ def measure(
     max_samples: int = 50,
     after_sample: Callable[[], object] | None = None,
 ) -> Timing:
-    """Time ``call(turn)``, where `turn` counts the calls, within about `seconds`.
+    """Time a call: the first one apart, then samples after a warm-up.
 
-    The first call is the cold one. A third of the time at most goes to warming up: until the medians of the two
-    halves of the warm-up differ by less than 5 %. `after_sample` runs between samples, outside the timed regions.
-    A call so slow that the time does not suffice is still sampled `min_samples` times.
+    Parameters
+    ----------
+    call
+        What is timed; it is given the number of the call, from 0.
+    seconds
+        For all of it, as far as the fewest samples allow. A third at most goes to the warm-up, which ends when the medians
+        of its two halves differ by less than 5 %.
+    min_samples, max_samples
+        How many samples are taken: at least so many, however slow the call is, and at most.
+    after_sample
+        Called between samples, outside the timed regions.
+
+    Returns
+    -------
+    Seconds per call of the first call, and of each sample. A sample lasts a millisecond at least: short calls are repeated
+    within it.
     """
     begin = time.perf_counter()
     call(0)
     cold_seconds = time.perf_counter() - begin
-    turn = 1
+    next_number = 1
 
     def sample(calls: int) -> float:
-        nonlocal turn
+        nonlocal next_number
         start = time.perf_counter()
-        for i in range(turn, turn + calls):
-            call(i)
-        taken = time.perf_counter() - start
-        turn += calls
-        return taken / calls
+        for number in range(next_number, next_number + calls):
+            call(number)
+        elapsed = time.perf_counter() - start
+        next_number += calls
+        return elapsed / calls
 
     warm_up = [sample(1), sample(1)]
     calls = max(1, round(SHORTEST_SAMPLE_SECONDS / max(min(warm_up), 1e-9)))

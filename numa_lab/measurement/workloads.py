@@ -15,7 +15,7 @@ MEMORY_SHARE = 0.5  # of the binding's memory, for K and V: the rest is the syst
 
 @dataclass(frozen=True)
 class Profile:
-    """How much is measured. Lengths are tokens; curves multiply `kv_len` or `batch` of the base case."""
+    """How much is measured. Lengths are in tokens, and each value of a curve multiplies `kv_len` or `batch` of the base case."""
 
     name: str
     executions: int  # processes per binding
@@ -58,7 +58,7 @@ def case_key(case: Case) -> tuple[object, ...]:
 
 
 def case_words(key: Sequence[object]) -> str:
-    """A case in words, from the values of ``CASE_KEY``."""
+    """Name a case in words, from the values of ``CASE_KEY``."""
     case = dict(zip(CASE_KEY, key, strict=True))
     threads = "1 thread" if case["threads"] == 1 else f"{case['threads']} threads"
     return (
@@ -76,16 +76,17 @@ class Workload:
     message: str  # how the shape was scaled down to this machine; empty where it was not
 
     def cases(self, cores: int) -> list[Case]:
-        """Every case once, for a binding of `cores` physical cores."""
+        """List every case once, for a binding of `cores` physical cores."""
         counts = sorted({1, max(1, cores // 2), cores})
         shapes = [(shape, counts[-1:]) for shape in self._shapes()]
         decode = self.base.replace(dtype=self.profile.dtypes[0])
         shapes += [(decode, counts)]
         shapes += [
-            (decode.replace(kv_len=max(1, int(decode.kv_len * f))), counts[-1:]) for f in self.profile.kv_len_curve
+            (decode.replace(kv_len=max(1, int(decode.kv_len * factor))), counts[-1:])
+            for factor in self.profile.kv_len_curve
         ]
-        shapes += [(decode.replace(batch=decode.batch * f), counts[-1:]) for f in self.profile.batch_curve]
-        return list(dict.fromkeys(Case(shape, threads) for shape, some in shapes for threads in some))
+        shapes += [(decode.replace(batch=decode.batch * factor), counts[-1:]) for factor in self.profile.batch_curve]
+        return list(dict.fromkeys(Case(shape, threads) for shape, thread_counts in shapes for threads in thread_counts))
 
     def _shapes(self) -> Iterator[AttentionShape]:
         """GQA as the model has it, and what it would be with a KV head per query head, or with a single one."""
@@ -104,12 +105,12 @@ class Workload:
 
 
 def usable_bytes(topology: Topology, binding: Binding) -> int:
-    """What K and V may take under a binding, by its nodes and by the limits of control groups."""
+    """How many bytes K and V may take under a binding, by the memory of its nodes and by the limits of control groups."""
     return int(MEMORY_SHARE * topology.capacity_bytes(binding.mem_nodes or topology.allowed_nodes))
 
 
 def workload(profile: str, model: str, kv_len: int = 0, batch: int = 0, *, memory_bytes: int) -> Workload:
-    """Choose the cases of a profile.
+    """Choose what the executions of a profile measure.
 
     Parameters
     ----------
@@ -122,6 +123,10 @@ def workload(profile: str, model: str, kv_len: int = 0, batch: int = 0, *, memor
         ``guide`` brings its own of both.
     memory_bytes
         What the tensors of one call may take. Where it does not suffice the base case is scaled down, and ``message`` says so.
+
+    Returns
+    -------
+    The workload, whose ``cases`` are what is timed.
 
     Raises
     ------

@@ -11,10 +11,8 @@ import math
 import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-
-import pandas as pd
 
 from numa_lab.machine.control_groups import ControlGroups
 from numa_lab.machine.sysfs import Tree, format_cpulist, parse_cpulist
@@ -284,21 +282,3 @@ def least_huge_pages(observed: Iterable[str]) -> float:
     """The least share of a tensor's memory on huge pages, over values of the column ``observed``; NaN where none tells."""
     shares = [share for text in set(observed) for share in json.loads(text).get("huge_pages", {}).values()]
     return min(shares, default=math.nan)
-
-
-def contradictions(rows: pd.DataFrame, node_cpus: Mapping[int, Collection[int]]) -> list[str]:
-    """What the receipts of tidy rows say against the bindings that were asked for, each sentence once.
-
-    `node_cpus` gives the CPUs of each node that the run was allowed to use. Receipts of older runs don't hold the size of the
-    team: there the threads that were seen are held against the column ``threads``.
-    """
-    found: dict[str, None] = {}
-    names = ["requested", "effective", "observed"]
-    for threads, *columns in rows[["threads", *names]].drop_duplicates().itertuples(index=False):
-        receipt = Receipt.from_columns(dict(zip(names, columns, strict=True)))
-        team = receipt.team or Team(0, len(receipt.threads))
-        receipt = replace(receipt, team=replace(team, asked=max(int(threads), team.asked)))
-        nodes = receipt.requested.cpu_nodes or tuple(node_cpus)
-        cpus = {cpu for node in nodes for cpu in node_cpus.get(node, ())}
-        found |= dict.fromkeys(receipt.contradictions(cpus, nodes))
-    return list(found)

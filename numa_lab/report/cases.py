@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pandas as pd
 
-from numa_lab.measurement.comparison import AA_SUFFIX, CASE, execution_medians, is_local
+from numa_lab.measurement.comparison import CASE, execution_medians
+from numa_lab.measurement.labels import AA_SUFFIX, is_local
 
 KINDS = {"gqa": "GQA", "mha": "MHA", "mqa": "MQA"}
 PHASES = ("decode", "prefill")

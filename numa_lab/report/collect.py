@@ -7,7 +7,8 @@ from pathlib import Path
 
 from numa_lab.experiments import notebook_runner
 from numa_lab.measurement import comparison
-from numa_lab.measurement.results import load_machine, load_run
+from numa_lab.measurement.machine_facts import load_machine
+from numa_lab.measurement.results import load_run
 from numa_lab.report import verdicts
 from numa_lab.report.html import write_report
 

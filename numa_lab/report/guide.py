@@ -14,7 +14,8 @@ import pandas as pd
 
 from numa_lab.machine.shell_commands import to_paste
 from numa_lab.measurement import comparison
-from numa_lab.measurement.comparison import Comparisons
+from numa_lab.measurement.labels import is_local
+from numa_lab.measurement.pairwise import Comparisons
 from numa_lab.placement.binding import Binding
 from numa_lab.report import verdicts
 
@@ -62,7 +63,7 @@ class _Facts:
 
     def __init__(self, rows: pd.DataFrame, machine: Mapping[str, Any], compared: Comparisons) -> None:
         self.floor = compared.noise_floor
-        self.local = [label for label in verdicts.bindings(rows) if comparison.is_local(label)]
+        self.local = [label for label in verdicts.bindings(rows) if is_local(label)]
         self.nodes = len(verdicts.usable_nodes(machine))
         self.best = verdicts.best_node(compared)
         self.tie = verdicts.nodes_tie(compared)
@@ -79,9 +80,7 @@ class _Facts:
             if a.is_local != b.is_local and a.cpu_nodes == b.cpu_nodes and a.mem_nodes != b.mem_nodes
         ]
         self.remote_measured = bool(remote)
-        costs = [
-            c.ratio if comparison.is_local(c.b) else 1 / c.ratio for c in remote if c.verdict in ("slower", "faster")
-        ]
+        costs = [c.ratio if is_local(c.b) else 1 / c.ratio for c in remote if c.verdict in ("slower", "faster")]
         self.remote_costs = sorted(costs)
         spread = comparison.spread(rows)
         self.spreads = {

@@ -26,7 +26,10 @@ from numa_lab.bandwidth.node_bandwidths import PROBES
 from numa_lab.experiments.sweep_plan import load_plan
 from numa_lab.machine.shell_commands import to_paste
 from numa_lab.measurement import comparison
-from numa_lab.measurement.results import load_machine, load_prediction, load_run, read_json, whole
+from numa_lab.measurement.atomic_files import atomic_file, read_json
+from numa_lab.measurement.machine_facts import load_machine
+from numa_lab.measurement.pairwise import Comparisons
+from numa_lab.measurement.results import load_prediction, load_run
 from numa_lab.report import figures, guide, receipts, tables, verdicts
 from numa_lab.report.attachments import (
     MOST_URI_BYTES,
@@ -68,7 +71,7 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
     """
     folder = Path(run_dir)
     page = render(folder)
-    with whole(folder / REPORT) as temporary:
+    with atomic_file(folder / REPORT) as temporary:
         temporary.write_text(page, encoding="utf-8")
     return folder / REPORT
 
@@ -136,7 +139,7 @@ def _facts(
     rows: pd.DataFrame,
     machine: Mapping[str, Any],
     plan: Mapping[str, Any],
-    compared: comparison.Comparisons,
+    compared: Comparisons,
 ) -> dict[str, Any]:
     """All of the page but figures and attachments."""
     notices = []

@@ -8,7 +8,8 @@ from typing import Any
 import pandas as pd
 
 from numa_lab.errors import UntrustedResult
-from numa_lab.placement.receipt import contradictions, least_huge_pages
+from numa_lab.measurement.receipts import contradictions
+from numa_lab.placement.receipt import least_huge_pages
 
 
 def receipts_table(rows: pd.DataFrame) -> pd.DataFrame:

@@ -13,8 +13,10 @@ from typing import Any
 import pandas as pd
 
 from numa_lab.machine.sysfs import format_cpulist
-from numa_lab.measurement.comparison import CASE, Comparison, Comparisons
-from numa_lab.measurement.results import EXECUTIONS, read_json
+from numa_lab.measurement.atomic_files import read_json
+from numa_lab.measurement.comparison import CASE
+from numa_lab.measurement.pairwise import Comparison, Comparisons
+from numa_lab.measurement.results import EXECUTIONS
 from numa_lab.measurement.significance import CONFIDENCE
 from numa_lab.report import cases
 from numa_lab.report.receipts import found_contradictions, receipts_table

@@ -10,7 +10,8 @@ import pandas as pd
 
 from numa_lab.machine.shell_commands import to_paste
 from numa_lab.measurement import comparison
-from numa_lab.measurement.comparison import AA_SUFFIX, Comparison, Comparisons
+from numa_lab.measurement.labels import AA_SUFFIX, is_local
+from numa_lab.measurement.pairwise import Comparison, Comparisons
 from numa_lab.measurement.significance import MIN_EXECUTIONS
 from numa_lab.placement.binding import Binding, cpu_words
 from numa_lab.placement.receipt import least_huge_pages
@@ -158,7 +159,7 @@ def instability(rows: pd.DataFrame) -> list[str]:
 
 def commands(rows: pd.DataFrame, machine: Mapping[str, Any], compared: Comparisons) -> list[tuple[str, str]]:
     """What to type on this machine, each with its purpose."""
-    local = [label for label in bindings(rows) if comparison.is_local(label)]
+    local = [label for label in bindings(rows) if is_local(label)]
     nodes = [Binding.parse(label).cpu_nodes[0] for label in local] or machine["topology"]["allowed_nodes"]
     best = best_node(compared)
     chosen = best if best is not None else next((n for n in nodes if n not in slow_nodes(compared)), nodes[0])
@@ -222,7 +223,7 @@ def nodes_differ(compared: Comparisons) -> bool:
 
 
 def _between_local(compared: Comparisons) -> list[Comparison]:
-    return [c for c in compared.comparisons if comparison.is_local(c.a) and comparison.is_local(c.b)]
+    return [c for c in compared.comparisons if is_local(c.a) and is_local(c.b)]
 
 
 def bandwidth_sentence(probes: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ from numa_lab.bandwidth.node_bandwidths import Measured
 from numa_lab.bandwidth.roofline import predict, predict_interleaved
 from numa_lab.errors import InvalidInput, RunDirectoryError
 from numa_lab.machine.control_groups import MemoryLimit
-from numa_lab.measurement.results import write_json
+from numa_lab.measurement.atomic_files import write_json
 from numa_lab.placement.binding import Binding
 
 LONG = preset("llama-3-8b", kv_len=131072)

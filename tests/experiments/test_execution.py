@@ -6,7 +6,7 @@ import pytest
 from numa_lab.errors import InvalidInput, NodeUnavailable, UntrustedResult
 from numa_lab.experiments import execution
 from numa_lab.machine.control_groups import MemoryLimit
-from numa_lab.measurement import results
+from numa_lab.measurement import comparison, results
 from numa_lab.measurement.workloads import CASE_KEY, case_key
 from numa_lab.placement import openmp
 from numa_lab.placement.binding import Binding
@@ -21,7 +21,7 @@ def measured():
 
 def test_every_case_has_a_cold_sample_a_limit_and_a_receipt(measured):
     started, rows = measured
-    cases = rows.groupby(list(results.CASE))
+    cases = rows.groupby(list(comparison.CASE))
     wanted = started.workload.cases(len(started.cores))
     assert set(rows.groupby(list(CASE_KEY)).groups) == {case_key(case) for case in wanted}
     both = rows[(rows["attention"] == "gqa") & (rows["phase"] == "decode") & (rows["threads"] == len(started.cores))]
@@ -45,7 +45,7 @@ def test_under_first_touch_one_pinned_thread_fills_k_and_v(monkeypatch, four_nod
 
     monkeypatch.setattr(execution, "KVPool", Watched)
     started = dataclasses.replace(started, requested=Binding.parse(f"c*f{node}"))
-    assert started.pool().block.nbytes >= started.workload.largest_kv_bytes
+    assert started.pool().buffer.nbytes >= started.workload.largest_kv_bytes
     assert filled_by == [(1, set(started.topology.cpus_for([node], 1)))]
     assert (openmp.threads(), os.sched_getaffinity(0)) == before
     # Other nodes have room, and pages would silently go there.

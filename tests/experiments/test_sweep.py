@@ -20,7 +20,7 @@ from numa_lab.errors import InvalidInput, MachineMismatch, NodeUnavailable, RunD
 from numa_lab.experiments import execution, notebook_runner, sweep, sweep_lock, sweep_plan
 from numa_lab.machine import libnuma
 from numa_lab.machine.topology import parse_cpulist, read_topology
-from numa_lab.measurement import results
+from numa_lab.measurement import atomic_files, comparison, machine_facts, results
 from numa_lab.report import receipts
 
 MEASURED = notebook_runner.find(sweep.MEASURED_NOTEBOOK)
@@ -121,7 +121,7 @@ def test_an_execution_leaves_rows_with_a_receipt_that_names_its_binding(finished
     assert set(rows["label"]) == {planned.label}
     assert set(rows["requested"]) == set(rows["effective"]) == {str(planned.binding)}
     assert (rows["local_page_share"] == 1).all()
-    assert (rows.groupby([*results.CASE])["cold"].sum() == 1).all()
+    assert (rows.groupby([*comparison.CASE])["cold"].sum() == 1).all()
     outcome = json.loads((finished / "executions" / f"{planned.execution_id}.json").read_text())
     assert (outcome["status"], outcome["reasons"]) == ("ok", [])
 
@@ -144,7 +144,7 @@ def test_a_changed_notebook_and_another_machine_are_not_resumed(finished, tmp_pa
     elsewhere = shutil.copytree(finished, tmp_path / "elsewhere")
     facts = json.loads((elsewhere / "machine.json").read_text())
     facts["identity"]["model"] = "another processor"
-    results.write_json(elsewhere / "machine.json", facts)
+    atomic_files.write_json(elsewhere / "machine.json", facts)
     with pytest.raises(MachineMismatch, match="model: another processor against"):
         sweep_plan.check_resumable(sweep_plan.load_plan(elsewhere), elsewhere, read_topology(), MEASURED)
 
@@ -196,7 +196,7 @@ def test_threads_outside_the_mask_that_a_sweep_was_given_are_refused(finished, t
     refused = " ".join(sweep.gate(notebook_runner.Outcome(0, 1.0), rows, first, masked, tmp_path / "log", []))
     seen = {cpu for text in results.read_rows(rows)[0]["observed_cpus"] for cpu in parse_cpulist(text)}
     assert bool(seen - set(masked.allowed_cpus)) == ("outside the requested CPUs" in refused)
-    assert receipts.found_contradictions(results.read_rows(rows)[0], results.load_machine(finished)) == []
+    assert receipts.found_contradictions(results.read_rows(rows)[0], machine_facts.load_machine(finished)) == []
 
 
 def test_the_gate_names_the_exit_status_and_a_missing_result(tmp_path):
@@ -325,7 +325,7 @@ def test_what_is_predicted_is_stored_before_anything_is_measured(tmp_path):
     nodes = list(machine.node_ids)
     pairs = [[20e9 if cpu == mem else 10e9 for mem in nodes] for cpu in nodes]
     probes = {"nodes": nodes, "read_bytes_per_s": pairs, "latency_ns": None, "all_nodes_bytes_per_s": None}
-    results.write_json(tmp_path / sweep.PROBES, probes)
+    atomic_files.write_json(tmp_path / sweep.PROBES, probes)
     assert sweep.predict(planned, tmp_path, measured, machine) == []
     predicted = results.load_prediction(tmp_path)
     assert set(predicted["label"]) == {label for label in planned.bindings if "~" not in label}
@@ -333,7 +333,7 @@ def test_what_is_predicted_is_stored_before_anything_is_measured(tmp_path):
     size = 2 * predicted[["batch", "kv_heads", "kv_len", "head_dim"]].prod(axis=1)
     size *= predicted["dtype"].map({"bfloat16": 2, "float16": 2, "float32": 4})
     assert (predicted["seconds"] / (size / 20e9)).between(0.999, 1.001).all()
-    results.write_json(tmp_path / sweep.PROBES, probes | {"nodes": [999]})
+    atomic_files.write_json(tmp_path / sweep.PROBES, probes | {"nodes": [999]})
     assert sweep.predict(planned, tmp_path, measured, machine) == []
     assert results.load_prediction(tmp_path).equals(predicted), "a resumed sweep predicted anew"
     (tmp_path / results.PREDICTION).unlink()
@@ -344,7 +344,7 @@ def test_a_damaged_plan_is_said_to_be_damaged(tmp_path):
     sweep_plan.prepare(planned_sweep(), tmp_path, read_topology())
     stored = json.loads((tmp_path / "plan.json").read_text())
     for damaged in (stored | {"executions": [{}]}, stored | {"unknown": 1}, {"schema_version": 1}, [], {}):
-        results.write_json(tmp_path / "plan.json", damaged)
+        atomic_files.write_json(tmp_path / "plan.json", damaged)
         with pytest.raises(RunDirectoryError, match="new sweep"):
             sweep_plan.load_plan(tmp_path)
 

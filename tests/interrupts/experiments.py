@@ -54,13 +54,13 @@ def rank() -> Iterator[Target]:
     with two_nodes() as nodes, tempfile.TemporaryDirectory() as folder:
 
         def right() -> None:
-            ranking = optimal_node.rank_nodes(SHAPE, seconds=1e-3, refresh=True)
-            assert sorted(ranking.index) == sorted(nodes)
-            assert (ranking["median_seconds"] > 0).all()
+            ranking = optimal_node.rank(SHAPE, seconds=1e-3, refresh=True)
+            assert sorted(row.node for row in ranking.nodes) == sorted(nodes)
+            assert all(row.median_seconds > 0 for row in ranking.nodes)
             assert not any(name.suffix != ".json" for name in Path(folder).iterdir()), "a file is left over"
 
         with mock.patch.object(optimal_node, "cache_folder", mock.Mock(path=lambda: Path(folder))):
-            yield Target(lambda: optimal_node.rank_nodes(SHAPE, seconds=1e-3, refresh=True), right)
+            yield Target(lambda: optimal_node.rank(SHAPE, seconds=1e-3, refresh=True), right)
 
 
 @case("get_optimal_numa_node")

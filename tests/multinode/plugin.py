@@ -183,8 +183,6 @@ class Inner:
         # The emulated kernel scans memory when it likes; what it does to a measurement has a test of its own.
         Path("/proc/sys/kernel/numa_balancing").write_text("0")
         if "torch" in sys.modules:
-            import scipy.stats  # noqa: F401 (numa_lab imports it late)
-
             from numa_lab.bandwidth import read_probe
             from numa_lab.placement import openmp, thread_state
 

@@ -120,14 +120,14 @@ def test_k_and_v_lie_where_one_thread_touched_them_first(topology, node):
     with Binding.parse(label).bind(topology) as granted:
         assert str(granted) == "c0-2m*"
         pool = execution.start(profile="smoke", preset="llama-3-8b", kv_len=512, execution=identity).pool()
-        assert witness.pages(pool.block) == {node: pool.block.nbytes // witness.PAGE}
+        assert witness.pages(pool.buffer) == {node: pool.buffer.nbytes // witness.PAGE}
         with pinned_team.pinned_team(cpus):
             rows = sample_case(
                 Case(SHAPE, len(cpus)), pool, requested=Binding.parse(label), granted=granted, topology=topology,
                 backend="auto", seconds=0.3, identity=identity,
             )  # fmt: skip
     assert Receipt.from_columns(rows[0]).contradictions(cpus, (0, 1, 2)) == []
-    assert witness.pages(pool.block).keys() == {node}
+    assert witness.pages(pool.buffer).keys() == {node}
 
 
 @pytest.mark.guest("two-sockets")

@@ -6,7 +6,7 @@ import pytest
 
 from numa_lab.measurement.results import load_run
 from numa_lab.placement.binding import Binding
-from numa_lab.placement.receipt import Receipt, Team, ThreadSeen, ThreadWatch, contradictions
+from numa_lab.placement.receipt import Receipt, Team, ThreadSeen, ThreadWatch
 
 GOOD = {"key": {1: 100}, "value": {1: 100}}
 
@@ -75,18 +75,6 @@ def test_it_survives_its_columns():
     assert "seen 1 of 2 threads" in str(receipt(team=Team(2, 1)))
     touched = receipt("c0-1f1", "c0-1m*")
     assert Receipt.from_columns(touched.to_columns()) == touched
-
-
-def test_rows_are_held_against_the_threads_that_they_claim(synthetic_rows):
-    rows, cpus = synthetic_rows(("c0m0",)), {0: (0, 1)}
-    assert contradictions(rows, cpus) == []
-    told = contradictions(rows.assign(threads=rows["threads"] + 1), cpus)
-    assert [sentence[:45] for sentence in sorted(told)] == [
-        "2 threads were requested and 1 computed: Open", "3 threads were requested and 2 computed: Open",
-    ]  # fmt: skip
-    short = json.loads(rows["observed"][0]) | {"team": {"asked": 64, "granted": 2, "quota": None}}
-    (sentence,) = contradictions(rows.assign(observed=json.dumps(short)), cpus)
-    assert sentence.startswith("64 threads were requested and 2 computed")
 
 
 def test_the_watch_finds_the_thread_that_computes_and_not_the_one_that_sleeps():

@@ -12,7 +12,7 @@ from axe_playwright_python.sync_playwright import Axe
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from numa_lab.errors import MachineMismatch, RunDirectoryError
-from numa_lab.measurement.results import read_json, write_json
+from numa_lab.measurement.atomic_files import read_json, write_json
 from numa_lab.report import figures, html
 from numa_lab.report.html import write_report
 

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from numa_lab.measurement import comparison
+from numa_lab.measurement.labels import AA_SUFFIX, is_local
 from numa_lab.report import cases, verdicts
 from numa_lab.report.guide import SOURCE_CLAIMS
 from numa_lab.report.plots import BAND, COLORS, GREY, MARKERS, Plot, canvas, drawn, nothing, number
@@ -32,7 +33,7 @@ def spread(rows: pd.DataFrame) -> Plot:
     floor = 100 * comparison.noise_floor(comparison.execution_medians(rows))
     figure, (ax,) = canvas(height=0.27 * len(found) + 2.5)
     places = range(len(found), 0, -1)
-    local = {label for label in verdicts.bindings(rows) if comparison.is_local(label)}
+    local = {label for label in verdicts.bindings(rows) if is_local(label)}
     if found.empty:
         missing = "One node: nothing to compare" if len(local) == 1 else "No two local bindings: nothing to compare"
         ax.text(0.5, 0.2, missing, transform=ax.transAxes, ha="center", va="center", fontsize=10.5, zorder=3,
@@ -149,9 +150,9 @@ def run_order(rows: pd.DataFrame) -> Plot:
 
 
 def _kind(label: str) -> str:
-    if label.endswith(comparison.AA_SUFFIX):
+    if label.endswith(AA_SUFFIX):
         return "A/A twin"
-    return "local" if comparison.is_local(label) else "other bindings"
+    return "local" if is_local(label) else "other bindings"
 
 
 @drawn

@@ -14,7 +14,7 @@ from numa_lab.placement.binding import Binding, MemPolicy
 from numa_lab.placement.receipt import Receipt
 from numa_lab.report import cases
 from numa_lab.report.plots import BAND, COLORS, GREY, MARKERS, WIDTH_INCHES, Plot, canvas, drawn, listed, nothing, number
-from numa_lab.measurement.comparison import is_local
+from numa_lab.measurement.labels import is_local
 
 SIDE_BY_SIDE, ANNOTATED = 8, 16  # nodes up to which two heatmaps fit beside each other, and cells hold three digits
 LARGEST_CELL_INCHES = 0.42

@@ -1,0 +1,42 @@
+"""What computes works where none of the laboratory's packages is installed."""
+
+import subprocess
+import sys
+import textwrap
+
+LABORATORY = (
+    "IPython", "ipykernel", "jinja2", "jupyterlab", "markupsafe", "matplotlib", "nbconvert", "nbformat", "pandas",
+    "papermill", "pyarrow", "scipy", "seaborn", "tqdm", "yaml",
+)  # fmt: skip
+TABLES = ("load_run", "load_runs", "rank_nodes")  # which return a DataFrame
+
+
+def test_public_names_need_no_package_of_the_laboratory():
+    script = f"""
+        import sys
+
+        sys.modules |= dict.fromkeys({LABORATORY})  # None: an import of it fails as where it is not installed
+
+        import numa_lab
+
+        for name in set(numa_lab.__all__) - set({TABLES}):
+            getattr(numa_lab, name)
+
+        import torch
+        from numa_lab.attention.shapes import preset
+        from numa_lab.measurement.significance import ratio_of_medians
+        from numa_lab.nodes.node_visits import visit_nodes
+        from numa_lab.nodes import optimal_node
+
+        topology = numa_lab.read_topology()
+        assert numa_lab.get_optimal_numa_node() in topology.effective_nodes
+        # With a single node it compares nothing.
+        visits = visit_nodes(topology, preset("llama-3-8b", kv_len=64), seconds=0.001)
+        assert optimal_node._ranking(visits, topology).noise_floor >= 0
+        assert ratio_of_medians([1.0, 1.01, 0.99], [2.0, 2.02, 1.98]).high < 1
+        with numa_lab.NUMAThreadPool() as pool:
+            query, keys = torch.ones(1, 4, 1, 64), torch.ones(1, 2, 16, 64)
+            (output,) = pool.parallel_gqa_compute([query], [keys], [keys])
+        assert torch.allclose(output, query)
+        """
+    subprocess.run([sys.executable, "-W", "error", "-c", textwrap.dedent(script)], check=True, timeout=120)
