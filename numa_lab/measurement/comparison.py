@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 from numa_lab.measurement import pairwise
 from numa_lab.measurement.labels import AA_SUFFIX, is_local
 from numa_lab.measurement.pairwise import Comparisons
-from numa_lab.measurement.significance import CONFIDENCE, MIN_EXECUTIONS, RESAMPLES, all_ratios
+from numa_lab.measurement.significance import spread_of_medians
 
 CASE = (  # what tells one measured case from another
     "attention", "phase", "batch", "q_heads", "kv_heads", "q_len", "kv_len", "head_dim", "dtype", "backend", "threads",
@@ -80,28 +79,9 @@ def spread(rows: pd.DataFrame) -> pd.DataFrame:
         centre = {label: float(np.median(seconds)) for label, seconds in samples.items()}
         best, worst = min(centre, key=centre.__getitem__), max(centre, key=centre.__getitem__)
         measured = centre[worst] / centre[best] - 1 if len(samples) > 1 else math.nan
-        low, high, chance = _spread_interval(list(samples.values())) if len(samples) > 1 else (math.nan,) * 3
+        low, high, chance = spread_of_medians(list(samples.values())) if len(samples) > 1 else (math.nan,) * 3
         spreads.append((*case.values(), best, worst, measured, low, high, chance))
     return pd.DataFrame(spreads, columns=[*CASE, "best", "worst", "spread", "low", "high", "by_chance"])
-
-
-def _spread_interval(samples: list[NDArray[np.float64]]) -> tuple[float, float, float]:
-    """Interval of the spread, and the spread that shuffled labels give.
-
-    The interval is that of the largest of all pairwise differences, at a confidence level that holds for all pairs
-    together. Resampling the spread itself can't do: the largest over the smallest of several medians is never 1, so in
-    100 simulated runs of four equal nodes such an interval never held the truth, and this one did in 93 to 98.
-    """
-    if min(map(len, samples)) < MIN_EXECUTIONS:
-        return math.nan, math.nan, math.nan
-    pairs = list(combinations(samples, 2))
-    ratios = all_ratios(pairs, 1 - (1 - CONFIDENCE) / len(pairs))
-    low = max(1.0, *(max(r.low, 1 / r.high) for r in ratios)) - 1
-    high = max(max(r.high, 1 / r.low) for r in ratios) - 1
-    pooled = np.random.default_rng(0).permuted(np.tile(np.concatenate(samples), (RESAMPLES, 1)), axis=1)
-    shuffled = [np.median(part, axis=1) for part in np.split(pooled, np.cumsum([len(s) for s in samples])[:-1], axis=1)]
-    chance = np.max(shuffled, axis=0) / np.min(shuffled, axis=0) - 1
-    return low, high, float(np.median(chance))
 
 
 def run_order(rows: pd.DataFrame) -> pd.DataFrame:
