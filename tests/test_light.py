@@ -32,7 +32,7 @@ def test_public_names_need_no_package_of_the_laboratory():
         assert numa_lab.get_optimal_numa_node() in topology.effective_nodes
         # With a single node it compares nothing.
         visits = visit_nodes(topology, preset("llama-3-8b", kv_len=64), seconds=0.001)
-        assert optimal_node._ranking(visits, topology).noise_floor >= 0
+        assert optimal_node.rank_visits(visits, topology).noise_floor >= 0
         assert ratio_of_medians([1.0, 1.01, 0.99], [2.0, 2.02, 1.98]).high < 1
         with numa_lab.NUMAThreadPool() as pool:
             query, keys = torch.ones(1, 4, 1, 64), torch.ones(1, 2, 16, 64)

@@ -72,10 +72,36 @@ def rank(shape: AttentionShape | str | None = None, *, seconds: float | None = N
     except NotPermitted as error:  # a sandbox that lets no thread be placed: no node is shown to be worse
         warnings.warn(f"nodes were not compared: {error}", RuntimeWarning, stacklevel=3)
         return _unmeasured(topology)
-    ranking = _ranking(visits, topology)
+    ranking = rank_visits(visits, topology)
     if path and not any(row.of_the_moment for row in ranking.nodes):
         rankings.keep(path, ranking)
     return ranking
+
+
+def rank_visits(visits: Visits, topology: Topology) -> Ranking:
+    """Rank nodes by their visits: ``numa_lab.measurement.pairwise`` decides, and the causes that are seen are added."""
+    seconds = {label: np.array([_median_seconds(rows) for rows in each]) for label, each in visits.rows.items()}
+    # Nodes with fewer cores compute with fewer threads, or by another backend, and are compared all the same.
+    compared = pairwise.compare([({}, seconds)])
+    medians = {
+        node: float(np.median(seconds[label_of(node)]))
+        for node in topology.effective_nodes
+        if label_of(node) in seconds
+    }
+    best = min(medians, key=medians.__getitem__)
+    ranked = [RankedNode(node, cause=_causes(node, visits, topology)) for node in topology.effective_nodes]
+    for place, row in enumerate(ranked):
+        if row.node not in medians:
+            continue
+        low, high, verdict = _against(compared, label_of(row.node), label_of(best))
+        slower = verdict == "slower" and low > 1 + pairwise.EQUIVALENCE_MARGIN
+        ranked[place] = replace(
+            row, median_seconds=medians[row.node], ratio=medians[row.node] / medians[best], low=low, high=high,
+            tie_group=2 if slower else 1, visits=len(visits.rows[label_of(row.node)]),
+            receipt=" ".join(_contradictions(visits, row.node, topology)),
+        )  # fmt: skip
+    ranked.sort(key=lambda row: (row.tie_group, row.visits == 0, row.median_seconds))
+    return Ranking(tuple(ranked), compared.noise_floor)
 
 
 def get_optimal_numa_node(shape: AttentionShape | str | None = None, *, refresh: bool = False) -> int:
@@ -154,32 +180,6 @@ def _unmeasured(topology: Topology) -> Ranking:
     """The ranking where nothing was measured: no node is shown to be worse."""
     nodes = topology.effective_nodes
     return Ranking(tuple(RankedNode(node, tie_group=1, cause=_causes(node, Visits(), topology)) for node in nodes))
-
-
-def _ranking(visits: Visits, topology: Topology) -> Ranking:
-    """Let ``numa_lab.measurement.pairwise`` decide, and add the causes that are seen."""
-    seconds = {label: np.array([_median_seconds(rows) for rows in each]) for label, each in visits.rows.items()}
-    # Nodes with fewer cores compute with fewer threads, or by another backend, and are compared all the same.
-    compared = pairwise.compare([({}, seconds)])
-    medians = {
-        node: float(np.median(seconds[label_of(node)]))
-        for node in topology.effective_nodes
-        if label_of(node) in seconds
-    }
-    best = min(medians, key=medians.__getitem__)
-    ranked = [RankedNode(node, cause=_causes(node, visits, topology)) for node in topology.effective_nodes]
-    for place, row in enumerate(ranked):
-        if row.node not in medians:
-            continue
-        low, high, verdict = _against(compared, label_of(row.node), label_of(best))
-        slower = verdict == "slower" and low > 1 + pairwise.EQUIVALENCE_MARGIN
-        ranked[place] = replace(
-            row, median_seconds=medians[row.node], ratio=medians[row.node] / medians[best], low=low, high=high,
-            tie_group=2 if slower else 1, visits=len(visits.rows[label_of(row.node)]),
-            receipt=" ".join(_contradictions(visits, row.node, topology)),
-        )  # fmt: skip
-    ranked.sort(key=lambda row: (row.tie_group, row.visits == 0, row.median_seconds))
-    return Ranking(tuple(ranked), compared.noise_floor)
 
 
 def _median_seconds(rows: Sequence[Mapping[str, Any]]) -> float:

@@ -51,6 +51,6 @@ def test_a_real_visit_has_receipts_that_hold():
     assert all(len(each) == BLOCKS for each in visits.rows.values())
     assert set(visits.rows[label][0][0]) == {column.name for column in results.COLUMNS}
     assert all(np.isfinite(visits.waited[NODE]))
-    ranking = optimal_node._ranking(visits, topology)
+    ranking = optimal_node.rank_visits(visits, topology)
     assert [row.receipt for row in ranking.nodes] == [""] * len(ranking.nodes)
     assert next(row.visits for row in ranking.nodes if row.node == NODE) == BLOCKS
