@@ -16,9 +16,10 @@ from numa_lab.machine.sysfs import format_cpulist
 from numa_lab.machine.topology import Topology
 from numa_lab.measurement import timing
 from numa_lab.measurement.workloads import MEMORY_SHARE, Case
-from numa_lab.placement import memory, openmp
+from numa_lab.placement import memory, openmp, page_location
 from numa_lab.placement.binding import Binding
-from numa_lab.placement.receipt import Receipt, ThreadWatch, team_of
+from numa_lab.placement.receipt import Receipt, team_of
+from numa_lab.placement.thread_watch import ThreadWatch
 
 CACHE_MULTIPLE = 4  # K and V of so many layers as exceed the last cache this much: a model reads one after another
 BY_HAND = {"run_id": "by-hand", "execution_id": "by-hand", "block": 0, "order": 0}
@@ -83,11 +84,11 @@ def sample_case(
 
     def pages() -> dict[str, dict[int, int]]:
         tensors = {"key": pool.keys, "value": pool.values, "query": query}
-        return {name: memory.locate(tensor) for name, tensor in tensors.items()}
+        return {name: page_location.locate(tensor) for name, tensor in tensors.items()}
 
     before, moves, watch = pages(), kernel_moves(), ThreadWatch()
     taken = timing.measure(call, seconds=seconds, after_sample=watch.look)
-    threads, after = watch.threads(), pages() | ({"output": memory.locate(output)} if own_process else {})
+    threads, after = watch.threads(), pages() | ({"output": page_location.locate(output)} if own_process else {})
     moved = kernel_moves() - moves
     receipt = Receipt(
         requested, granted, threads, before, after, _notes(taken, moved), pool.huge_pages if own_process else {},
@@ -136,7 +137,7 @@ class KVPool:
     @cached_property
     def huge_pages(self) -> dict[str, float]:
         """Share of keys and of values on huge pages: looked up once, since the kernel writes out all mappings for it."""
-        share = memory.huge_page_share(self.block)
+        share = page_location.huge_page_share(self.block)
         return {} if math.isnan(share) else dict.fromkeys(("key", "value"), share)
 
     def layers(self, shape: AttentionShape) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -169,4 +170,4 @@ def _notes(taken: timing.Timing, moved: int) -> tuple[str, ...]:
         "torch's OpenMP library was not found: its threads were not pinned one by one": openmp.runtime() is None,
         "the warm-up did not settle": not taken.settled,
     }
-    return (*memory.lost(), *(doubt for doubt, holds in doubts.items() if holds))
+    return (*memory.stand_ins(), *(doubt for doubt, holds in doubts.items() if holds))

@@ -17,7 +17,7 @@ from numa_lab.attention.gqa import gqa_attention
 from numa_lab.machine import libnuma
 from numa_lab.machine.topology import Topology
 from numa_lab.nodes.node_threads import NodeTeam, least_busy, run_each
-from numa_lab.placement import memory
+from numa_lab.placement import page_location
 
 ON_REMOTE = ("compute_there", "migrate", "ignore")
 Homes = list[tuple[Tensor, int | None]]  # tensors, each with the node of most of its pages
@@ -126,7 +126,7 @@ def _bring(given: _Input, node: int, on_remote: str) -> str:
     if on_remote != "migrate":
         return "read over a link"
     for tensor in away:
-        memory.migrate(tensor, node)
+        page_location.migrate(tensor, node)
     return "migrated"
 
 
@@ -140,7 +140,7 @@ def homes(args: Sequence[Any]) -> Homes:
     tensors = [arg for arg in args if isinstance(arg, Tensor) and addresses.as_stored(arg) and arg.nbytes]
     if not libnuma.available():  # then nothing tells
         return [(tensor, None) for tensor in tensors]
-    return list(zip(tensors, memory.homes(tensors), strict=True))
+    return list(zip(tensors, page_location.homes(tensors), strict=True))
 
 
 def _most(homes: Homes) -> int | None:

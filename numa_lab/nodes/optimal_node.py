@@ -39,7 +39,8 @@ from numa_lab.nodes import rankings
 from numa_lab.nodes.rankings import COLUMNS
 from numa_lab.placement import openmp, pinned_team
 from numa_lab.placement.binding import Binding, MemPolicy, effective
-from numa_lab.placement.receipt import contradictions, last_cpu, schedstat
+from numa_lab.placement.receipt import contradictions
+from numa_lab.placement.thread_watch import last_cpu, schedstat
 
 BLOCKS = 8
 NEW_MEMORY_BLOCKS = 2  # after so many blocks K and V move to other pages: how pages lie in a node is chance
@@ -165,7 +166,7 @@ def bind_to_numa_node(node: int) -> Binding:
     topology = read_topology()
     topology.require_effective(node)
     cpus = topology.cpus_for([node])
-    pinned_team.Placement(cpus, (libnuma.MPOL_PREFERRED, [node]), topology.cpus_of([node])).enter()
+    pinned_team.PinnedTeam(cpus, (libnuma.MPOL_PREFERRED, [node]), topology.cpus_of([node])).enter()
     return effective(topology)
 
 
