@@ -26,11 +26,9 @@ from numa_lab.attention.graphs import between_graphs
 from numa_lab.errors import InvalidInput
 from numa_lab.machine.topology import read_topology
 from numa_lab.nodes import seats, sharded_attention
-from numa_lab.nodes.kv_layout import Layout
-from numa_lab.nodes.kv_segments import Segment, pieces
+from numa_lab.nodes.kv_segments import ShardedMemory
 from numa_lab.nodes.seats import Place
 from numa_lab.nodes.sharded_attention import Step
-from numa_lab.placement import page_location
 from numa_lab.placement.pinned_team import TeamContext, TeamEntry
 from numa_lab.placement.receipt import Receipt
 
@@ -127,14 +125,12 @@ class NodeShardedKVCache(TeamContext["NodeShardedKVCache"]):
                 f"weights={weights}: expected one for each of nodes {self.nodes}, finite, none negative, not all 0"
             )
         self.batch, self.kv_heads, self.head_dim, self.dtype = batch, kv_heads, head_dim, dtype
-        self.capacity, self._block = capacity, block
-        self._shares = {
-            node: shares[node] for node in self.nodes
-        }  # in the order of nodes, which decides between equals
+        self.capacity = capacity
         self._all_places = tuple(dict.fromkeys(self._places.values()))
         with self:
             pass  # whatever stands against pinning is told now
-        self._segments: tuple[Segment, ...] = (self._new_segment(capacity),)
+        shares = {node: shares[node] for node in self.nodes}  # in the order of nodes, which decides between equals
+        self._memory = ShardedMemory(batch, kv_heads, head_dim, capacity, dtype, shares, block)
         # The last step, for the next one, and the keys for which it was laid out.
         self._last_step: tuple[Step, Mapping[int, Tensor]] | None = None
 
@@ -149,15 +145,12 @@ class NodeShardedKVCache(TeamContext["NodeShardedKVCache"]):
     @property
     def lengths(self) -> tuple[int, ...]:
         """The number of tokens of each sequence."""
-        return tuple(map(sum, zip(*(segment.lengths for segment in self._segments), strict=True)))
+        return self._memory.lengths
 
     @property
     def tokens_per_node(self) -> dict[int, int]:
         """The number of tokens of all sequences together that lie on each node: ``{node: tokens}``."""
-        return {
-            node: sum(segment.layout.count(node, length) for segment in self._segments for length in segment.lengths)
-            for node in self.nodes
-        }
+        return {node: self._memory.count(node) for node in self.nodes}
 
     @between_graphs
     def append(self, key: Tensor, value: Tensor, lengths: Sequence[int] | None = None) -> None:
@@ -195,9 +188,8 @@ class NodeShardedKVCache(TeamContext["NodeShardedKVCache"]):
                 f"sequence {full} holds {before[full]} tokens and would hold {after[full]}: the capacity is {self.capacity}; "
                 "make the cache larger, or truncate it"
             )
-        earlier, segment = self._writable()
-        self._segments = (*earlier, segment.append(key, value, counts))
-        if self._last_step and self._last_step[1] is not segment.keys:
+        self._memory.append(key, value, counts)
+        if self._last_step and self._last_step[1] is not self._memory.segments[-1].keys:
             self._last_step = None  # it holds memory that the cache may no longer have
 
     @between_graphs
@@ -240,13 +232,13 @@ class NodeShardedKVCache(TeamContext["NodeShardedKVCache"]):
             raise InvalidInput(
                 f"q_len {query.size(2)} with sequences of {self.lengths} tokens: append the keys and values of the queries first"
             )
-        parts = pieces(self._segments, self._places, query.size(2))
-        if not parts or not query.numel():
+        pieces = self._memory.pieces(self._places, query.size(2))
+        if not pieces or not query.numel():
             return torch.zeros_like(query)
-        step = sharded_attention.prepare(query, parts, self._all_places, scale)
+        step = sharded_attention.prepare(query, pieces, self._all_places, scale)
         if step is None:
-            return sharded_attention.by_torch(query, parts, scale)
-        if query.size(2) == 1 and (keys := self._single_keys()) is not None:
+            return sharded_attention.by_torch(query, pieces, scale)
+        if query.size(2) == 1 and (keys := self._memory.single_keys()) is not None:
             self._last_step = step, keys
         return step.run(query)
 
@@ -258,20 +250,11 @@ class NodeShardedKVCache(TeamContext["NodeShardedKVCache"]):
         if self._last_step is None:
             return None
         step, keys = self._last_step
-        if self._single_keys() is not keys or not step.serves(query, scale):
+        if self._memory.single_keys() is not keys or not step.serves(query, scale):
             return None
-        segment = self._segments[0]
+        segment = self._memory.segments[0]
         counts = [count for node in self.nodes if (count := segment.layout.count(node, segment.lengths[0]))]
         return step.run(query, counts) if len(counts) == step.count else None
-
-    def _single_keys(self) -> Mapping[int, Tensor] | None:
-        """Return the keys of the only segment, where all sequences are equally long and not empty; else None.
-
-        A step then has at most one piece on each node, and the next step differs from it in the number of tokens alone.
-        """
-        segment = self._segments[0]
-        single = len(self._segments) == 1 and segment.lengths.count(segment.lengths[0]) == self.batch
-        return segment.keys if single and segment.lengths[0] else None
 
     def truncate(self, tokens: int | Sequence[int]) -> None:
         """Forget all but the first tokens of each sequence; a sequence that holds no more than these is left alone.
@@ -286,15 +269,7 @@ class NodeShardedKVCache(TeamContext["NodeShardedKVCache"]):
         InvalidInput
             A number is negative, or there are not as many as sequences.
         """
-        left = self._per_sequence(tokens, 0, "tokens", 0, None)
-        segments = []
-        for segment in self._segments:
-            kept = tuple(min(own, keep) for own, keep in zip(segment.lengths, left, strict=True))
-            segments.append(segment.truncate(kept))
-            left = [keep - own for keep, own in zip(left, kept, strict=True)]
-        while len(segments) > 1 and not any(segments[-1].lengths):
-            segments.pop()
-        self._segments = tuple(segments)
+        self._memory.truncate(self._per_sequence(tokens, 0, "tokens", 0, None))
 
     def fork(self) -> NodeShardedKVCache:
         """Return a cache that begins with the same tokens, as beam search needs it.
@@ -303,8 +278,7 @@ class NodeShardedKVCache(TeamContext["NodeShardedKVCache"]):
         """
         twin = object.__new__(NodeShardedKVCache)
         twin.__dict__.update(self.__dict__)
-        twin._segments = tuple(segment.borrowed() for segment in self._segments)
-        self._segments = tuple(segment.lent() for segment in self._segments)
+        twin._memory = self._memory.fork()
         return twin
 
     def receipts(self) -> dict[int, Receipt]:
@@ -316,19 +290,14 @@ class NodeShardedKVCache(TeamContext["NodeShardedKVCache"]):
             ``{node: receipt}``. A receipt names the tensors ``key`` and ``value``, and those of further segments, which forks make,
             ``key1``, ``value1`` and so on.
         """
-        receipts = {}
         seen_at = seats.look(self._all_places, read_topology())
-        for node, place in self._places.items():
-            pages: dict[str, dict[int, int]] = {}
-            for number, segment in enumerate(self._segments):
-                for name, tensor in (("key", segment.keys[node]), ("value", segment.values[node])):
-                    if tensor.numel():
-                        located = page_location.locate(tensor)
-                        located.pop(page_location.UNTOUCHED, None)  # room for tokens to come
-                        pages[f"{name}{number or ''}"] = located
-            # The threads' node is another one where this node has memory alone.
-            receipts[node] = Receipt.of_team(place.node, len(place.cpus), seen_at[place], pages=pages, promised=(node,))
-        return receipts
+        return {
+            # The threads' node is another one where a node has memory alone.
+            node: Receipt.of_team(
+                place.node, len(place.cpus), seen_at[place], pages=self._memory.pages(node), promised=(node,)
+            )
+            for node, place in self._places.items()
+        }
 
     receipt = receipts  # the name that it has had so far
 
@@ -342,24 +311,3 @@ class NodeShardedKVCache(TeamContext["NodeShardedKVCache"]):
             room = f"{least} to {most}" if most is not None else f"at least {least}"
             raise InvalidInput(f"{name}={given}: expected {self.batch} numbers, {room}")
         return numbers
-
-    def _new_segment(self, capacity: int, *, huge_pages: bool = True) -> Segment:
-        layout = Layout.of(self._shares, self._block, capacity)
-        shapes = {node: (self.batch, self.kv_heads, layout.count(node, capacity), self.head_dim) for node in self.nodes}
-        return Segment.allocate(layout, shapes, self.dtype, huge_pages=huge_pages)
-
-    def _writable(self) -> tuple[tuple[Segment, ...], Segment]:
-        """Return the segment that takes new tokens, and the segments before it.
-
-        It is the last segment, unless that one is borrowed, or lends tokens beyond its end. Then it is a new segment. A new segment
-        takes the place of a last one that is at most a block long, with its tokens: otherwise beams that fork at each token would be
-        chains of segments of a single token.
-        """
-        *_, last = self._segments
-        if last.own:
-            return self._segments[:-1], last
-        short = max(last.lengths) <= self._block
-        earlier = self._segments[:-1] if short else self._segments
-        room = self.capacity - min(map(sum, zip(*(segment.lengths for segment in earlier), strict=True)), default=0)
-        new = self._new_segment(room, huge_pages=False)  # few tokens of many heads would touch many huge pages
-        return earlier, new.copy_from(last) if short else new

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from numa_lab.nodes.kv_layout import Layout
 from numa_lab.nodes.seats import Place
 from numa_lab.nodes.sharded_attention import Piece
-from numa_lab.placement import memory
+from numa_lab.placement import memory, page_location
 
 
 @dataclass(frozen=True)
@@ -104,36 +105,139 @@ class Segment:
         return replace(self, lengths=lengths, own=self.own and not cut)
 
 
-def pieces(segments: Sequence[Segment], places: Mapping[int, Place], q_len: int) -> list[Piece]:
-    """Return what a step over the last `q_len` tokens reads: for each node its tokens of each sequence and segment.
-
-    The tokens that all queries see make one piece, and the last ones, which only some of the queries see, make another with a mask.
+class ShardedMemory:
+    """K and V of a batch of sequences on several nodes, in one segment, or in several where caches were forked.
 
     Parameters
     ----------
-    segments
-        Those of a cache, in order.
-    places
-        For each node of the cache the place whose threads read it.
-    q_len
-        How many queries each sequence has.
+    batch, kv_heads, head_dim
+        The sizes of K and V.
+    capacity
+        How many tokens each sequence may have.
+    dtype
+        Of K and V.
+    shares
+        Each node's share of the blocks, in any unit.
+    block
+        How many neighbouring tokens belong to one node.
+
+    Raises
+    ------
+    NodeUnavailable
+        A node has too little free memory for its share.
     """
-    all_pieces = []
-    for rows, lengths in equal_runs(list(zip(*(segment.lengths for segment in segments), strict=True))):
-        slots, behind = itertools.count(), sum(lengths)  # behind: tokens of a segment and of those after it
-        for segment, length in zip(segments, lengths, strict=True):
-            seen_by_all = min(length, max(0, behind - q_len + 1))
-            for node, place in places.items():
-                first, last = segment.layout.count(node, seen_by_all), segment.layout.count(node, length)
-                tensors = segment.keys[node], segment.values[node]
-                if first:
-                    all_pieces.append(Piece(place, rows, next(slots), *tensors, 0, first))
-                if last > first:
-                    positions = torch.from_numpy(segment.layout.positions(node, first, last))
-                    mask = positions <= behind - q_len + torch.arange(q_len, device="cpu").unsqueeze(1)
-                    all_pieces.append(Piece(place, rows, next(slots), *tensors, first, last, mask))
-            behind -= length
-    return all_pieces
+
+    def __init__(
+        self, batch: int, kv_heads: int, head_dim: int, capacity: int, dtype: torch.dtype,
+        shares: Mapping[int, float], block: int,
+    ) -> None:  # fmt: skip
+        self._batch, self._kv_heads, self._head_dim, self._dtype = batch, kv_heads, head_dim, dtype
+        self._capacity, self._shares, self._block = capacity, shares, block
+        self.segments: tuple[Segment, ...] = (self._new_segment(capacity),)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """The number of tokens of each sequence."""
+        return tuple(map(sum, zip(*(segment.lengths for segment in self.segments), strict=True)))
+
+    def count(self, node: int) -> int:
+        """Return how many tokens of all sequences together lie on a node."""
+        return sum(segment.layout.count(node, length) for segment in self.segments for length in segment.lengths)
+
+    def single_keys(self) -> Mapping[int, Tensor] | None:
+        """Return the keys of the only segment, where all sequences are equally long and not empty; else None.
+
+        A step then has at most one piece on each node, and the next step differs from it in the number of tokens alone.
+        """
+        segment = self.segments[0]
+        single = len(self.segments) == 1 and segment.lengths.count(segment.lengths[0]) == self._batch
+        return segment.keys if single and segment.lengths[0] else None
+
+    def append(self, key: Tensor, value: Tensor, counts: Sequence[int]) -> None:
+        """Append the first of some new tokens to each sequence; see ``Segment.append``."""
+        earlier, last = self._writable()
+        self.segments = (*earlier, last.append(key, value, counts))
+
+    def truncate(self, tokens: Sequence[int]) -> None:
+        """Keep so many tokens of each sequence, and of a shorter one all."""
+        segments, left = [], list(tokens)
+        for segment in self.segments:
+            kept = tuple(min(length, keep) for length, keep in zip(segment.lengths, left, strict=True))
+            segments.append(segment.truncate(kept))
+            left = [keep - length for keep, length in zip(left, kept, strict=True)]
+        while len(segments) > 1 and not any(segments[-1].lengths):
+            segments.pop()
+        self.segments = tuple(segments)
+
+    def fork(self) -> ShardedMemory:
+        """Return a memory that begins with the same tokens, which both share."""
+        twin = copy(self)
+        twin.segments = tuple(segment.borrowed() for segment in self.segments)
+        self.segments = tuple(segment.lent() for segment in self.segments)
+        return twin
+
+    def pages(self, node: int) -> dict[str, dict[int, int]]:
+        """Return where the touched pages of a node's tensors lie: ``{name: {node: pages}}``."""
+        pages = {}
+        for number, segment in enumerate(self.segments):
+            for name, tensor in (("key", segment.keys[node]), ("value", segment.values[node])):
+                if tensor.numel():
+                    located = page_location.locate(tensor)
+                    located.pop(page_location.UNTOUCHED, None)  # room for tokens to come
+                    pages[f"{name}{number or ''}"] = located
+        return pages
+
+    def pieces(self, places: Mapping[int, Place], q_len: int) -> list[Piece]:
+        """Return what a step over the last `q_len` tokens reads: for each node its tokens of each sequence and segment.
+
+        The tokens that all queries see make one piece, and the last ones, which only some of the queries see, make another with a mask.
+
+        Parameters
+        ----------
+        places
+            For each node the place whose threads read it.
+        q_len
+            How many queries each sequence has.
+        """
+        pieces = []
+        for rows, lengths in equal_runs(list(zip(*(segment.lengths for segment in self.segments), strict=True))):
+            slots, behind = itertools.count(), sum(lengths)  # behind: tokens of a segment and of those after it
+            for segment, length in zip(self.segments, lengths, strict=True):
+                seen_by_all = min(length, max(0, behind - q_len + 1))
+                for node, place in places.items():
+                    first, last = segment.layout.count(node, seen_by_all), segment.layout.count(node, length)
+                    tensors = segment.keys[node], segment.values[node]
+                    if first:
+                        pieces.append(Piece(place, rows, next(slots), *tensors, 0, first))
+                    if last > first:
+                        positions = torch.from_numpy(segment.layout.positions(node, first, last))
+                        mask = positions <= behind - q_len + torch.arange(q_len, device="cpu").unsqueeze(1)
+                        pieces.append(Piece(place, rows, next(slots), *tensors, first, last, mask))
+                behind -= length
+        return pieces
+
+    def _new_segment(self, capacity: int, *, huge_pages: bool = True) -> Segment:
+        layout = Layout.of(self._shares, self._block, capacity)
+        shapes = {
+            node: (self._batch, self._kv_heads, layout.count(node, capacity), self._head_dim) for node in self._shares
+        }
+        return Segment.allocate(layout, shapes, self._dtype, huge_pages=huge_pages)
+
+    def _writable(self) -> tuple[tuple[Segment, ...], Segment]:
+        """Return the segments that stay as they are, and the one behind them that takes new tokens.
+
+        The latter is the last segment, unless that one is borrowed, or lends tokens beyond its end. Then it is a new segment, which takes
+        the place of a last one of at most a block, with its tokens: otherwise beams that fork at each token would be chains of segments
+        of a single token.
+        """
+        *_, last = self.segments
+        if last.own:
+            return self.segments[:-1], last
+        short = max(last.lengths) <= self._block
+        earlier = self.segments[:-1] if short else self.segments
+        room = self._capacity - min(map(sum, zip(*(segment.lengths for segment in earlier), strict=True)), default=0)
+        new = self._new_segment(room, huge_pages=False)  # few tokens of many heads would touch many huge pages
+        return earlier, new.copy_from(last) if short else new
 
 
 def equal_runs(items: Sequence[tuple[int, ...]]) -> Iterator[tuple[slice, tuple[int, ...]]]:

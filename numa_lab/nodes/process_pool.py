@@ -50,7 +50,7 @@ class NUMAProcessPool(Executor):
     Raises
     ------
     NodeUnavailable
-        A node does not exist, or may not be used.
+        A node does not exist, or may not be used; or there is none.
 
     Examples
     --------
@@ -62,14 +62,7 @@ class NUMAProcessPool(Executor):
 
     def __init__(self, nodes: Sequence[int] | None = None) -> None:
         self._topology = read_topology()
-        self.nodes = tuple(self._topology.effective_nodes if nodes is None else nodes)
-        if not self.nodes:
-            raise NodeUnavailable(
-                f"no node has both CPUs and memory that this process may use: allowed are CPUs "
-                f"{format_cpulist(self._topology.allowed_cpus) or 'none'}"
-            )
-        for node in self.nodes:
-            self._topology.require_effective(node)
+        self.nodes = self._topology.require_effective_nodes(nodes)
         self._lock = threading.Lock()
         self._busy: Counter[int] = Counter()
         self._refusals: dict[int, str] = {}
@@ -157,8 +150,8 @@ class NUMAProcessPool(Executor):
         LimitReached
             /dev/shm has no room for them and for the tensors themselves, or too many files are open.
         """
-        given = sum(tensor.nbytes for tensor in tensors if not tensor.is_shared())
-        shared_memory.require(given + sum(tensor.nbytes for tensor in tensors), 2 * len(tensors))
+        to_share = sum(tensor.nbytes for tensor in tensors if not tensor.is_shared())
+        shared_memory.require(to_share + sum(tensor.nbytes for tensor in tensors), 2 * len(tensors))
         turns = itertools.cycle(nodes or self.nodes)
         futures = [self.submit(_copy, tensor, numa_node=node) for tensor, node in zip(tensors, turns, strict=False)]
         return [_mapped(future.result()) for future in futures]

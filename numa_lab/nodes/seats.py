@@ -69,16 +69,14 @@ def places(nodes: Sequence[int] | None = None) -> dict[int, Place]:
     Raises
     ------
     NodeUnavailable
-        A node does not exist, or may not be used, or there is none.
+        A node does not exist, or may not be used; or there is none.
     """
     topology = topology_outside()
     place_of = {}
-    for node in topology.effective_nodes if nodes is None else nodes:
+    for node in topology.require_effective_nodes() if nodes is None else nodes:
         with_cpus = node if topology.cpus_of([node]) else topology.nearest_cpu_node(node)
         topology.require_effective(with_cpus)
         place_of[node] = Place(with_cpus, topology.cpus_for([with_cpus]))
-    if not place_of:
-        raise NodeUnavailable("no node has both CPUs and memory that this process may use")
     return place_of
 
 

@@ -24,8 +24,7 @@ from torch import Tensor
 from numa_lab.attention import addresses
 from numa_lab.attention.gqa import gqa_attention
 from numa_lab.attention.graphs import between_graphs
-from numa_lab.errors import InvalidInput, NodeUnavailable
-from numa_lab.machine.sysfs import format_cpulist
+from numa_lab.errors import InvalidInput
 from numa_lab.nodes import batch_attention
 from numa_lab.nodes.batch_attention import ON_REMOTE, Tally, node_of
 from numa_lab.nodes.node_threads import NodeTeam, least_busy, run_each
@@ -71,13 +70,7 @@ class NUMAThreadPool:
             raise InvalidInput(f"on_remote={on_remote!r}: expected one of {', '.join(ON_REMOTE)}")
         self._on_remote = on_remote
         self._topology = topology_outside()
-        self.nodes = self._topology.effective_nodes
-        if not self.nodes:
-            raise NodeUnavailable(
-                f"no node has both CPUs and memory that this process may use: allowed are CPUs "
-                f"{format_cpulist(self._topology.allowed_cpus) or 'none'} and memory of nodes "
-                f"{format_cpulist(self._topology.allowed_nodes) or 'none'}"
-            )
+        self.nodes = self._topology.require_effective_nodes()
         cores = {node: self._topology.cpus_for([node]) for node in self.nodes}
         for node, cpus in cores.items():
             if not 1 <= num_threads_per_node <= len(cpus):

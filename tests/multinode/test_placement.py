@@ -273,7 +273,7 @@ def test_one_sequence_lies_on_all_nodes_and_each_reads_its_own(topology):
     cache.append(key[:, :, :2000], value[:, :, :2000])
 
     def lie():
-        return {node: witness.pages(cache._segments[0].keys[node]) for node in cache.nodes}
+        return {node: witness.pages(cache._memory.segments[0].keys[node]) for node in cache.nodes}
 
     first = lie()
     assert all(pages.keys() <= {node, -1} for node, pages in first.items())
@@ -318,7 +318,7 @@ def test_any_number_of_kv_heads_is_split_also_over_memory_without_cpus(topology,
     key, value = torch.randn(2, 2, kv_heads, 440, 32).bfloat16()
     cache.append(key, value)
     for node in cache.nodes:
-        for segment in cache._segments:
+        for segment in cache._memory.segments:
             assert witness.pages(segment.keys[node]).keys() <= {node, -1}
     query = torch.randn(2, 2 * kv_heads, 1, 32).bfloat16()
     output = cache.attend(query)

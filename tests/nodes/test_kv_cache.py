@@ -205,7 +205,7 @@ def test_beams_that_fork_at_each_token_stay_few_segments(several):
     for token in range(50, 150):
         cache = cache.fork()
         cache.append(key[:, :, token : token + 1], value[:, :, token : token + 1])
-    assert len(cache._segments) <= 1 + -(-100 // 32)
+    assert len(cache._memory.segments) <= 1 + -(-100 // 32)
     query = torch.randn(1, 2, 1, 16)
     expected, _ = reference(query, key, value, enable_gqa=True)
     torch.testing.assert_close(cache.attend(query).double(), expected, rtol=0, atol=1e-5)
@@ -231,7 +231,7 @@ def test_pages_lie_on_their_nodes_and_the_receipt_says_so():
         assert receipt.pages_after["key"].keys() == {node}
         assert receipt.pages_after["value"].keys() == {node}
         assert not receipt.contradictions(read_topology().cpus_of([node]), [node])
-    assert page_location.locate(cache._segments[0].keys[cache.nodes[0]])[page_location.UNTOUCHED], (
+    assert page_location.locate(cache._memory.segments[0].keys[cache.nodes[0]])[page_location.UNTOUCHED], (
         "nothing was left to grow into"
     )
 
