@@ -41,7 +41,7 @@ class Tally:
         self._counts: Counter[tuple[int, str]] = Counter()
 
     def add(self, node: int, what: str) -> None:
-        """Count an input that a node computes, and with which this was done."""
+        """Count an input that a node computes, by what was done with it."""
         with self._lock:
             self._counts[node, what] += 1
 

@@ -299,7 +299,7 @@ class NodeShardedKVCache(TeamContext["NodeShardedKVCache"]):
             for node, place in self._places.items()
         }
 
-    receipt = receipts  # the name that it has had so far
+    receipt = receipts  # an older name
 
     def _per_sequence(
         self, given: int | Sequence[int] | None, default: int, name: str, least: int, most: int | None

@@ -1,4 +1,4 @@
-"""The context manager that places the calling thread's team on one node, and counts as entered while it is nested in itself.
+"""A context manager that places the calling thread's team on one node, and that may be entered again inside itself.
 
 A thread may enter one object inside itself, inside of other objects, and together with other threads. Where it is on the node already,
 entering again changes nothing.

@@ -57,9 +57,8 @@ class _Leader(threading.Thread):
         super().__init__(name=name, daemon=True)  # a process waits for all others before it calls ``_finish``
         self.busy = False
         self._serving = threading.Lock()  # held by the thread while it serves
-        self.outcome: SimpleQueue[BaseException | None] = (
-            SimpleQueue()
-        )  # None once it has entered its team, or what kept it from that
+        # It gets None once the thread has entered its pinned team, or what kept it from that.
+        self.outcome: SimpleQueue[BaseException | None] = SimpleQueue()
         self._node, self._queue, self._topology = team.node, team._queue, team._topology
         self._pinned = PinnedTeam(cpus, (libnuma.MPOL_PREFERRED, [team.node]))
         # When the team is gone, this reference is put into the queue, by C code. It is no task, so it ends the thread.
@@ -92,9 +91,8 @@ class _Leader(threading.Thread):
 
     def wait(self) -> None:
         """Wait until the thread has ended."""
-        with (
-            self._serving
-        ):  # first, because Thread.join takes an interrupt for the end of the thread (CPython 3.11, 3.12)
+        # This comes first, because Thread.join takes an interrupt for the end of the thread (CPython 3.11, 3.12).
+        with self._serving:
             pass
         # After its last line the thread frees what torch keeps for it, in destructors which abort a process that ends meanwhile.
         if self.is_alive():

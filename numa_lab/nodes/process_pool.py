@@ -188,7 +188,7 @@ class NUMAProcessPool(Executor):
             for node, look in looks.items()
         }
 
-    receipt = receipts  # the name that it has had so far
+    receipt = receipts  # an older name
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Finish what was submitted and end all processes; nothing can be submitted afterwards.

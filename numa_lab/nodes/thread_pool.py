@@ -231,7 +231,7 @@ class NUMAThreadPool:
             for node, team in self._teams.items()
         }
 
-    receipt = receipts  # the name that it has had so far
+    receipt = receipts  # an older name
 
     def shutdown(self, wait: bool = True) -> None:
         """Finish what was submitted and end all threads, with `wait` before returning; nothing can be submitted afterwards."""

@@ -26,8 +26,8 @@ from numa_lab.machine.topology import Topology, read_topology
 from numa_lab.placement import page_location
 
 HUGE_PAGE_BYTES = page_maps.huge_page_bytes()  # 0 where the kernel has none
-SMALL_HUGE_PAGE = 2 << 20  # up to this size one is taken for any tensor: what is padded is little
-HUGE_PAGES_EACH = 4  # that a tensor holds on each node at least, where huge pages are larger or go round over nodes
+SMALL_HUGE_PAGE = 2 << 20  # huge pages of up to this size are taken for any tensor: little is lost to padding
+HUGE_PAGES_EACH = 4  # how many a tensor has to hold on each node where they are larger, or are interleaved over nodes
 
 
 def empty(
@@ -35,9 +35,11 @@ def empty(
 ) -> torch.Tensor:
     """Allocate a tensor of zeros on pages of its own.
 
-    Limits: huge pages are asked for, not promised (see ``huge_page_share``); where they are larger than 2 MiB, as with base
-    pages of 64 KiB, only for tensors that hold four of them. Without `node` each page goes where the policy of the thread
-    that touches it first sends it. The memory goes back to the kernel when the last view of the tensor dies.
+    Without `node` each page goes where the policy of the thread that touches it first sends it. The memory goes back to the kernel when
+    the last view of the tensor dies.
+
+    Limits: huge pages are asked for, and the kernel may not give them (``page_location.huge_page_share`` tells how many it gave). Where
+    they are larger than 2 MiB, as with base pages of 64 KiB, only tensors that hold four of them ask for some.
 
     Parameters
     ----------
@@ -113,10 +115,10 @@ def interleaved(
     MissingDependency
         `weighted`, and this Linux is older than 6.9; or libnuma is not installed.
     """
-    among = read_topology().allowed_nodes if nodes is None else tuple(sorted(set(nodes)))
-    if not among:
+    chosen = read_topology().allowed_nodes if nodes is None else tuple(sorted(set(nodes)))
+    if not chosen:
         raise NodeUnavailable("nodes=(): expected at least one node to interleave over")
-    shares = libnuma.interleave_weights(among) if weighted else dict.fromkeys(among, 1)
+    shares = libnuma.interleave_weights(chosen) if weighted else dict.fromkeys(chosen, 1)
     free_memory.require(math.prod(shape) * dtype.itemsize, shares)
     mode = libnuma.MPOL_WEIGHTED_INTERLEAVE if weighted else libnuma.MPOL_INTERLEAVE
     return _allocate(shape, dtype, mode, shares, huge_pages=huge_pages)

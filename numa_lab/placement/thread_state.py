@@ -49,8 +49,9 @@ _WORDS = types.CPointer(types.int64)
 def _exchange() -> tuple[int, int, int]:
     """Compile the exchange; return the addresses of three functions.
 
-    1. ``void take(int64 *arguments[5], int64 row)`` lets the thread that calls it take a row, on the way there. It serves steps over
-       several nodes, in which each thread chooses its row (``numa_lab.attention.openmp_regions``).
+    1. ``void take(int64 *arguments[5], int64 row)`` lets the thread that calls it take the new row of this number on the way there, and
+       its own old row on the way back. It serves steps over several nodes, in which each thread chooses its row
+       (``numa_lab.attention.openmp_regions``).
     2. ``int64 there(int64 *arguments[5])``, called by the first thread of a team, lets every thread take the new row at its own place,
        and sets the thread counts. It returns whether any call failed.
     3. ``int64 back(int64 *arguments[5])``, called likewise, lets every thread take its old row, and sets the old thread counts.

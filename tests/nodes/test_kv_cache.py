@@ -1,4 +1,3 @@
-import itertools
 import random
 
 import pytest
@@ -12,7 +11,6 @@ from numa_lab.errors import InvalidInput
 from numa_lab.machine.topology import read_topology
 from numa_lab.nodes import kv_segments
 from numa_lab.nodes.kv_cache import NodeShardedKVCache
-from numa_lab.nodes.kv_layout import Layout
 from numa_lab.nodes.seats import Place
 from numa_lab.placement import page_location
 
@@ -209,19 +207,6 @@ def test_beams_that_fork_at_each_token_stay_few_segments(several):
     query = torch.randn(1, 2, 1, 16)
     expected, _ = reference(query, key, value, enable_gqa=True)
     torch.testing.assert_close(cache.attend(query).double(), expected, rtol=0, atol=1e-5)
-
-
-def test_blocks_go_round_by_weight_and_fill_each_node_from_its_start():
-    layout = Layout.of({0: 3.0, 1: 1.0}, block=4, capacity=32)
-    assert sorted(layout.owners) == [0] * 6 + [1] * 2
-    assert len(set(layout.owners[:4])) == 2, "the smaller share came last"
-    for tokens in range(33):
-        assert layout.count(0, tokens) + layout.count(1, tokens) == tokens
-    places = {node: [] for node in (0, 1)}
-    for node, local, start, stop in itertools.chain(layout.ranges(0, 13), layout.ranges(13, 32)):
-        assert list(layout.positions(node, local, local + stop - start)) == list(range(start, stop))
-        places[node] += range(local, local + stop - start)
-    assert all(found == list(range(len(found))) for found in places.values())
 
 
 def test_pages_lie_on_their_nodes_and_the_receipt_says_so():
