@@ -50,7 +50,7 @@ def free_memory_on(node):
 def test_malloc_does_hand_out_memory_of_another_node():
     """What the others guard against: if this stops failing to place, they prove nothing."""
     _between = free_memory_on(3)
-    with NUMAOptimizedGQA(1)._placed():
+    with NUMAOptimizedGQA(1)._on_node():
         assert witness.pages(new(6 * MIB))[3] > 1000
 
 
