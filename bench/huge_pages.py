@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 
 from numa_lab.attention.shapes import AttentionShape
-from numa_lab.placement import memory
+from numa_lab.placement import memory, page_location
 
 SHAPES = {
     dtype: AttentionShape(1, 32, 8, 1, 131072, 128, dtype) for dtype in ("bfloat16", "float32")
@@ -32,7 +32,7 @@ def measure(names: list[str], turns: int) -> tuple[pd.DataFrame, dict[bool, floa
                 seconds = common.seconds_of(common.contender(name, shape, [(key, value)], common.query_of(shape)), 1)
                 work[f"{name}, {dtype}", huge] = lambda seconds=seconds, shape=shape: shape.kv_bytes / seconds()
     rates = pd.Series(common.medians(work, turns)).unstack()
-    return rates, {huge: memory.huge_page_share(block) for huge, block in blocks.items()}
+    return rates, {huge: page_location.huge_page_share(block) for huge, block in blocks.items()}
 
 
 def main() -> None:

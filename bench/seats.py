@@ -14,7 +14,7 @@ import torch
 from numba import cfunc, types
 
 from numa_lab.machine.topology import read_topology
-from numa_lab.nodes.seats import Place, Taken, seats_of
+from numa_lab.nodes.seats import Place, ReservedSeats, seats_of
 from numa_lab.placement import openmp
 
 SEATS = (2, 4, 8, 16, 32, 64, 128)
@@ -40,12 +40,12 @@ def measure(turns: int) -> dict[tuple[str, str], float]:
             OUTSIDE: lambda _, own=own, address=address: own.run(address),
         }
         work = {(f"{count} seats", name): common.seconds_of(call, 1) for name, call in calls.items()}
-        work[f"{count} seats", INSIDE] = _inside(Taken((place,)), common.seconds_of(calls[OUTSIDE], 1))
+        work[f"{count} seats", INSIDE] = _inside(ReservedSeats((place,)), common.seconds_of(calls[OUTSIDE], 1))
         found |= common.medians(work, turns)
     return found
 
 
-def _inside(taken: Taken, seconds: Callable[[], float]) -> Callable[[], float]:
+def _inside(taken: ReservedSeats, seconds: Callable[[], float]) -> Callable[[], float]:
     def inside() -> float:
         with taken:
             return seconds()

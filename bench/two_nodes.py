@@ -68,7 +68,8 @@ def make_model(shape: AttentionShape) -> Model:
         with _all_memory_on(node):
             caches.append(
                 NodeShardedKVCache(
-                    shape.batch, shape.kv_heads, shape.head_dim, shape.kv_len, dtype, teams=_halves(node),
+                    shape.batch, shape.kv_heads, shape.head_dim, capacity=shape.kv_len, dtype=dtype,
+                    teams=_halves(node),
                     block=min(BLOCK, shape.kv_len // 2),
                 )
             )  # fmt: skip

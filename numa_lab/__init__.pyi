@@ -1,4 +1,5 @@
 from .attention.gqa import gqa_attention as gqa_attention
+from .attention.scaled_dot_product import scaled_dot_product_attention_gqa as scaled_dot_product_attention_gqa
 from .attention.shapes import AttentionShape as AttentionShape
 from .bandwidth.advisor import plan_placement as plan_placement
 from .errors import NumaLabError as NumaLabError
@@ -9,7 +10,6 @@ from .measurement.results import load_run as load_run
 from .measurement.results import load_runs as load_runs
 from .nodes.kv_cache import NodeShardedKVCache as NodeShardedKVCache
 from .nodes.one_node import NUMAOptimizedGQA as NUMAOptimizedGQA
-from .nodes.one_node import scaled_dot_product_attention_gqa as scaled_dot_product_attention_gqa
 from .nodes.optimal_node import bind_to_numa_node as bind_to_numa_node
 from .nodes.optimal_node import get_optimal_numa_node as get_optimal_numa_node
 from .nodes.process_pool import NUMAProcessPool as NUMAProcessPool

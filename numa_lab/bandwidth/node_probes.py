@@ -20,7 +20,7 @@ from numa_lab.errors import InvalidInput, NodeUnavailable, NumaLabError
 from numa_lab.machine import new_threads
 from numa_lab.machine.sysfs import format_cpulist
 from numa_lab.machine.topology import Topology
-from numa_lab.placement import memory, openmp, pinned_team
+from numa_lab.placement import memory, openmp, page_location, pinned_team
 from numa_lab.placement.receipt import team_of
 
 CACHE_MULTIPLE = 4  # buffers exceed the last-level caches so many times: a pass finds little of the pass before
@@ -165,7 +165,7 @@ def _buffer(
     with pinned_team.pinned_team(cpus):
         buffer = memory.empty((size,), torch.uint8, node)
         buffer.fill_(1)
-    pages[node] = memory.locate(buffer)
+    pages[node] = page_location.locate(buffer)
     if set(pages[node]) != {node}:
         raise NodeUnavailable(f"the pages of its buffer lie on nodes {pages[node]}")
     if size < wanted:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from numa_lab.attention.scaled_dot_product import scaled_dot_product_attention_gqa
 from numa_lab.attention.shapes import AttentionShape
 from numa_lab.errors import InvalidInput, UntrustedResult
 from numa_lab.machine.sysfs import format_cpulist
@@ -24,8 +25,8 @@ from numa_lab.machine.topology import read_topology
 from numa_lab.measurement import timing
 from numa_lab.measurement.blocks import randomized_blocks
 from numa_lab.measurement.significance import Ratio, ratio_of_medians
-from numa_lab.nodes.one_node import NUMAOptimizedGQA, scaled_dot_product_attention_gqa
-from numa_lab.placement import memory
+from numa_lab.nodes.one_node import NUMAOptimizedGQA
+from numa_lab.placement import memory, page_location
 from numa_lab.placement.receipt import Receipt
 
 Attend = Callable[["Layer", Tensor, Tensor, Tensor], Tensor]  # layer, query, keys and values so far -> output
@@ -114,7 +115,7 @@ class Comparison:
     receipt: Receipt
     pages_without: dict[int, int]  # of the first layer's K of the last run without the helper
 
-    def receipts(self) -> pd.DataFrame:
+    def receipts_table(self) -> pd.DataFrame:
         """Where the threads with the helper were allowed and seen, and where K of the first layer lay in either kind of run."""
         seen = {"allowed CPUs": format_cpulist({cpu for t in self.receipt.threads for cpu in t.allowed})}
         seen["seen on CPUs"] = format_cpulist(self.receipt.observed_cpus)
@@ -179,7 +180,7 @@ def compare(
         rate = shape.batch * len(taken) / sum(taken)
         rows.append({"helper": name, "block": block, "tokens": len(taken), "tokens_per_s": rate})
         if owner is None:
-            pages = memory.locate(caches[0].keys)
+            pages = page_location.locate(caches[0].keys)
         else:
             receipt = owner.receipt({"keys": caches[0].keys, "values": caches[0].values})
     runs = pd.DataFrame(rows)
@@ -197,7 +198,7 @@ def require_placed(found: Comparison, helper: NUMAOptimizedGQA) -> str:
     """
     cpus, receipt = read_topology().cpus_of([helper.node]), found.receipt
     # A call that is refused has a stand-in, and no huge pages are no other node.
-    doubts = [note for note in receipt.notes if note not in memory.lost()]
+    doubts = [note for note in receipt.notes if note not in memory.stand_ins()]
     unseen = [f"No page of {name} could be looked at." for name, pages in receipt.pages_after.items() if not pages]
     wrong = [*receipt.contradictions(cpus, [helper.node]), *doubts, *unseen]
     if wrong:

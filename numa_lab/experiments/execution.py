@@ -29,7 +29,7 @@ from numa_lab.measurement.machine_facts import machine_facts
 from numa_lab.measurement.receipts import contradictions
 from numa_lab.measurement.results import write_rows
 from numa_lab.measurement.workloads import MEMORY_SHARE, Case, Workload, usable_bytes, workload
-from numa_lab.placement import memory, openmp, pinned_team
+from numa_lab.placement import openmp, page_location, pinned_team
 from numa_lab.placement.binding import Binding, MemPolicy, effective
 
 LIMIT_SECONDS = 0.1  # of one reading, of which each case has two
@@ -114,7 +114,7 @@ class Execution:
             "allowed CPUs": format_cpulist(os.sched_getaffinity(0)),
             "computing threads": f"up to {len(self.cores)}, one per physical core",
             "OpenMP": found.description if found else "torch's library was not found",
-            "pages seen by": memory.locator(),
+            "pages seen by": page_location.locator(),
             "cases": f"{len(cases)}, about {len(cases) * self.workload.profile.case_seconds * 1.5:.0f} s",
             "scaled": self.workload.message or "no",
         }

@@ -36,7 +36,7 @@ from numa_lab.measurement.significance import ratio_of_medians
 from numa_lab.nodes.kv_cache import NodeShardedKVCache
 from numa_lab.nodes.node_threads import NodeTeam
 from numa_lab.nodes.thread_pool import NUMAThreadPool
-from numa_lab.placement import memory
+from numa_lab.placement import memory, page_location
 from numa_lab.placement.receipt import Receipt
 
 BATCH, SEQUENCE = "a batch", "one sequence"
@@ -171,11 +171,11 @@ class _Work:
         keys, values = (self._pool.scatter(part, nodes) for part in (self._keys, self._values))
 
         def contradictions() -> list[str]:
-            lie = {node: [memory.home(key) for key in keys[at :: len(nodes)]] for at, node in enumerate(nodes)}
+            lie = {node: [page_location.home(key) for key in keys[at :: len(nodes)]] for at, node in enumerate(nodes)}
             found = [
                 f"an input for node {n} lies on node {home}." for n, homes in lie.items() for home in homes if home != n
             ]
-            return found + self._against(self._pool.receipt(), nodes)
+            return found + self._against(self._pool.receipts(), nodes)
 
         tokens = {node: len(keys[at :: len(nodes)]) for at, node in enumerate(nodes)}
         return Visit(lambda: self._pool.parallel_gqa_compute(self._queries, keys, values), contradictions, tokens)
@@ -188,10 +188,10 @@ class _Work:
     def _sequence(self, nodes: Sequence[int]) -> Visit:
         shape, query = self._shape, self._queries[0]
         tokens = self._count * shape.kv_len
-        cache = NodeShardedKVCache(1, shape.kv_heads, shape.head_dim, tokens, self._dtype, nodes)
+        cache = NodeShardedKVCache(1, shape.kv_heads, shape.head_dim, capacity=tokens, dtype=self._dtype, nodes=nodes)
         for key, value in zip(self._keys, self._values, strict=True):
             cache.append(key, value)
-        return Visit(lambda: cache.attend(query), lambda: self._against(cache.receipt(), nodes), cache.tokens_per_node)
+        return Visit(lambda: cache.attend(query), lambda: self._against(cache.receipts(), nodes), cache.tokens_per_node)
 
     def _against(self, receipts: dict[int, Receipt], nodes: Sequence[int]) -> list[str]:
         """What receipts of nodes say against threads and pages there."""

@@ -30,7 +30,8 @@ from numa_lab.measurement.labels import AA_SUFFIX
 from numa_lab.measurement.machine_facts import MACHINE, SCHEMA_VERSION, differences, load_machine, machine_facts
 from numa_lab.measurement.results import EXECUTIONS
 from numa_lab.measurement.workloads import PROFILES, Case, usable_bytes, workload
-from numa_lab.placement.binding import Binding, MemPolicy, mask_words
+from numa_lab.placement.binding import Binding, MemPolicy
+from numa_lab.placement.numactl import taskset_words
 
 PLAN = "plan.json"
 OVERHEAD_SECONDS = 10  # of one execution before and after its cases: papermill, imports, first compilation
@@ -283,12 +284,12 @@ def _other_share(begun: Mapping[str, Any], topology: Topology, run_dir: Path) ->
 
 def typed(words: Sequence[object], topology: Topology) -> str:
     """A command as it is typed to run on the CPUs of this process, wherever it is typed."""
-    return shlex.join([*mask_words(topology), *map(str, words)])
+    return shlex.join([*taskset_words(topology), *map(str, words)])
 
 
 def resume_command(run_dir: Path, topology: Topology) -> str:
     """What to type to run what is missing in a run directory."""
-    return to_paste(*mask_words(topology), "numa-lab", "sweep", "--resume", run_dir)
+    return to_paste(*taskset_words(topology), "numa-lab", "sweep", "--resume", run_dir)
 
 
 def missing(plan: Plan, run_dir: Path) -> list[Planned]:

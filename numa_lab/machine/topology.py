@@ -227,6 +227,27 @@ class Topology:
                 f"both: {format_cpulist(self.effective_nodes) or 'none'}"
             )
 
+    def require_effective_nodes(self, nodes: Iterable[int] | None = None) -> tuple[int, ...]:
+        """Return some nodes, or all effective ones where None are given; refuse nodes that this process may not use, and none at all.
+
+        Raises
+        ------
+        NodeUnavailable
+            The message names the nodes that serve, or what this process may use.
+        """
+        chosen = self.effective_nodes if nodes is None else tuple(nodes)
+        for node_id in chosen:
+            self.require_effective(node_id)
+        if not chosen:
+            raise NodeUnavailable(
+                "no node has both CPUs and memory that this process may use: allowed are CPUs "
+                f"{format_cpulist(self.allowed_cpus) or 'none'} and memory of nodes "
+                f"{format_cpulist(self.allowed_nodes) or 'none'}"
+                if nodes is None
+                else "nodes=(): expected at least one node"
+            )
+        return chosen
+
     def isolated_words(self, node_id: int) -> str:
         """Why CPUs of a node are left alone, to be added to a message; empty where none is isolated."""
         isolated = set(self.node(node_id).cpus).intersection(self.isolated_cpus)

@@ -20,9 +20,10 @@ from numa_lab.machine.sysfs import format_cpulist
 from numa_lab.machine.topology import Topology
 from numa_lab.measurement import timing
 from numa_lab.measurement.workloads import MEMORY_SHARE, Case
-from numa_lab.placement import memory, openmp
+from numa_lab.placement import memory, openmp, page_location
 from numa_lab.placement.binding import Binding
-from numa_lab.placement.receipt import Receipt, ThreadWatch, team_of
+from numa_lab.placement.receipt import Receipt, team_of
+from numa_lab.placement.thread_watch import ThreadWatch
 
 CACHE_MULTIPLE = (
     4  # times the last-level cache: K and V of all layers together are so large, since a model reads them in turn
@@ -114,11 +115,11 @@ def sample_case(
 
     def pages() -> dict[str, dict[int, int]]:
         tensors = {"key": pool.keys, "value": pool.values, "query": query}
-        return {name: memory.locate(tensor) for name, tensor in tensors.items()}
+        return {name: page_location.locate(tensor) for name, tensor in tensors.items()}
 
     pages_before, moved_before, watch = pages(), kernel_moves(), ThreadWatch()
     timed = timing.measure(call, seconds=seconds, after_sample=watch.look)
-    threads, pages_after = watch.threads(), pages() | ({"output": memory.locate(output)} if own_process else {})
+    threads, pages_after = watch.threads(), pages() | ({"output": page_location.locate(output)} if own_process else {})
     moved = kernel_moves() - moved_before
     receipt = Receipt(
         requested, granted, threads, pages_before, pages_after, _notes(timed, moved),
@@ -189,7 +190,7 @@ class KVPool:
 
         It is looked up once, since the kernel writes out all mappings of the process for it.
         """
-        share = memory.huge_page_share(self.buffer)
+        share = page_location.huge_page_share(self.buffer)
         return {} if math.isnan(share) else dict.fromkeys(("key", "value"), share)
 
     def layers(self, shape: AttentionShape) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -222,4 +223,4 @@ def _notes(timed: timing.Timing, moved: int) -> tuple[str, ...]:
         "torch's OpenMP library was not found: its threads were not pinned one by one": openmp.runtime() is None,
         "the warm-up did not settle": not timed.settled,
     }
-    return (*memory.lost(), *(doubt for doubt, holds in doubts.items() if holds))
+    return (*memory.stand_ins(), *(doubt for doubt, holds in doubts.items() if holds))

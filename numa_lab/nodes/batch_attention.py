@@ -1,4 +1,4 @@
-"""Attention of a batch over nodes: which node computes which input, and what becomes of it."""
+"""Attention of a batch over nodes: which node computes which input, and what is done with inputs that lie elsewhere."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from numa_lab.attention.gqa import gqa_attention
 from numa_lab.machine import libnuma
 from numa_lab.machine.topology import Topology
 from numa_lab.nodes.node_threads import NodeTeam, least_busy, run_each
-from numa_lab.placement import memory
+from numa_lab.placement import page_location
 
 ON_REMOTE = ("compute_there", "migrate", "ignore")
-Homes = list[tuple[Tensor, int | None]]  # tensors, each with the node of most of its pages
+Homes = list[tuple[Tensor, int | None]]  # tensors, each with the node on which most of its pages lie
 
 
 @dataclass(frozen=True, eq=False)
 class _Input:
-    """One of a batch."""
+    """One input of a batch."""
 
     query: Tensor
     key: Tensor
@@ -34,22 +34,22 @@ class _Input:
 
 
 class Tally:
-    """How many inputs each node has computed, by what became of them."""
+    """A count of the inputs that each node has computed, by what was done with them."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()  # a finalizer that runs while it is held may compute a batch itself
         self._counts: Counter[tuple[int, str]] = Counter()
 
     def add(self, node: int, what: str) -> None:
-        """Count an input that a node computes."""
+        """Count an input that a node computes, by what was done with it."""
         with self._lock:
             self._counts[node, what] += 1
 
     def notes(self, node: int) -> list[str]:
-        """What to tell of a node."""
+        """Return the counts of a node, as notes for a receipt."""
         with self._lock:
             counts = sorted(self._counts.items())
-        return [f"inputs {what}: {count}" for (at, what), count in counts if at == node]
+        return [f"inputs {what}: {count}" for (counted, what), count in counts if counted == node]
 
 
 def compute(
@@ -63,14 +63,34 @@ def compute(
     on_remote: str,
     tally: Tally,
 ) -> list[Tensor]:
-    """The outputs, in the inputs' order; see ``NUMAThreadPool.parallel_gqa_compute``.
+    """Compute the attention of each input; see ``NUMAThreadPool.parallel_gqa_compute``.
 
-    What the calling thread has set (gradients, inference mode, autocast) holds for them.
+    What the calling thread has set (gradients, inference mode, autocast) holds on the nodes too.
+
+    Parameters
+    ----------
+    teams
+        That of each node.
+    topology
+        Of this machine.
+    queries, keys, values
+        Equally many of each.
+    num_runs
+        How often each input is computed.
+    on_remote
+        One of ``ON_REMOTE``.
+    tally
+        Counts what is done with each input.
+
+    Returns
+    -------
+    list of Tensor
+        The outputs, in the inputs' order.
 
     Raises
     ------
     Exception
-        The first that an input raises, when all have been computed.
+        The first that an input raises, once all have been computed.
     """
     home_of = dict(homes((*keys, *values)))
     inputs: list[_Input] = []
@@ -81,8 +101,8 @@ def compute(
         ]
         inputs.append(_Input(query, key, value, key_value))
         node = _nearest(_most(key_value), tuple(teams), topology) if on_remote == "compute_there" else None
-        # What a node's single leader computes one after the other anyway is one task: handing each over by itself takes a hundred
-        # microseconds beside attention, which leaves no line of code in the caches.
+        # Inputs that a node's single leader computes one after the other anyway are one task: handing each over by itself takes a
+        # hundred microseconds beside attention, which leaves no line of code in the caches.
         alone = node is None or teams[node].leaders > 1
         parts[node, number if alone else None].append(number)
     run = partial(_run, Settings(), num_runs, on_remote, tally)
@@ -104,47 +124,47 @@ def compute(
 def _run(
     settings: Settings, num_runs: int, on_remote: str, tally: Tally, node: int, inputs: Sequence[_Input]
 ) -> list[Tensor | Exception]:
-    """On a leader of a node: the output of each input, or what it raised."""
+    """Compute inputs on a leader of a node; return for each its output, or the exception that it raised."""
     outputs: list[Tensor | Exception] = []
     with settings.applied():
-        for given in inputs:
+        for item in inputs:
             try:
-                tally.add(node, _bring(given, node, on_remote))
+                tally.add(node, _bring(item, node, on_remote))
                 for _ in range(num_runs):
-                    output = gqa_attention(given.query, given.key, given.value, enable_gqa=True)
+                    output = gqa_attention(item.query, item.key, item.value, enable_gqa=True)
                 outputs.append(output)
             except Exception as error:
                 outputs.append(error)
     return outputs
 
 
-def _bring(given: _Input, node: int, on_remote: str) -> str:
-    """Move an input to the node that computes it where that is wanted, and say what became of it."""
-    away = [tensor for tensor, home in given.homes if home not in (node, None)]
+def _bring(item: _Input, node: int, on_remote: str) -> str:
+    """Move an input to the node that computes it, where `on_remote` says so; return what was done with it."""
+    away = [tensor for tensor, home in item.homes if home not in (node, None)]
     if not away:
         return "computed where they lay"
     if on_remote != "migrate":
         return "read over a link"
     for tensor in away:
-        memory.migrate(tensor, node)
+        page_location.migrate(tensor, node)
     return "migrated"
 
 
 def node_of(args: Sequence[Any], nodes: Sequence[int], topology: Topology) -> int | None:
-    """Of `nodes` the one whose CPUs are nearest to most of the tensors among `args`; None where nothing tells."""
+    """Return that one of `nodes` whose CPUs are nearest to most of the tensors among `args`; None where that is not known."""
     return _nearest(_most(homes(args)), nodes, topology)
 
 
 def homes(args: Sequence[Any]) -> Homes:
-    """The tensors among `args` that lie in this machine's memory, each with its node."""
+    """Return the tensors among `args` that lie in this machine's memory, each with its node."""
     tensors = [arg for arg in args if isinstance(arg, Tensor) and addresses.as_stored(arg) and arg.nbytes]
-    if not libnuma.available():  # then nothing tells
+    if not libnuma.available():  # then nobody knows
         return [(tensor, None) for tensor in tensors]
-    return list(zip(tensors, memory.homes(tensors), strict=True))
+    return list(zip(tensors, page_location.homes(tensors), strict=True))
 
 
 def _most(homes: Homes) -> int | None:
-    """The node on which most of the tensors lie; None where nothing tells."""
+    """Return the node on which most bytes of the tensors lie; None where that is not known."""
     weight: Counter[int] = Counter()
     for tensor, home in homes:
         if home is not None:

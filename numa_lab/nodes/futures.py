@@ -1,14 +1,14 @@
-"""A future that an interrupt spoils for no one: neither for who waits for it, nor for the thread that computes it.
+"""A future that an interrupt spoils for nobody: neither for the thread that waits for it, nor for the one that computes it.
 
 The lock of ``concurrent.futures.Future`` is a ``threading.Condition``, which is entered and left in Python. Where a signal's handler
-raises there, as of Ctrl-C, it stays held, and whoever has a result waits for ever to tell it. CPython runs handlers between
-two instructions of the main thread, and never inside of a function that is written in C. So what is held here is
-entered and left in C, and who waits holds nothing.
+raises there, as that of Ctrl-C does, the lock stays held, and a thread that has a result waits for ever to hand it over. CPython runs
+handlers between two instructions of the main thread, and never inside of a function that is written in C. So the lock here is
+entered and left in C, and a thread that waits holds nothing.
 
-Limits: CPython. ``concurrent.futures.wait`` and ``as_completed`` take the locks of all their futures, and wait for an Event, in Python.
-An interrupt may leave those locks held: each of the futures then takes ``PATIENCE_SECONDS`` longer, once, and another thread
-that asks whether it is ``done`` may wait for ever. Where it comes in the microseconds in which the Event's own lock is held, the
-thread that computes one of the futures waits for ever. To wait for several, ask one after the other for its ``result``.
+Limits: this relies on CPython. ``concurrent.futures.wait`` and ``as_completed`` take the locks of all their futures, and wait for an
+Event, in Python. An interrupt may leave those locks held: each of the futures then takes ``PATIENCE_SECONDS`` longer, once, and another
+thread that asks whether it is ``done`` may wait for ever. Where the interrupt comes in the microseconds in which the Event's own lock is
+held, the thread that computes one of the futures waits for ever. To wait for several futures, ask one after the other for its ``result``.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-PATIENCE_SECONDS = 1.0  # far longer than anybody needs a lock who will give it back
+PATIENCE_SECONDS = 1.0  # far longer than any thread holds the lock that is going to give it back
 
 
 class _Lock(RLock):  # type: ignore[misc]  # final to those who write stubs, not to CPython
-    """What a future has for its Condition."""
+    """What a ``Promise`` has in place of a Condition."""
 
-    bells: list[Any]  # a lock for each thread that waits, which it can take when the end has come
+    bells: list[Any]  # a held lock for each thread that waits; it is released when the future is done
 
     def wait(self, timeout: float | None = None) -> None:
-        """Not at all: who asks a ``Promise`` has waited, and held nothing meanwhile."""
+        """Return at once: a thread that asks a ``Promise`` has waited before, and held nothing meanwhile."""
 
     def notify_all(self) -> None:
         for bell in tuple(self.bells):
@@ -43,8 +43,8 @@ class _Lock(RLock):  # type: ignore[misc]  # final to those who write stubs, not
 class Promise(Future[T]):
     """A ``concurrent.futures.Future`` that survives whatever a signal's handler raises in one of its methods.
 
-    Limits: callbacks that ``cancel`` calls are the canceller's, so that an interrupt of one keeps those behind it from being
-    called. What ``concurrent.futures.wait`` does, see above.
+    Limits: ``cancel`` calls the callbacks in the thread that cancels, so that an interrupt of one keeps those behind it from being
+    called. For ``concurrent.futures.wait`` see the module's limits.
     """
 
     def __init__(self) -> None:
@@ -58,7 +58,7 @@ class Promise(Future[T]):
         self._condition: Any = lock
 
     def result(self, timeout: float | None = None) -> T:
-        """As that of ``Future``."""
+        """Wait for the result and return it, as ``Future.result`` does."""
         try:
             self._await(timeout)
             return super().result(0)
@@ -66,7 +66,7 @@ class Promise(Future[T]):
             del self  # which the traceback of an error would hold, and the error it
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
-        """As that of ``Future``."""
+        """Wait for the end and return the exception, or None, as ``Future.exception`` does."""
         self._await(timeout)
         return super().exception(0)
 
@@ -75,15 +75,15 @@ class Promise(Future[T]):
         bell.acquire()
         self._bells.append(bell)
         try:
-            if self._state in (PENDING, RUNNING):  # else nobody may have rung this one
+            if self._state in (PENDING, RUNNING):  # a future that was done before this bell was added rings it no more
                 bell.acquire(timeout=-1 if timeout is None else max(timeout, 0))
         finally:
             self._bells.remove(bell)
 
     def fulfil(self, function: Callable[..., T], *args: Any) -> None:
-        """On the thread that computes it, never the main one: call a function, and tell what it returns or raises.
+        """Call a function, and hand over what it returns or raises; where the future was cancelled, nothing is called.
 
-        Nothing is called where the future was cancelled.
+        The thread that computes the future calls this, which is never the main thread.
         """
         with self._locked() as lock:
             if not self.set_running_or_notify_cancel():
@@ -91,25 +91,25 @@ class Promise(Future[T]):
                 return
         try:
             result = function(*args)
-        except BaseException as error:  # the caller's to judge, as in any executor
+        except BaseException as error:  # for the thread that waits to handle, as in any executor
             self._end(None, error)
             del self  # which the traceback holds
         else:
             self._end(result, None)
 
     def _end(self, result: T | None, exception: BaseException | None) -> None:
-        """What ``set_result`` and ``set_exception`` do, without waiting for a lock that may never be given back."""
+        """Do what ``set_result`` and ``set_exception`` do, without waiting for a lock that may never be given back."""
         with self._locked() as lock:
             self._result, self._exception, self._state = result, exception, FINISHED
             for waiter in self._waiters:
-                tell = waiter.add_result if exception is None else waiter.add_exception
-                tell(self)
+                notify = waiter.add_result if exception is None else waiter.add_exception
+                notify(self)
             lock.notify_all()
         self._invoke_callbacks()  # type: ignore[attr-defined]
 
     @contextmanager
     def _locked(self) -> Iterator[_Lock]:
-        """With the lock; with a new one where the old one was left held."""
+        """Hold the lock, or a new one where the old one was left held; yield it."""
         if not self._condition.acquire(timeout=PATIENCE_SECONDS):
             self._renew_lock()
             self._condition.acquire()

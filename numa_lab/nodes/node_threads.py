@@ -1,11 +1,12 @@
-"""Threads that stay on a node, each with an OpenMP team that is pinned once, for all that is submitted.
+"""Leader threads that stay on a node, each with an OpenMP team that is pinned once and computes all that is submitted.
 
-A *leader* is a Python thread with its team: what it computes, its team computes. The leaders of a node share one queue. No leader is
-lost to what a signal's handler raises in a thread that submits or waits: handlers run in the main thread alone, between two calls
-of C, and the queue is C, as is ``with`` of a plain lock.
+A *leader* is a Python thread with a team of its own: whatever a leader calls, its team computes. The leaders of a node take their tasks
+from one queue. A leader survives whatever a signal's handler raises in a thread that submits or waits. Handlers run in the main thread
+alone, and only between two calls of functions that are written in C; the queue is written in C, and so is the ``with`` of a plain lock.
 
-Limits: threads share the interpreter lock, so Python code of several leaders does not run at once; what torch and compiled kernels
-compute does. A process that ends finishes first what was submitted; not one that ``multiprocessing`` ends, which calls nobody.
+Limits: threads share the interpreter lock, so the Python code of several leaders does not run at once; what torch and compiled kernels
+compute does. A process that ends first finishes what was submitted. A process that ``multiprocessing`` ends does not, because it runs
+no exit functions.
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ from numa_lab.machine.topology import Topology, read_topology
 from numa_lab.nodes.futures import Promise
 from numa_lab.placement import observation, recycled_memory, team_replacement
 from numa_lab.placement.binding import Binding, effective
-from numa_lab.placement.pinned_team import Before, Placement
-from numa_lab.placement.receipt import ThreadSeen, threads_now
+from numa_lab.placement.pinned_team import PinnedTeam, TeamEntry
+from numa_lab.placement.receipt import TeamSeen
+from numa_lab.placement.thread_watch import threads_now
 
 T = TypeVar("T")
 _LOGGER = logging.getLogger(__name__)
@@ -42,38 +44,42 @@ class _Task(NamedTuple):
 
 
 class _Leader(threading.Thread):
-    """Takes its place, and then one task after the other. It does not know its team, which ends when nobody else has it."""
+    """A thread that enters its pinned team, and then calls one task after the other.
 
-    before: Before  # the placement that it is in
-    cpus: tuple[int, ...]  # of that
-    granted: Binding  # by the kernel, in that placement
+    It holds no strong reference to its ``NodeTeam``, which therefore ends once nobody else has one.
+    """
+
+    entry: TeamEntry  # into the pinned team
+    cpus: tuple[int, ...]  # of the pinned team
+    granted: Binding  # by the kernel, on these CPUs
 
     def __init__(self, name: str, team: NodeTeam, cpus: Sequence[int]) -> None:
         super().__init__(name=name, daemon=True)  # a process waits for all others before it calls ``_finish``
         self.busy = False
         self._serving = threading.Lock()  # held by the thread while it serves
-        self.entered: SimpleQueue[BaseException | None] = SimpleQueue()  # is told what kept it from its place
+        # It gets None once the thread has entered its pinned team, or what kept it from that.
+        self.outcome: SimpleQueue[BaseException | None] = SimpleQueue()
         self._node, self._queue, self._topology = team.node, team._queue, team._topology
-        self._placement = Placement(cpus, (libnuma.MPOL_PREFERRED, [team.node]))
-        # When the team has gone, this reference is put into the queue. That is done in C, and it is no task.
+        self._pinned = PinnedTeam(cpus, (libnuma.MPOL_PREFERRED, [team.node]))
+        # When the team is gone, this reference is put into the queue, by C code. It is no task, so it ends the thread.
         self.team = weakref.ref(team, team._queue.put)
 
     def start(self) -> None:
         try:
             super().start()
         except BaseException as error:
-            self.entered.put(error)
+            self.outcome.put(error)
 
     def run(self) -> None:
         with self._serving:
             try:
-                self._stay(self._placement.enter())  # never left: the OpenMP team ends with this thread
+                self._note(self._pinned.enter())  # never left: the OpenMP team ends with this thread
                 # glibc may have given this thread the memory of one that ended, on another node.
                 recycled_memory.give_back(self._node)
             except BaseException as error:
-                self.entered.put(error)
+                self.outcome.put(error)
                 return
-            self.entered.put(None)
+            self.outcome.put(None)
             while isinstance(task := self._queue.get(), _Task):
                 self.busy = True
                 try:
@@ -84,44 +90,44 @@ class _Leader(threading.Thread):
                 del task  # else a thread that waits keeps the last task's arguments alive
 
     def wait(self) -> None:
-        """Until the thread has ended."""
-        with self._serving:  # first, as Thread.join takes an interrupt for the end of the thread (CPython 3.11, 3.12)
+        """Wait until the thread has ended."""
+        # This comes first, because Thread.join takes an interrupt for the end of the thread (CPython 3.11, 3.12).
+        with self._serving:
             pass
         # After its last line the thread frees what torch keeps for it, in destructors which abort a process that ends meanwhile.
         if self.is_alive():
             self.join()
 
-    def _stay(self, before: Before) -> None:
-        assert before.placement is not None
-        self.before, self.cpus, self.granted = before, before.placement.cpus, effective(self._topology)
+    def _note(self, entry: TeamEntry) -> None:
+        assert entry.pinned is not None
+        self.entry, self.cpus, self.granted = entry, entry.pinned.cpus, effective(self._topology)
 
     def _call(self, call: Callable[[], T]) -> T:
-        before, moved = team_replacement.hold(self.before, self._node)
-        if moved:
-            self._stay(before)
+        if moved := team_replacement.hold(self.entry, self._node):
+            self._note(self.entry)
             warnings.warn(moved, RuntimeWarning, stacklevel=2)
         return call()
 
 
 class NodeTeam:
-    """Leaders on a node, which begin what is submitted in that order.
+    """The leaders of a node, which begin what is submitted in the order of submission.
 
-    The memory policy of their threads is *preferred*: see ``numa_lab.nodes.one_node``. Before each task they are brought back
-    where the kernel has moved them, with a RuntimeWarning (see ``numa_lab.placement.team_replacement``). They end after what was
-    submitted, once the team is shut down or nobody has it any more.
+    The memory policy of their threads is *preferred*, for the reason that ``numa_lab.nodes.one_node`` gives. Before each task, a team
+    whose threads the kernel has moved is placed again, with a RuntimeWarning (see ``numa_lab.placement.team_replacement``). The leaders
+    end once the team is shut down, or once nobody has a reference to it any more; first they finish what was submitted.
 
     Parameters
     ----------
     node
-        Whose memory its threads prefer.
+        The node whose memory the threads prefer.
     cpus
-        One thread is pinned to each; the node's physical cores where None is given.
+        One thread is pinned to each; these are the node's physical cores where None is given.
     name
-        Of the leader threads, in front of a number.
+        The beginning of the leader threads' names; a number follows.
     leaders
-        So many tasks run at a time; `cpus` are divided among them, neighbours together.
+        How many leaders there are, and thus how many tasks run at a time. `cpus` are divided among them, neighbours together.
     topology
-        Of this machine; read where None is given.
+        That of this machine; it is read where None is given.
 
     Raises
     ------
@@ -149,11 +155,11 @@ class NodeTeam:
         self._leaders = [_Leader(f"{name or f'numa-node-{node}'}_{i}", self, share) for i, share in enumerate(shares)]
         try:
             for leader in self._leaders:
-                # From another thread than the main one, where no handler runs: an interrupt of Thread.start would leave a Condition
-                # held for which the new thread waits.
+                # Another thread than the main one starts it, because no signal's handler runs there: an interrupt of Thread.start
+                # would leave a Condition held for which the new thread waits.
                 _thread.start_new_thread(leader.start, ())
             for leader in self._leaders:
-                if error := leader.entered.get():
+                if error := leader.outcome.get():
                     raise error
         except BaseException:
             self.shutdown(wait=False)
@@ -161,41 +167,42 @@ class NodeTeam:
 
     @property
     def cpus(self) -> tuple[int, ...]:
-        """Where its threads are, leader by leader."""
+        """The CPUs that its threads are on, leader by leader."""
         return tuple(cpu for leader in self._leaders for cpu in leader.cpus)
 
     @property
     def load(self) -> float:
-        """Tasks that wait or run, per leader."""
+        """The number of tasks that wait or run, per leader."""
         return (self._queue.qsize() + sum(leader.busy for leader in self._leaders)) / self.leaders
 
     @property
     def refusal(self) -> str:
         """Why the memory policy was not set; empty where it was."""
-        return "; ".join(dict.fromkeys(leader.before.refusal for leader in self._leaders if leader.before.refusal))
+        return "; ".join(dict.fromkeys(leader.entry.refusal for leader in self._leaders if leader.entry.refusal))
 
     def is_current(self) -> bool:
-        """Whether the calling thread is one of its leaders."""
+        """Return whether the calling thread is one of the leaders."""
         return threading.current_thread() in self._leaders
 
-    def look(self) -> tuple[Binding, tuple[ThreadSeen, ...], tuple[str, ...]]:
-        """As ``proof.look`` of all its threads, from outside, so that it waits for no task.
+    def look(self) -> TeamSeen:
+        """Return what the kernel grants the threads and where they are now, as seen from outside, so that no task is waited for.
 
-        Limits: the memory policy is that which was granted when the first leader took its place. Threads that have ended are left
+        Limits: the memory policy is the one that was granted when the first leader entered its team. Threads that have ended are left
         out, as where a task makes its OpenMP team smaller; the next task replaces them.
         """
         masks: list[tuple[int, frozenset[int]]] = []
-        for before in [leader.before for leader in self._leaders]:
-            tids = before.exchange.thread_ids() if before.exchange else []
-            masks += [(tids[place], mask) for place, mask in before.where().items()]
-        return self._leaders[0].granted, threads_now(masks), observation.lost()
+        for entry in [leader.entry for leader in self._leaders]:
+            tids = entry.exchange.thread_ids() if entry.exchange else []
+            masks += [(tids[place], mask) for place, mask in entry.masks_now().items()]
+        return TeamSeen(self._leaders[0].granted, threads_now(masks), observation.limitations())
 
     def submit(self, function: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
-        """Run a function on a leader; where a signal's handler raises in this call, it may run or not.
+        """Run a function on a leader. Where a signal's handler raises in this call, the function may run or not.
 
         Returns
         -------
-        A future that survives interrupts (see ``numa_lab.nodes.futures``): to wait for several, ask each for its ``result``.
+        Future
+            It survives interrupts (see ``numa_lab.nodes.futures``). To wait for several, ask each for its ``result``.
 
         Raises
         ------
@@ -217,12 +224,17 @@ class NodeTeam:
         return task.promise
 
     def shutdown(self, wait: bool = True) -> None:
-        """Finish what was submitted, and end the threads; in a forked process there are none.
+        """Finish what was submitted, and end the threads; in a forked process there are none to end.
+
+        Parameters
+        ----------
+        wait
+            Whether to return only once the threads have ended.
 
         Raises
         ------
         NumaLabError
-            With `wait`, the caller is a leader: it would wait for itself, or for another that waits for it.
+            With `wait`, the caller is a leader: it would wait for itself, or for another leader that waits for it.
         """
         if os.getpid() != self._process:
             return
@@ -236,20 +248,25 @@ class NodeTeam:
 
 
 def least_busy(teams: Iterable[NodeTeam]) -> NodeTeam:
-    """The team with the fewest tasks per leader, those that run and those that wait."""
+    """Return the team with the fewest tasks per leader, counting those that run and those that wait."""
     return min(teams, key=lambda team: team.load)
 
 
 def run_each(calls: Iterable[tuple[NodeTeam, Callable[[], T]]]) -> list[T]:
-    """Run functions on teams, and wait for all: what they return, in order.
+    """Run functions on teams, and wait for all of them.
 
-    Limits: where a signal's handler raises meanwhile, what has not begun never runs, and what runs is not waited for. So
-    functions hold all that they use.
+    Limits: where a signal's handler raises meanwhile, functions that have not begun never run, and those that run are not waited for.
+    So a function has to hold references to all that it uses.
+
+    Returns
+    -------
+    list
+        What the functions return, in their order.
 
     Raises
     ------
     Exception
-        The first that a function raises, when all are done; and what ``NodeTeam.submit`` raises.
+        The first exception of a function, once all are done; and whatever ``NodeTeam.submit`` raises.
     """
     given_up = False  # an interrupt may lose a future, so cancelling them is not enough
 
@@ -258,7 +275,8 @@ def run_each(calls: Iterable[tuple[NodeTeam, Callable[[], T]]]) -> list[T]:
 
     try:
         futures = [team.submit(call, function) for team, function in calls]
-        for future in reversed(futures):  # the last first: who is woken for each takes the interpreter from the leaders
+        # The last comes first: a thread that is woken for each result takes the interpreter lock from the leaders.
+        for future in reversed(futures):
             future.exception()
     except BaseException:
         given_up = True
@@ -268,7 +286,7 @@ def run_each(calls: Iterable[tuple[NodeTeam, Callable[[], T]]]) -> list[T]:
 
 @atexit.register
 def _finish() -> None:
-    """Before the process ends, finish what was submitted in it."""
+    """Finish what was submitted before the process ends."""
     leaders = [thread for thread in threading.enumerate() if isinstance(thread, _Leader)]
     for leader in leaders:
         if team := leader.team():

@@ -24,7 +24,7 @@ from numa_lab.measurement.labels import AA_SUFFIX
 from numa_lab.measurement.workloads import Case
 from numa_lab.placement import openmp, pinned_team
 from numa_lab.placement.binding import Binding, MemPolicy, effective
-from numa_lab.placement.receipt import schedstat
+from numa_lab.placement.thread_watch import schedstat
 
 BLOCKS = 8
 NEW_MEMORY_BLOCKS = 2  # after so many blocks K and V move to other pages: how pages lie in a node is chance

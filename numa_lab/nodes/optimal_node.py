@@ -35,7 +35,7 @@ from numa_lab.nodes.node_visits import BLOCKS, Visits, label_of, visit_nodes
 from numa_lab.nodes.rankings import FEWER_CORES, NEARLY_FULL, OTHER_LOAD, RankedNode, Ranking
 from numa_lab.placement import pinned_team
 from numa_lab.placement.binding import Binding, MemPolicy, effective
-from numa_lab.placement.receipt import last_cpu
+from numa_lab.placement.thread_watch import last_cpu
 
 VISIT_SECONDS = 0.1
 DEFAULT_SHAPE = preset("llama-3-8b", kv_len=1024)
@@ -172,7 +172,7 @@ def bind_to_numa_node(node: int) -> Binding:
     topology = read_topology()
     topology.require_effective(node)
     cpus = topology.cpus_for([node])
-    pinned_team.Placement(cpus, (libnuma.MPOL_PREFERRED, [node]), topology.cpus_of([node])).enter()
+    pinned_team.PinnedTeam(cpus, (libnuma.MPOL_PREFERRED, [node]), topology.cpus_of([node])).enter()
     return effective(topology)
 
 

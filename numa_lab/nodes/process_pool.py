@@ -2,8 +2,8 @@
 
 Each process has its own interpreter, so that Python code of several nodes runs at once, which threads can't do.
 
-Limits: processes are spawned, so what is run has to be importable (a function of a module, not one of a notebook's cells), and a
-script needs its ``if __name__ == "__main__":``. Starting takes as long as importing torch. A tensor that is passed moves to
+Limits: processes are spawned, so the functions that they run have to be importable (from a module, and not from a notebook's cells),
+and a script needs its ``if __name__ == "__main__":``. Starting takes as long as importing torch. A tensor that is passed is moved to
 shared memory, once; one from ``empty`` or ``scatter`` lies there from the start.
 """
 
@@ -32,15 +32,15 @@ from numa_lab.nodes import shared_memory
 from numa_lab.nodes.batch_attention import node_of
 from numa_lab.placement import observation
 from numa_lab.placement.binding import Binding, MemPolicy
-from numa_lab.placement.receipt import Receipt, team_of
+from numa_lab.placement.receipt import Receipt
 
-FILES = 16  # that a process needs in this one: queues, their locks and what wakes them
+FILES = 16  # open files that a process needs in this one: for queues, their locks and what wakes them
 
 T = TypeVar("T")
 
 
 class NUMAProcessPool(Executor):
-    """A process per node, on its CPUs and preferring its memory, with a computing thread for each of its physical cores.
+    """A process for each node, on its CPUs and preferring its memory, with a computing thread for each of its physical cores.
 
     Parameters
     ----------
@@ -50,7 +50,7 @@ class NUMAProcessPool(Executor):
     Raises
     ------
     NodeUnavailable
-        A node does not exist, or may not be used.
+        A node does not exist, or may not be used; or there is none.
 
     Examples
     --------
@@ -62,14 +62,7 @@ class NUMAProcessPool(Executor):
 
     def __init__(self, nodes: Sequence[int] | None = None) -> None:
         self._topology = read_topology()
-        self.nodes = tuple(self._topology.effective_nodes if nodes is None else nodes)
-        if not self.nodes:
-            raise NodeUnavailable(
-                f"no node has both CPUs and memory that this process may use: allowed are CPUs "
-                f"{format_cpulist(self._topology.allowed_cpus) or 'none'}"
-            )
-        for node in self.nodes:
-            self._topology.require_effective(node)
+        self.nodes = self._topology.require_effective_nodes(nodes)
         self._lock = threading.Lock()
         self._busy: Counter[int] = Counter()
         self._refusals: dict[int, str] = {}
@@ -84,7 +77,12 @@ class NUMAProcessPool(Executor):
         fn, *args, **kwargs
             The call; everything is pickled, tensors as handles of shared memory.
         numa_node
-            Where; None for the node on which most of the tensors among `args` lie, and else the least busy one.
+            The node. None means the node on which most of the tensors among `args` lie; without tensors, the least busy node.
+
+        Returns
+        -------
+        Future
+            Of what the function returns, tensors in shared memory.
 
         Raises
         ------
@@ -94,8 +92,8 @@ class NUMAProcessPool(Executor):
             /dev/shm has no room for the tensors among the arguments, or too many files are open. The future raises it where the
             process finds no room for what the function returns.
         BrokenProcessPool
-            The node's process has ended, as one does that is killed: ``restart`` starts another. So do the futures of what it was
-            about.
+            The node's process has ended, as one does that is killed: ``restart`` starts another. The futures of what the process was
+            doing raise the same.
         RuntimeError
             The pool was shut down.
         """
@@ -113,7 +111,14 @@ class NUMAProcessPool(Executor):
         return future
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, numa_node: int) -> Tensor:
-        """A tensor of zeros in shared memory of a node: every process sees the same.
+        """Return a tensor of zeros in shared memory on a node; all processes see the same memory.
+
+        Parameters
+        ----------
+        shape, dtype
+            As for ``torch.zeros``.
+        numa_node
+            The node on which the memory lies.
 
         Raises
         ------
@@ -126,21 +131,33 @@ class NUMAProcessPool(Executor):
         return _mapped(self.submit(_zeros, tuple(shape), dtype, numa_node=numa_node).result())
 
     def scatter(self, tensors: Sequence[Tensor], nodes: Sequence[int] | None = None) -> list[Tensor]:
-        """Copies of tensors in shared memory of `nodes` in turn (all where None is given).
+        """Copy tensors to shared memory on nodes in turn: the first tensor to the first node, and so on.
+
+        Parameters
+        ----------
+        tensors
+            Of any shape and dtype.
+        nodes
+            All nodes of the pool where None is given.
+
+        Returns
+        -------
+        list of Tensor
+            The copies.
 
         Raises
         ------
         LimitReached
             /dev/shm has no room for them and for the tensors themselves, or too many files are open.
         """
-        given = sum(tensor.nbytes for tensor in tensors if not tensor.is_shared())
-        shared_memory.require(given + sum(tensor.nbytes for tensor in tensors), 2 * len(tensors))
+        to_share = sum(tensor.nbytes for tensor in tensors if not tensor.is_shared())
+        shared_memory.require(to_share + sum(tensor.nbytes for tensor in tensors), 2 * len(tensors))
         turns = itertools.cycle(nodes or self.nodes)
         futures = [self.submit(_copy, tensor, numa_node=node) for tensor, node in zip(tensors, turns, strict=False)]
         return [_mapped(future.result()) for future in futures]
 
     def restart(self, numa_node: int) -> None:
-        """Start the process of a node anew; what it was about is lost.
+        """Start the process of a node anew; what it was doing, and was still to do, is lost.
 
         Raises
         ------
@@ -152,20 +169,37 @@ class NUMAProcessPool(Executor):
         with self._lock:
             self._processes[numa_node] = self._start(numa_node)
 
-    def receipt(self) -> dict[int, Receipt]:
-        """For each node what its process is granted, and where its team is, when its turn comes."""
+    def receipts(self) -> dict[int, Receipt]:
+        """Return for each node what its process is granted, and where its team is, when its turn comes.
+
+        Returns
+        -------
+        dict
+            ``{node: receipt}``.
+        """
         looks = {node: self.submit(observation.look, self._topology, numa_node=node) for node in self.nodes}
-        receipts = {}
-        for node, look in looks.items():
-            granted, threads, notes = look.result()
-            refusal = (self._refusals[node],) if node in self._refusals else ()
-            requested = Binding((node,), (node,), MemPolicy.PREFERRED)
-            team = team_of(len(self._topology.cpus_for([node])), threads)
-            receipts[node] = Receipt(requested, granted, threads, {}, {}, (*notes, *refusal), team=team)
-        return receipts
+        return {
+            node: Receipt.of_team(
+                node,
+                len(self._topology.cpus_for([node])),
+                look.result(),
+                notes=(self._refusals[node],) if node in self._refusals else (),
+            )
+            for node, look in looks.items()
+        }
+
+    receipt = receipts  # an older name
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Finish what was submitted and end all processes; nothing can be submitted afterwards."""
+        """Finish what was submitted and end all processes; nothing can be submitted afterwards.
+
+        Parameters
+        ----------
+        wait
+            Whether to return only once the processes have ended.
+        cancel_futures
+            Whether to cancel what has not begun.
+        """
         with self._lock:
             self._closed = True
         for process in self._processes.values():
@@ -176,7 +210,7 @@ class NUMAProcessPool(Executor):
             raise NodeUnavailable(f"node {node}: this pool has processes on nodes {format_cpulist(self.nodes)}")
 
     def _start(self, node: int) -> ProcessPoolExecutor:
-        """Start a process under its binding: what it inherits from the thread that starts it holds from its first instruction."""
+        """Start a process under its binding, which it inherits from the calling thread and has from its first instruction on."""
         threads = len(self._topology.cpus_for([node]))
         shared_memory.require(PAGE_BYTES, 0)  # for the locks of its queues
         open_files.require(FILES, f"a process on node {node}")
@@ -188,7 +222,7 @@ class NUMAProcessPool(Executor):
                 process.submit(int)
         except (NotPermitted, MissingDependency) as error:
             self._refusals[node] = str(error)
-            with Binding((node,)).bind(self._topology):  # its memory is then where it first touches it
+            with Binding((node,)).bind(self._topology):  # without a policy its memory lies where it first touches it
                 process.submit(int)
         return process
 
@@ -198,7 +232,7 @@ class NUMAProcessPool(Executor):
 
 
 def _call(fn: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-    """In the process: call a function, and share what it returns while an error can still be told."""
+    """Call a function, in the process of a node, and share what it returns while an error can still be reported."""
     result: T = shared_memory.share(fn(*args, **kwargs))
     return result
 
@@ -212,7 +246,7 @@ def _copy(tensor: Tensor) -> Tensor:
 
 
 def _mapped(tensor: Tensor) -> Tensor:
-    """Touch a tensor that another process has filled, so that ``memory.locate`` sees its pages from here."""
+    """Touch a tensor that another process has filled, so that ``page_location.locate`` sees its pages here too; return it."""
     if tensor.numel():
         tensor.view(-1).view(torch.uint8)[::PAGE_BYTES].sum()
     return tensor

@@ -1,7 +1,8 @@
 """Attention over pieces of K and V that lie on several nodes, in one step of a team that has seats on all of them.
 
-Each place's threads compute over what lies there, with the log-sum-exp, and whoever is done last merges the parts. What can be is
-laid out once for many steps: where a step has just streamed K and V through the caches, each line of Python takes microseconds.
+This is context-parallel (split-KV) decoding: the threads of each place compute over what lies there, with the log-sum-exp, and the
+thread that is done last merges the parts. Whatever does not change between steps is laid out once for many of them, because each line
+of Python takes microseconds where a step has just streamed K and V through the caches.
 """
 
 from __future__ import annotations
@@ -30,17 +31,17 @@ _plans: dict[tuple[object, ...], Plan] = {}
 class Piece(NamedTuple):
     """Neighbouring tokens of some sequences, in the memory of one node."""
 
-    place: Place  # that reads it
-    rows: slice  # the sequences; its start and stop are numbers
-    slot: int  # of the partial result: each piece of a sequence has another
+    place: Place  # whose threads read it
+    rows: slice  # of the batch; its start and stop are numbers
+    slot: int  # where the partial result goes: each piece of a sequence has another slot
     key: Tensor  # [batch, kv_heads, room, head_dim], of all sequences
-    value: Tensor
-    first: int  # token
-    last: int  # token + 1
-    mask: Tensor | None = None  # [q_len, last - first]: True where a query may look
+    value: Tensor  # of the same shape
+    first: int  # the first token's number in `key`
+    last: int  # the last token's number + 1
+    mask: Tensor | None = None  # [q_len, last - first]: True where a query sees a token
 
     def plan(self, query: Tensor, scale: float | None) -> Plan | None:
-        """How the decode kernel computes this; None where it does not serve. The layers of a model ask alike."""
+        """Return how the decode kernel computes this piece; None where it does not serve. A model's layers share a plan."""
         signature = (
             type(query), query.dtype, query.shape, query.stride(), scale, len(self.place.cpus),
             self.rows.stop - self.rows.start, self.key.stride(), self.value.stride(), self.key.shape[1],
@@ -64,43 +65,43 @@ class Piece(NamedTuple):
 def prepare(
     query: Tensor, pieces: Sequence[Piece], places: tuple[Place, ...], scale: float | None = None
 ) -> Step | None:
-    """Lay out attention over all pieces together; None where torch has to compute it (``by_torch``).
+    """Lay attention over all pieces out; return None where torch has to compute it (``by_torch``).
 
     Parameters
     ----------
     query
         ``[batch, q_heads, q_len, head_dim]``.
     pieces
-        At least one. What a sequence has in none is no part of it.
+        At least one. A sequence consists of the tokens that it has in the pieces.
     places
-        All that pieces have.
+        All places of the pieces, and maybe others.
     scale
-        Factor of the scores; 1 / sqrt(head_dim) where it is None.
+        A factor of the scores; 1 / sqrt(head_dim) where it is None.
     """
     if not addresses.readable(query) or query.dtype != pieces[0].key.dtype:
         return None
     query = query.detach()
-    found = [plan for piece in pieces if (plan := piece.plan(query, scale))]
-    return Step(query, pieces, found, places, scale) if len(found) == len(pieces) else None
+    plans = [plan for piece in pieces if (plan := piece.plan(query, scale))]
+    return Step(query, pieces, plans, places, scale) if len(plans) == len(pieces) else None
 
 
 class _Job(NamedTuple):
-    """The kernel's work over one piece, and where its query and, in bytes behind that of all, its output begin."""
+    """The kernel's work over one piece."""
 
     arguments: Arguments
     plan: Plan
-    query_begin: int
-    out_begin: int
+    query_begin: int  # bytes from the beginning of all queries to that of its first sequence
+    out_begin: int  # the same of the outputs
 
 
 class Step:
-    """Attention over pieces, laid out for the calling thread; also for other queries, and other numbers of tokens of the pieces."""
+    """Attention over pieces, laid out for the calling thread, for any query of this layout and any number of tokens in the pieces."""
 
     def __init__(
         self,
         query: Tensor,
         pieces: Sequence[Piece],
-        found: Sequence[Plan],
+        plans: Sequence[Plan],
         places: tuple[Place, ...],
         scale: float | None,
     ) -> None:
@@ -108,21 +109,21 @@ class Step:
         self._same, self._seats, self._alive = addresses.guard(query), seats_of(places), pieces
         slots, rows = 1 + max(piece.slot for piece in pieces), query[..., 0].numel()
         sizes = [slots * query.nbytes, slots * rows * _FLOAT_BYTES]
-        sizes += [len(piece.place.cpus) * plan.workspace_bytes for piece, plan in zip(pieces, found, strict=True)]
+        sizes += [len(piece.place.cpus) * plan.workspace_bytes for piece, plan in zip(pieces, plans, strict=True)]
         *begins, end = accumulate((-(-size // PAGE_BYTES) * PAGE_BYTES for size in sizes), initial=0)
         self._room = self._seats.room.at_least(end)
         outputs, log_sum_exps, *workspaces = (self._room + begin for begin in begins)
 
         self._jobs = []
-        for piece, plan, workspace in zip(pieces, found, workspaces, strict=True):
+        for piece, plan, workspace in zip(pieces, plans, workspaces, strict=True):
             start, arguments = piece.rows.start, Arguments()
-            before = rows // len(query) * start  # rows of outputs in front of the first sequence's
-            out_begin = before * query.size(-1) * query.element_size()
+            earlier_rows = rows // len(query) * start  # rows of outputs in front of the first sequence's
+            out_begin = earlier_rows * query.size(-1) * query.element_size()
             plan.pack(
                 arguments, workspace, 0,
                 _at(piece.key, start, 0, piece.first), _at(piece.value, start, 0, piece.first),
                 outputs + piece.slot * query.nbytes + out_begin,
-                log_sum_exps + (piece.slot * rows + before) * _FLOAT_BYTES,
+                log_sum_exps + (piece.slot * rows + earlier_rows) * _FLOAT_BYTES,
                 0 if piece.mask is None else piece.mask.data_ptr(), piece.last - piece.first,
             )  # fmt: skip
             self._jobs.append(_Job(arguments, plan, _at(query, start) - query.data_ptr(), out_begin))
@@ -140,11 +141,11 @@ class Step:
 
     @property
     def count(self) -> int:
-        """Of the pieces."""
+        """The number of pieces."""
         return len(self._jobs)
 
     def serves(self, query: Tensor, scale: float | None) -> bool:
-        """Whether this thread may run it for a query."""
+        """Return whether the calling thread may run this step for a query."""
         return (
             type(query) is Tensor
             and (scale is None or type(scale) is float)
@@ -157,14 +158,14 @@ class Step:
         )
 
     def run(self, query: Tensor, counts: Sequence[int] = ()) -> Tensor:
-        """Compute.
+        """Compute the step.
 
         Parameters
         ----------
         query
-            As the one that it was laid out for.
+            Of the same shape, dtype and strides as the one for which the step was laid out.
         counts
-            How many tokens each piece has now, all at least 1; as before where none are given.
+            How many tokens each piece has now, at least 1 in each; as many as before where none are given.
 
         Returns
         -------
@@ -184,7 +185,7 @@ class Step:
                 job.arguments.words[OUT] = out_at + job.out_begin
         for job, count in zip(self._jobs, counts, strict=False):
             job.arguments.words[KV_LEN] = count
-        # What is less than a team is woken for is the calling thread's alone.
+        # Where there is less to compute than a team is worth waking for, the calling thread computes alone.
         tokens = sum(job.arguments.words[KV_LEN] for job in self._jobs)
         alone = tokens < min(job.plan.least_shared for job in self._jobs)
         if self._to_clear:
@@ -200,7 +201,10 @@ class Step:
 
 
 def by_torch(query: Tensor, pieces: Sequence[Piece], scale: float | None) -> Tensor:
-    """The same on the calling thread, by operators that torch can trace, transform and derive: none changes a tensor in place."""
+    """Compute attention over pieces by operators that torch can trace, transform and derive: none changes a tensor in place.
+
+    Parameters and output are those of ``prepare`` and ``Step.run``.
+    """
     of_rows: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = defaultdict(list)
     if addresses.readable(query):  # nobody asks for derivatives of what the kernel could have been asked for
         query = query.detach()
@@ -218,12 +222,12 @@ def by_torch(query: Tensor, pieces: Sequence[Piece], scale: float | None) -> Ten
     return output.to(query.dtype)
 
 
-def _at(tensor: Tensor, *place: int) -> int:
-    """Address of what begins at a place."""
-    steps = zip(place, tensor.stride(), strict=False)
+def _at(tensor: Tensor, *indices: int) -> int:
+    """Return the address of the element of a tensor with these first indices."""
+    steps = zip(indices, tensor.stride(), strict=False)
     return tensor.data_ptr() + tensor.element_size() * sum(index * stride for index, stride in steps)
 
 
 def _floats(address: int, count: int) -> np.ndarray:
-    """The float32 numbers at an address."""
+    """Return the float32 numbers at an address, without a copy."""
     return np.ctypeslib.as_array((ctypes.c_float * count).from_address(address))

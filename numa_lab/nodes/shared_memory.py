@@ -1,6 +1,6 @@
-"""Room for tensors that processes share: /dev/shm, which containers make small, and an open file for each of them.
+"""Room for the tensors that processes share: they need space in /dev/shm, which containers make small, and open files.
 
-Who touches a page for which a full /dev/shm has no room is killed (SIGBUS), so it is looked at before.
+A process that touches a page for which a full /dev/shm has no room is killed (SIGBUS), so the room is looked at before.
 
 Limits: what is free now may be taken the next moment by another process.
 """
@@ -23,7 +23,7 @@ FOLDER = Path("/dev/shm")
 
 
 def require(nbytes: int, tensors: int) -> None:
-    """Refuse so many bytes in so many tensors where there is less room.
+    """Refuse to share so many bytes, in so many tensors, where there is less room.
 
     Raises
     ------
@@ -45,18 +45,18 @@ def require(nbytes: int, tensors: int) -> None:
 
 
 def _free_bytes() -> int | None:
-    """What /dev/shm can still hold; None where there is none that can be written."""
+    """Return how many bytes /dev/shm can still hold; None where there is none that can be written."""
     try:
-        about = os.statvfs(FOLDER)
+        filesystem = os.statvfs(FOLDER)
     except OSError:
         return None
     if not os.access(FOLDER, os.W_OK | os.X_OK):
         return None
-    return about.f_bavail * about.f_frsize
+    return filesystem.f_bavail * filesystem.f_frsize
 
 
 def require_for(*values: Any) -> None:
-    """Refuse values whose tensors can't all be shared, those in lists, tuples and mappings included.
+    """Refuse values whose tensors can't all be shared; tensors in lists, tuples and mappings count too.
 
     Raises
     ------
@@ -72,7 +72,7 @@ def require_for(*values: Any) -> None:
 
 
 def share(value: Any) -> Any:
-    """Move the tensors of a value to shared memory, so that it can be passed on; the value.
+    """Move the tensors of a value to shared memory, so that it can be passed to another process; return the value.
 
     Raises
     ------
@@ -80,7 +80,7 @@ def share(value: Any) -> Any:
         As ``require`` does.
     """
     require_for(value)
-    with told():
+    with clear_errors():
         for tensor in _tensors(value):
             if tensor.device.type == "cpu" and not tensor.requires_grad:
                 tensor.share_memory_()
@@ -88,8 +88,8 @@ def share(value: Any) -> Any:
 
 
 @contextmanager
-def told() -> Iterator[None]:
-    """Say in words what torch says of a full /dev/shm and of too many open files.
+def clear_errors() -> Iterator[None]:
+    """Replace torch's errors about a full /dev/shm, and about too many open files, by ones that name the fix.
 
     Raises
     ------
@@ -115,8 +115,8 @@ def _tensors(value: Any) -> Iterator[Tensor]:
         if value.layout is torch.strided:
             yield value
     elif isinstance(value, Mapping):
-        for one in value.values():
-            yield from _tensors(one)
+        for element in value.values():
+            yield from _tensors(element)
     elif isinstance(value, (list, tuple)):
-        for one in value:
-            yield from _tensors(one)
+        for element in value:
+            yield from _tensors(element)

@@ -1,12 +1,13 @@
-"""NUMAThreadPool: work over all nodes at once, each piece on the node where its memory lies.
+"""NUMAThreadPool: work over all nodes at once, each piece of it on the node where its memory lies.
 
-Each node has a queue, which its leader threads serve (see ``numa_lab.nodes.node_threads``).
+Each node has a queue, and leader threads that take tasks from it (see ``numa_lab.nodes.node_threads``).
 
 Limits: threads of one process share the interpreter lock. torch and the compiled kernels release it while they compute,
-Python code between them does not: for long-running services take a process per node (``numactl``).
+and Python code between them does not: for long-running services take a process per node (``numactl``).
 
-Ctrl-C, or another signal whose handler raises, may come in any call, and the pool goes on to serve. What runs for that call runs to its
-end, and holds what it uses; what has not begun is not run. What ``submit`` was given runs, as long as its future is not cancelled.
+Ctrl-C, or another signal whose handler raises, may come in any call, and the pool goes on to serve. Tasks that run for that call run to
+their end, and hold what they use; tasks of it that have not begun are not run. A function that was given to ``submit`` runs as long as
+its future is not cancelled.
 """
 
 from __future__ import annotations
@@ -23,15 +24,13 @@ from torch import Tensor
 from numa_lab.attention import addresses
 from numa_lab.attention.gqa import gqa_attention
 from numa_lab.attention.graphs import between_graphs
-from numa_lab.errors import InvalidInput, NodeUnavailable
-from numa_lab.machine.sysfs import format_cpulist
+from numa_lab.errors import InvalidInput
 from numa_lab.nodes import batch_attention
 from numa_lab.nodes.batch_attention import ON_REMOTE, Tally, node_of
 from numa_lab.nodes.node_threads import NodeTeam, least_busy, run_each
 from numa_lab.placement import memory, recycled_memory
-from numa_lab.placement.binding import Binding, MemPolicy
 from numa_lab.placement.pinned_team import topology_outside
-from numa_lab.placement.receipt import Receipt, team_of
+from numa_lab.placement.receipt import Receipt
 
 T = TypeVar("T")
 
@@ -42,13 +41,13 @@ class NUMAThreadPool:
     Parameters
     ----------
     num_threads_per_node
-        Leader threads per node: so many tasks run on a node at a time. The node's physical cores are divided among
-        them, and each task computes with its leader's share. One leader with all cores suits attention on large inputs;
-        several suit many small ones.
+        How many leader threads each node has, and thus how many tasks run there at a time. The node's physical cores are divided
+        among them, and each task computes with its leader's share. One leader with all cores suits attention on large inputs;
+        several leaders suit many small ones.
     on_remote
         Where ``parallel_gqa_compute`` computes an input. ``compute_there``: on the node where its K and V lie. ``migrate``: on
         the least busy node, to which their pages are moved before. ``ignore``: on the least busy node, which reads
-        them over the link. ``receipt`` counts them.
+        them over the link. The notes of ``receipts`` count the inputs of each kind.
 
     Raises
     ------
@@ -71,13 +70,7 @@ class NUMAThreadPool:
             raise InvalidInput(f"on_remote={on_remote!r}: expected one of {', '.join(ON_REMOTE)}")
         self._on_remote = on_remote
         self._topology = topology_outside()
-        self.nodes = self._topology.effective_nodes
-        if not self.nodes:
-            raise NodeUnavailable(
-                f"no node has both CPUs and memory that this process may use: allowed are CPUs "
-                f"{format_cpulist(self._topology.allowed_cpus) or 'none'} and memory of nodes "
-                f"{format_cpulist(self._topology.allowed_nodes) or 'none'}"
-            )
+        self.nodes = self._topology.require_effective_nodes()
         cores = {node: self._topology.cpus_for([node]) for node in self.nodes}
         for node, cpus in cores.items():
             if not 1 <= num_threads_per_node <= len(cpus):
@@ -105,7 +98,7 @@ class NUMAThreadPool:
     def parallel_gqa_compute(
         self, queries: Sequence[Tensor], keys: Sequence[Tensor], values: Sequence[Tensor], num_runs: int = 1
     ) -> list[Tensor]:
-        """Grouped-query attention of each input on the node where its K and V lie; the outputs in the inputs' order.
+        """Compute grouped-query attention of each input, on the node that `on_remote` says.
 
         Parameters
         ----------
@@ -113,12 +106,17 @@ class NUMAThreadPool:
             For each input ``[batch, q_heads, q_len, head_dim]`` and twice ``[batch, kv_heads, kv_len, head_dim]``. Inputs
             that were all made by one thread usually lie on one node: ``scatter`` spreads them.
         num_runs
-            How often each is computed, for timing.
+            How often each input is computed, for timing.
+
+        Returns
+        -------
+        list of Tensor
+            For each input ``[batch, q_heads, q_len, head_dim]``, in the inputs' order.
 
         Raises
         ------
         InvalidInput
-            The lists differ in length, or `num_runs` is not positive. An input that makes no sense raises what
+            The lists differ in length, or `num_runs` is not positive. For an input that makes no sense this raises what
             ``gqa_attention`` raises, after all others have been computed.
         """
         if not len(queries) == len(keys) == len(values):
@@ -146,15 +144,16 @@ class NUMAThreadPool:
         Parameters
         ----------
         fn, *args, **kwargs
-            The call. It may not wait for another task of this pool.
+            The call. The function may not wait for another task of this pool.
         numa_node
-            Where; None for the node on which most of the tensors among `args` lie, and else the least busy one.
+            The node. None means the node on which most of the tensors among `args` lie; without tensors, the least busy node.
 
         Returns
         -------
-        A future whose methods survive interrupts. To wait for several, ask one after the other for its ``result``: an interrupt of
-        ``concurrent.futures.wait`` or ``as_completed`` may leave locks held on which the pool waits (see ``numa_lab.nodes.futures``). An
-        interrupt of ``submit`` itself gives none, and the function may run or not.
+        Future
+            Its methods survive interrupts. To wait for several, ask one after the other for its ``result``: an interrupt of
+            ``concurrent.futures.wait`` or ``as_completed`` may leave locks held on which the pool waits (see
+            ``numa_lab.nodes.futures``). Where ``submit`` itself is interrupted there is no future, and the function may run or not.
 
         Raises
         ------
@@ -172,7 +171,7 @@ class NUMAThreadPool:
         return team.submit(_call_on_new_memory, team.node, fn, *args, **kwargs)
 
     def execute_on_numa(self, fn: Callable[..., T], *args: Any, numa_node: int, **kwargs: Any) -> T:
-        """Run a function on a node and wait for its result; what it raises is raised here."""
+        """Run a function on a node, as ``submit``, wait for it, and return its result; what it raises is raised here."""
         future = self.submit(fn, *args, numa_node=numa_node, **kwargs)
         try:
             return future.result()
@@ -181,9 +180,21 @@ class NUMAThreadPool:
             del future  # which the traceback of an error would hold, and the error it
 
     def scatter(self, tensors: Sequence[Tensor], nodes: Sequence[int] | None = None) -> list[Tensor]:
-        """Copies of tensors on `nodes` in turn (all where None is given), bound there: the first on the first, and so on.
+        """Copy tensors to nodes in turn: the first tensor to the first node, and so on.
 
         Scatter keys and values in the same order, so that both of an input lie on one node.
+
+        Parameters
+        ----------
+        tensors
+            Of any shape and dtype.
+        nodes
+            All nodes of the pool where None is given.
+
+        Returns
+        -------
+        list of Tensor
+            The copies, each in memory that is bound to its node.
 
         Raises
         ------
@@ -201,24 +212,29 @@ class NUMAThreadPool:
             (self._teams[node], partial(copy, tensor, node)) for tensor, node in zip(tensors, targets, strict=True)
         )
 
-    def receipt(self) -> dict[int, Receipt]:
-        """For each node what its leaders and their teams are granted, and where they are now; it waits for no task.
+    def receipts(self) -> dict[int, Receipt]:
+        """Return for each node what its leaders and their teams are granted, and where they are now; no task is waited for.
 
-        Its notes count what became of the inputs of ``parallel_gqa_compute`` (see `on_remote`). Where tensors lie it does not say
-        (``numa_lab.placement.memory.locate`` does). The memory policy is the one that was granted when the leaders took their place.
+        The notes count what became of the inputs of ``parallel_gqa_compute`` (see `on_remote`). Where tensors lie the receipts don't
+        say; ``numa_lab.placement.page_location.locate`` does. The memory policy is the one that was granted when the leaders entered
+        their teams.
+
+        Returns
+        -------
+        dict
+            ``{node: receipt}``.
         """
-        receipts = {}
-        for node, team in self._teams.items():
-            granted, threads, notes = team.look()
-            notes = (*notes, *filter(None, [team.refusal]), *self._tally.notes(node))
-            receipts[node] = Receipt(
-                Binding((node,), (node,), MemPolicy.PREFERRED), granted, threads, {}, {}, notes,
-                team=team_of(len(team.cpus), threads),
-            )  # fmt: skip
-        return receipts
+        return {
+            node: Receipt.of_team(
+                node, len(team.cpus), team.look(), notes=(*filter(None, [team.refusal]), *self._tally.notes(node))
+            )
+            for node, team in self._teams.items()
+        }
+
+    receipt = receipts  # an older name
 
     def shutdown(self, wait: bool = True) -> None:
-        """Finish what was submitted and end all threads; nothing can be submitted afterwards."""
+        """Finish what was submitted and end all threads, with `wait` before returning; nothing can be submitted afterwards."""
         for team in self._teams.values():
             team.shutdown(wait=False)
         for team in self._teams.values() if wait else ():
@@ -226,6 +242,9 @@ class NUMAThreadPool:
 
 
 def _call_on_new_memory(node: int, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
-    """On a leader of a node: malloc gives back first what others may have touched and the function would get for its tensors."""
+    """Call a function on a leader of a node, after malloc has given back its free memory.
+
+    Other threads may have touched that memory on another node, and the function would get it for its tensors.
+    """
     recycled_memory.give_back(node, always=True)
     return fn(*args, **kwargs)

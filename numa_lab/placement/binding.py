@@ -2,14 +2,14 @@
 
 Both affinity and memory policy belong to a thread. ``bind`` moves the calling thread alone; threads that it starts
 later inherit from it, and OpenMP workers that exist already keep what they had (see ``numa_lab.placement.openmp``).
-A policy acts when a page is first touched: it moves nothing that exists.
+A policy acts when a page is first touched: it moves no page that exists.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
@@ -18,10 +18,11 @@ from numa_lab.errors import InvalidInput, MissingDependency, NodeUnavailable
 from numa_lab.machine import affinity, libnuma, page_maps
 from numa_lab.machine.sysfs import format_cpulist, parse_cpulist
 from numa_lab.machine.topology import Topology
+from numa_lab.placement.numactl import cpu_options
 
 
 class MemPolicy(Enum):
-    """Where new pages go: see set_mempolicy(2). First touch is none of the kernel's policies: a program does it."""
+    """Where new pages go: see set_mempolicy(2). First touch is no policy of the kernel's: a program does it."""
 
     DEFAULT = "default"  # the node of the CPU that touches the page first
     LOCAL = "local"  # the same, set by name
@@ -58,27 +59,42 @@ _MODES = {
     MemPolicy.WEIGHTED_INTERLEAVE: libnuma.MPOL_WEIGHTED_INTERLEAVE,
 }
 _WITHOUT_NODES = (MemPolicy.DEFAULT, MemPolicy.LOCAL)
-_WORDS = {
+_NUMA_MAPS_NAMES = {  # where numa_maps writes another name than numactl
     "prefer": "preferred",
     "prefer (many)": "preferred-many",
     "weighted interleave": "weighted-interleave",
-}  # numa_maps
+}
 
 
 @dataclass(frozen=True)
 class Binding:
-    """CPU nodes (empty: any), memory nodes (empty: any) and policy.
+    """CPU nodes, memory nodes and a memory policy, which a label names together.
 
-    The label names all three: ``c3m0`` CPUs of node 3 and memory bound to node 0, ``c0-1i0-3`` interleaved,
-    ``c0w0,2`` interleaved by weight, ``c2p1`` preferred, ``c2P0-1`` several nodes preferred, ``c0-3f0`` touched first by one thread
-    on node 0, ``c*m*`` nothing bound, ``c0m*`` CPUs alone, ``c0l*`` CPUs, and memory local to whoever touches it. ``c0u9m1`` is
-    a policy that numa_lab does not know, by the kernel's number of it: it can be granted, and not asked for.
+    ``c3m0`` means CPUs of node 3 and memory bound to node 0. In place of ``m``, ``i`` interleaves memory (``c0-1i0-3``), ``w`` interleaves
+    it by the nodes' weights (``c0w0,2``), ``p`` prefers one node (``c2p1``), ``P`` prefers several (``c2P0-1``), and ``f`` lets one
+    thread on a node touch it first (``c0-3f0``). ``c0m*`` binds CPUs alone, ``c*m*`` binds nothing, and in ``c0l*`` memory is local to
+    whichever thread touches it. ``c0u9m1`` is a policy that numa_lab does not know, by its number in the kernel: it can be granted, and
+    can't be asked for.
+
+    Parameters
+    ----------
+    cpu_nodes, mem_nodes
+        Nodes in any order; none for any node.
+    policy
+        How memory is placed.
+    mode
+        The kernel's number of an unknown policy, where it is known.
+
+    Raises
+    ------
+    InvalidInput
+        The policy does not fit the nodes.
     """
 
     cpu_nodes: tuple[int, ...] = ()
     mem_nodes: tuple[int, ...] = ()
     policy: MemPolicy = MemPolicy.DEFAULT
-    mode: int | None = None  # the kernel's number of an unknown policy, where it is told
+    mode: int | None = None
 
     def __post_init__(self) -> None:
         for field in ("cpu_nodes", "mem_nodes"):
@@ -103,7 +119,7 @@ class Binding:
 
     @classmethod
     def parse(cls, label: str) -> Binding:
-        """Read a label such as ``c3m0``.
+        """Return the binding that a label such as ``c3m0`` names.
 
         Raises
         ------
@@ -137,7 +153,7 @@ class Binding:
 
     @property
     def memory_words(self) -> str:
-        """Policy and memory nodes in words: ``bind:0-1``, ``default``, ``unknown policy 9:1``."""
+        """The policy and memory nodes in words: ``bind:0-1``, ``default``, ``unknown policy 9:1``."""
         name = self.policy.value
         if self.policy is MemPolicy.UNKNOWN:
             name += " policy" if self.mode is None else f" policy {self.mode}"
@@ -161,13 +177,13 @@ class Binding:
 
     @property
     def asked_of_kernel(self) -> Binding:
-        """What the kernel sets and grants: of first touch the CPUs alone, since a program does the rest."""
+        """What the kernel sets and grants: for first touch the CPUs alone, since a program does the rest."""
         return Binding(self.cpu_nodes) if self.policy is MemPolicy.FIRST_TOUCH else self
 
     def numactl(self, topology: Topology | None = None) -> list[str]:
-        """The words to put before a command, empty where nothing is bound.
+        """Return the words to put before a command; there are none where nothing is bound.
 
-        With a topology the command stays on the CPUs that this process may use, as ``cpu_words`` says.
+        With a topology the command stays on the CPUs that this process may use, as ``numactl.cpu_options`` says.
 
         Raises
         ------
@@ -177,13 +193,13 @@ class Binding:
         self._require_known()
         node_cpus = topology.node_cpus if topology else {}
         usable = topology.cpus_of(self.cpu_nodes) if topology else ()
-        words = cpu_words(self.cpu_nodes, node_cpus, usable) if self.cpu_nodes else []
+        options = cpu_options(self.cpu_nodes, node_cpus, usable) if self.cpu_nodes else []
         if self.policy is MemPolicy.LOCAL:
-            words.append("--localalloc")
+            options.append("--localalloc")
         elif self.asked_of_kernel.policy is not MemPolicy.DEFAULT:
             flag = "membind" if self.policy is MemPolicy.BIND else self.policy.value
-            words.append(f"--{flag}={format_cpulist(self.mem_nodes)}")
-        return ["numactl", *words] if words else []
+            options.append(f"--{flag}={format_cpulist(self.mem_nodes)}")
+        return ["numactl", *options] if options else []
 
     def _require_known(self) -> None:
         if self.policy is MemPolicy.UNKNOWN:
@@ -193,7 +209,7 @@ class Binding:
             )
 
     def require(self, topology: Topology) -> None:
-        """Refuse a binding that this machine or this process's cpuset can't grant whole.
+        """Refuse a binding that this machine, or this process's cpuset, can't grant as a whole.
 
         Raises
         ------
@@ -226,10 +242,15 @@ class Binding:
 
     @contextmanager
     def bind(self, topology: Topology) -> Iterator[Binding]:
-        """Bind the calling thread, and give back affinity and policy on exit and on error.
+        """Bind the calling thread, and give its affinity and policy back on exit and on error.
 
-        Yields the effective binding. Threads started inside inherit it and keep it; other threads are not touched.
-        For first touch the CPUs alone are bound: what is to lie on its node must be touched there.
+        Threads that are started inside inherit the binding and keep it; other threads are not touched. For first touch the CPUs
+        alone are bound: what is to lie on its node must be touched there.
+
+        Yields
+        ------
+        Binding
+            The effective one.
 
         Raises
         ------
@@ -254,52 +275,34 @@ class Binding:
                 libnuma.set_mempolicy(*policy)
 
 
-def cpu_words(
-    cpu_nodes: Collection[int], node_cpus: Mapping[int, Collection[int]], usable: Collection[int]
-) -> list[str]:
-    """What to tell numactl so that a command runs on the usable CPUs of these nodes, and on no others.
-
-    ``--cpunodebind`` gives all CPUs of a node, also those that an affinity mask (``taskset``, batch systems) leaves out: where
-    a mask does, the usable ones are named one by one. Where `usable` holds none of the nodes' CPUs the nodes are named.
-    """
-    of_nodes = {cpu for node in cpu_nodes for cpu in node_cpus.get(node, ())}
-    left = of_nodes & set(usable)
-    if left and left != of_nodes:
-        return [f"--physcpubind={format_cpulist(left)}"]
-    return [f"--cpunodebind={format_cpulist(cpu_nodes)}"]
-
-
-def mask_words(topology: Topology) -> list[str]:
-    """The words that give a command the CPUs of this process, empty where it may use all of the machine."""
-    if set(topology.allowed_cpus) == {cpu.id for cpu in topology.cpus}:
-        return []
-    return ["taskset", "-c", format_cpulist(topology.allowed_cpus)]
-
-
 def effective(topology: Topology) -> Binding:
-    """What the kernel grants the calling thread now: the nodes that its affinity touches, and its memory policy."""
+    """Return what the kernel grants the calling thread now: the nodes that its affinity touches, and its memory policy."""
     cpu_nodes = tuple({topology.node_of_cpu(cpu) for cpu in os.sched_getaffinity(0)})
     try:
-        told, nodes = libnuma.get_mempolicy(flags=True)
+        mode_and_flags, nodes = libnuma.get_mempolicy(flags=True)
     except (PermissionError, MissingDependency):
-        words, mem_nodes = (
-            page_maps.thread_policy()
-        )  # what was there before it was refused, or who started this had set
+        # The policy was set before the call was refused, or by whoever started this process.
+        name, mem_nodes = page_maps.thread_policy()
         policies = {policy.value: policy for policy in _MODES}
-        return Binding(cpu_nodes, mem_nodes, policies.get(_WORDS.get(words, words), MemPolicy.UNKNOWN))
-    mode = told & ~libnuma.MPOL_MODE_FLAGS
+        return Binding(cpu_nodes, mem_nodes, policies.get(_NUMA_MAPS_NAMES.get(name, name), MemPolicy.UNKNOWN))
+    mode = mode_and_flags & ~libnuma.MPOL_MODE_FLAGS
     if mode == libnuma.MPOL_PREFERRED and not nodes:  # how Linux before 5.14 tells of local
         mode = libnuma.MPOL_LOCAL
     policy = next((policy for policy, number in _MODES.items() if number == mode), MemPolicy.UNKNOWN)
     if policy is MemPolicy.UNKNOWN:
         return Binding(cpu_nodes, tuple(nodes), policy, mode)
-    return Binding(cpu_nodes, () if policy in _WITHOUT_NODES else _granted(nodes, told, topology.allowed_nodes), policy)
+    if policy in _WITHOUT_NODES:
+        return Binding(cpu_nodes, (), policy)
+    return Binding(cpu_nodes, _granted(nodes, mode_and_flags, topology.allowed_nodes), policy)
 
 
-def _granted(nodes: frozenset[int], mode: int, allowed: tuple[int, ...]) -> tuple[int, ...]:
-    """The nodes that a policy means: static and relative ones are told as they were asked for, not as they are granted."""
-    if mode & libnuma.MPOL_F_RELATIVE_NODES and allowed:
+def _granted(nodes: frozenset[int], mode_and_flags: int, allowed: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the nodes that a policy acts on.
+
+    For static and relative nodes the kernel tells those that were asked for, and not those that it grants.
+    """
+    if mode_and_flags & libnuma.MPOL_F_RELATIVE_NODES and allowed:
         return tuple(allowed[node % len(allowed)] for node in nodes)
-    if mode & libnuma.MPOL_F_STATIC_NODES:
+    if mode_and_flags & libnuma.MPOL_F_STATIC_NODES:
         return tuple(nodes.intersection(allowed)) or allowed
     return tuple(nodes)

@@ -1,6 +1,6 @@
-"""The place of the calling thread alone: what is left where torch's OpenMP library is not found, and what one thread needs.
+"""The placement of the calling thread alone: for a torch whose OpenMP library is not found, and for what needs no other thread.
 
-Limits: torch's workers keep what they have.
+Limits: the threads that torch has started keep their CPUs and policies.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from numa_lab.placement.thread_state import MASK_FAILED, POLICY_FAILED
 
 
 class CallerAlone:
-    """As ``Exchange``, of the calling thread's mask, policy and thread count.
+    """An exchange as ``thread_state.Exchange``, but of the calling thread's mask, policy and thread count alone.
 
     Parameters
     ----------
     cpus, policy
-        What it takes: its mask, and the mode and nodes of its policy, or None to leave that alone.
+        The mask that the thread takes, and the mode and nodes of its memory policy; None leaves the policy alone.
     threads
-        How many torch then computes with.
+        How many threads torch then computes with.
     """
 
     granted = 1
@@ -33,9 +33,9 @@ class CallerAlone:
         self._taken = False
 
     def there(self) -> int:
-        """Take what is new; which calls failed."""
+        """Take the new mask, policy and count; return which calls failed, as ``MASK_FAILED`` and ``POLICY_FAILED``."""
         cpus, policy, threads = self._new
-        self._cpus, self._policy, self._threads = os.sched_getaffinity(0), None, openmp.threads()
+        self._old_cpus, self._old_policy, self._old_threads = os.sched_getaffinity(0), None, openmp.threads()
         self._taken = True
         openmp.set_threads(threads)
         failed = 0
@@ -45,31 +45,31 @@ class CallerAlone:
             failed |= MASK_FAILED
         if policy:
             try:
-                self._policy = libnuma.get_mempolicy(flags=True)
+                self._old_policy = libnuma.get_mempolicy(flags=True)
                 libnuma.set_mempolicy(*policy)
             except (OSError, NumaLabError):
-                self._policy = None
+                self._old_policy = None
                 failed |= POLICY_FAILED
         return failed
 
     def back(self) -> None:
-        """Take what was old, if the new was taken and not given back: again, it does nothing."""
+        """Take the old mask, policy and count again, if the new ones were taken; a second call does nothing."""
         if self._taken:
-            affinity.give_back(self._cpus)
-            if self._policy:
+            affinity.give_back(self._old_cpus)
+            if self._old_policy:
                 with suppress(OSError, NumaLabError):  # if this is refused, so was the new one
-                    libnuma.set_mempolicy(*self._policy)
-            openmp.set_threads(self._threads)
+                    libnuma.set_mempolicy(*self._old_policy)
+            openmp.set_threads(self._old_threads)
             self._taken = False
 
     def cpus_before(self) -> frozenset[int]:
-        """What the calling thread might use before."""
-        return frozenset(self._cpus)
+        """Return what the calling thread could use before."""
+        return frozenset(self._old_cpus)
 
     def look(self) -> int:
-        """0: what has become of the mask is not looked at."""
+        """Return 0, for no change: what has become of the mask is not looked at."""
         return 0
 
     def thread_ids(self) -> list[int]:
-        """None: so no thread is looked at."""
+        """Return no ids, so that nobody looks at the masks of threads."""
         return []

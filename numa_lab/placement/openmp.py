@@ -1,11 +1,11 @@
-"""torch's own OpenMP team: see its threads, run a function on them, set how many there are.
+"""torch's own OpenMP team: functions that show its threads, run a function on them, and set how many there are.
 
 torch computes on one team of threads per calling Python thread. They keep the mask that they were born with, so binding
-the Python thread alone leaves the computing threads where they were. ``GOMP_parallel`` of the very library that torch
-loaded reaches that same team (seen with libgomp; LLVM's libomp and Intel's libiomp5 export the same entry). A second
+the Python thread alone leaves the computing threads where they were. ``GOMP_parallel`` of the library that torch has
+loaded reaches that same team (this was seen with libgomp; LLVM's libomp and Intel's libiomp5 export the same function). A second
 OpenMP runtime on the same cores would cost up to half of the speed.
 
-Limits: Linux, and a torch built with OpenMP. Where its library can't be found, ``runtime()`` is None.
+Limits: this needs Linux, and a torch that was built with OpenMP. Where its library can't be found, ``runtime()`` is None.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Runtime:
 
     @property
     def description(self) -> str:
-        """Its name and file, for receipts."""
+        """The library's name and file, for receipts."""
         return f"{self.name} ({Path(self.path).name})"
 
 
@@ -55,47 +55,47 @@ class TeamThread(NamedTuple):
 
 @cache
 def runtime() -> Runtime | None:
-    """torch's OpenMP library, or None where it can't be found.
+    """Return torch's OpenMP library, or None where it can't be found.
 
-    A process may hold several such libraries. torch's is the one whose entry the loader finds for it: among what is global,
-    where a preloaded library comes first (Intel's and LLVM's serve programs built for libgomp so), then among the
-    dependencies of torch's own extension module.
+    A process may hold several such libraries. torch's is the one whose ``GOMP_parallel`` the loader finds for it: first among the
+    global symbols, where a preloaded library comes first (Intel's and LLVM's serve programs that were built for libgomp so), then
+    among the dependencies of torch's own extension module.
     """
     torch_entry = _entry(None) or _entry(torch._C.__file__)
-    for found in threadpoolctl.threadpool_info():
-        if found["user_api"] == "openmp" and torch_entry and _entry(found["filepath"]) == torch_entry:
-            library = ctypes.CDLL(found["filepath"])
+    for loaded in threadpoolctl.threadpool_info():
+        if loaded["user_api"] == "openmp" and torch_entry and _entry(loaded["filepath"]) == torch_entry:
+            library = ctypes.CDLL(loaded["filepath"])
             library.GOMP_parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
             library.GOMP_parallel.restype = None
-            return Runtime(found["prefix"], found["filepath"], library)
+            return Runtime(loaded["prefix"], loaded["filepath"], library)
     return None
 
 
 def require() -> Runtime:
-    """torch's OpenMP library.
+    """Return torch's OpenMP library.
 
     Raises
     ------
     NumaLabError
         It was not found, so nothing can run on its threads.
     """
-    found = runtime()
-    if found is None:
+    torch_runtime = runtime()
+    if torch_runtime is None:
         raise NumaLabError(
             "torch's OpenMP library was not found, so nothing can run on its threads: expected a torch built with "
             "OpenMP (torch.__config__.parallel_info() tells)"
         )
-    return found
+    return torch_runtime
 
 
 def _entry(path: str | None) -> int | None:
-    """Address of GOMP_parallel as the library at `path`, or one that it depends on, has it; None: what is global."""
+    """Return the address of ``GOMP_parallel`` in the library at `path` or in one that it depends on; with no path, the global one."""
     function = getattr(ctypes.CDLL(path), "GOMP_parallel", None)
     return address_of(function) if function else None
 
 
 def address_of(function: Any) -> int:
-    """Address of a function that ctypes has found, or has made of Python's."""
+    """Return the address of a function that ctypes has found, or that it has made of a Python function."""
     return ctypes.cast(function, ctypes.c_void_p).value or 0
 
 
@@ -105,7 +105,10 @@ def run_on_team(function: int, data: int, threads: int) -> None:
     Parameters
     ----------
     function, data
-        Addresses. The function learns its place from ``omp_get_thread_num`` of ``runtime().library``.
+        The addresses of the function and of what it gets. It learns its place in the team from ``omp_get_thread_num`` of
+        ``runtime().library``.
+    threads
+        The size of the team; OpenMP may give fewer.
 
     Raises
     ------
@@ -116,14 +119,20 @@ def run_on_team(function: int, data: int, threads: int) -> None:
 
 
 def run_on_each(function: Callable[[int], T], threads: int) -> list[T]:
-    """Call a Python function once on each thread of the team, with the thread's number; results in that order.
+    """Call a Python function once on each thread of the team, with the thread's number.
 
-    The threads take the interpreter lock one after the other, and the calling one comes last: for setting threads up, not for computing.
+    The threads take the interpreter lock one after the other, and the calling one comes last: this is for setting threads up, and not
+    for computing.
+
+    Returns
+    -------
+    list
+        What the function returns, in the order of the threads' numbers.
 
     Raises
     ------
     BaseException
-        The calling thread's, or the first of the others', of whatever kind, after all have ended.
+        What the function raises on the calling thread, or else what it raises first on another one, after all have ended.
     """
     results: dict[int, T] = {}
     errors: list[BaseException] = []
@@ -144,10 +153,10 @@ def run_on_each(function: Callable[[int], T], threads: int) -> list[T]:
 
 @cache
 def _on_workers() -> int:
-    """Address of ``void on_workers(void call(int))``, which calls it on each thread of a team but the calling one.
+    """Return the address of ``void on_workers(void call(int))``, which calls `call` on each thread of a team but the calling one.
 
-    On that one a signal's handler may raise where a callback begins, before any ``try``, and the exception would be lost. Handlers
-    run in the main thread, which is a worker of nobody.
+    On the calling thread a signal's handler may raise where a callback begins, before any ``try``, and the exception would be lost.
+    Handlers run in the main thread, which is no worker of any team.
     """
     number = int_function("omp_get_thread_num")
 
@@ -162,7 +171,7 @@ def _on_workers() -> int:
 
 @intrinsic
 def _call_with_int(_context: Any, _function: Any, _argument: Any) -> Any:
-    """Call the ``void function(int)`` at an address."""
+    """Let compiled code call the ``void function(int)`` at an address."""
 
     def emit(_c: Any, b: Any, _s: Any, a: Any) -> Any:
         function = ir.FunctionType(ir.VoidType(), [ir.IntType(32)])
@@ -172,15 +181,18 @@ def _call_with_int(_context: Any, _function: Any, _argument: Any) -> Any:
 
 
 def team(threads: int | None = None) -> list[TeamThread]:
-    """The ``torch.get_num_threads()`` threads on which torch computes for the calling thread, itself first."""
+    """Return the threads on which torch computes for the calling thread, itself first.
+
+    They are ``torch.get_num_threads()``, or as many as `threads` says; OpenMP may give fewer.
+    """
     ids = (ctypes.c_int64 * (threads or torch.get_num_threads()))()
     run_on_team(_note_id(), ctypes.addressof(ids), len(ids))
-    return [TeamThread(tid, frozenset(os.sched_getaffinity(tid))) for tid in ids if tid]  # OpenMP may give fewer
+    return [TeamThread(tid, frozenset(os.sched_getaffinity(tid))) for tid in ids if tid]
 
 
 @cache
 def _note_id() -> int:
-    """Address of ``void note_id(int64_t ids[])``, with which each thread of a team notes its id at its place."""
+    """Return the address of ``void note_id(int64_t ids[])``, with which each thread of a team notes its id at its place."""
     number, own = int_function("omp_get_thread_num"), own_id()
 
     @cfunc(types.void(types.CPointer(types.int64)), error_model="numpy")
@@ -193,22 +205,22 @@ def _note_id() -> int:
 
 @cache
 def own_id() -> Any:
-    """A function for compiled code that tells the calling thread's id as the kernel knows it."""
+    """Return a function for compiled code that tells the calling thread's id as the kernel knows it."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "gettid"):
         return ctypes.CFUNCTYPE(ctypes.c_int)(("gettid", libc))
     call = ctypes.CFUNCTYPE(ctypes.c_long, ctypes.c_long)(("syscall", libc))
-    which = _GETTID[platform.machine()]
+    gettid = _GETTID[platform.machine()]
 
     @njit(error_model="numpy")
     def own_id() -> Any:
-        return call(which)
+        return call(gettid)
 
     return own_id
 
 
 def int_function(name: str) -> Any:
-    """An ``int function(void)`` of torch's OpenMP library, for compiled code."""
+    """Return the ``int function(void)`` of this name of torch's OpenMP library, for compiled code."""
     return ctypes.CFUNCTYPE(ctypes.c_int)((name, require().library))
 
 
@@ -217,41 +229,44 @@ _keep_alive: list[Any] = []  # compiled functions whose addresses are in use
 
 
 def threads() -> int:
-    """How many threads torch computes with for the calling thread."""
+    """Return how many threads torch computes with for the calling thread."""
     return torch.get_num_threads()
 
 
 def set_threads(count: int) -> int:
-    """Compute with so many threads for the calling thread; the count before.
+    """Compute with so many threads for the calling thread; return the count from before.
 
-    ``torch.set_num_threads`` also sets the default of threads that are started later, so that two threads which each set
-    and give back a count would leave the other's behind. OpenMP and MKL are therefore told directly.
+    ``torch.set_num_threads`` also sets the default of threads that are started later: of two threads which each set a count
+    and give it back, one would leave the other's behind. Therefore OpenMP and MKL are told directly.
     """
     before = torch.get_num_threads()
     if before == count:
         return before
-    found = runtime()
-    if found is None:
+    torch_runtime = runtime()
+    if torch_runtime is None:
         torch.set_num_threads(count)
         return before
-    mkl_set_threads()(count)  # first, as it is by OpenMP's that a count which is half set is noticed
-    found.library.omp_set_num_threads(count)
+    mkl_set_threads()(count)  # first, because a count that is half set is noticed by OpenMP's
+    torch_runtime.library.omp_set_num_threads(count)
     return before
 
 
 @cache
 def mkl_set_threads() -> Callable[[int], int]:
-    """Set MKL's own thread count for the calling thread; what it was. Where torch has no MKL the function does nothing."""
+    """Return a function that sets MKL's own thread count for the calling thread, and returns the count from before.
+
+    Where torch has no MKL the function changes nothing.
+    """
     name, library = "MKL_Set_Num_Threads_Local", ctypes.CDLL(torch._C.__file__)
-    found = (name, library) if hasattr(library, name) else ("abs", ctypes.CDLL(None))
-    return ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int)(found)
+    exported = (name, library) if hasattr(library, name) else ("abs", ctypes.CDLL(None))
+    return ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int)(exported)
 
 
 def _end_team() -> None:
-    """End the forking thread's team; its next parallel region starts a new one."""
-    found = runtime()
-    if found is not None and hasattr(found.library, "omp_pause_resource_all"):
-        found.library.omp_pause_resource_all(_PAUSE_HARD)
+    """End the team of the thread that forks; its next parallel region starts a new one."""
+    torch_runtime = runtime()
+    if torch_runtime is not None and hasattr(torch_runtime.library, "omp_pause_resource_all"):
+        torch_runtime.library.omp_pause_resource_all(_PAUSE_HARD)
 
 
 _PAUSE_HARD = 2  # omp_pause_hard

@@ -1,13 +1,14 @@
-"""A team on its place: its OpenMP threads pinned to cores, each with a memory policy; and all of it given back.
+"""A pinned team: the OpenMP threads of the calling thread on CPUs of their own, each with a memory policy, and the way back.
 
 Affinity and memory policy belong to a thread, and torch's OpenMP workers keep what they were born with: binding the
 Python thread alone leaves the computing threads where they were. So the whole team moves (see ``numa_lab.placement.thread_state``).
-Whatever a signal's handler raises at whatever moment, it is given back (see ``numa_lab.placement.interrupt_safe``).
+Whatever a signal's handler raises, and at whatever moment, the old placement is given back (see
+``numa_lab.placement.interrupt_safe``).
 
-Limits: a team is that of one Python thread. OpenMP may give fewer threads than were asked for (OMP_THREAD_LIMIT, OMP_DYNAMIC):
-those are placed, on the first CPUs, and ``Before.granted`` says how many they are. Where a team's size changes, libgomp ends
-threads and starts new ones, some 20 us each: where a placement is entered often, set ``torch.set_num_threads`` to its size
-before. Where torch's OpenMP library can't be found the calling thread alone is moved, and a warning says so.
+Limits: a team belongs to one Python thread. OpenMP may give fewer threads than were asked for (OMP_THREAD_LIMIT, OMP_DYNAMIC): those
+are placed on the first CPUs, and ``TeamEntry.granted`` says how many they are. Where the size of a team changes, libgomp ends
+threads and starts new ones, which takes some 20 us each: where a pinned team is entered often, set ``torch.set_num_threads`` to its
+size before. Where torch's OpenMP library can't be found, the calling thread alone is moved, and a warning says so.
 """
 
 from __future__ import annotations
@@ -34,106 +35,110 @@ from numa_lab.placement.thread_state import Exchange
 Policy = tuple[int, Collection[int]]  # a mode of numa_lab.machine.libnuma, and its nodes
 
 
-class Before(Entered):
-    """What a placement replaced, to be given back by ``Placement.leave``."""
+class TeamEntry(Entered):
+    """One entry of a thread into a pinned team: it holds what was replaced, and gives that back when it ends."""
 
-    placement: Placement | None = None  # None where nothing was placed: anew or at all
+    pinned: PinnedTeam | None = None  # None where nothing was pinned
     exchange: Exchange | CallerAlone | None = None
     refusal = ""  # why the memory policy was not set; empty where it was, or where none was asked for
 
     @property
     def granted(self) -> int:
-        """Threads that OpenMP gave, and that were placed."""
+        """How many threads OpenMP gave, which are those that were placed."""
         return self.exchange.granted if self.exchange else 0
 
-    def go(self, placement: Placement) -> None:
-        """Move the calling thread's team; raises as ``Placement.enter``."""
-        self.placement = placement
+    def move(self, pinned: PinnedTeam) -> None:
+        """Move the calling thread's team; raises as ``PinnedTeam.enter``."""
+        self.pinned = pinned
         try:
-            self.refusal = placement.why_refused(self.take(placement.exchange()))
+            self.refusal = pinned.why_refused(self.take(pinned.exchange()))
         except BaseException:
             self.end()
             raise
 
     def take(self, exchange: Exchange | CallerAlone) -> int:
-        """Take what is new by this exchange, and owe what is old; which calls failed."""
+        """Take the new state of an exchange, and owe the old one; return which calls failed."""
         self.exchange = exchange
         self.begin()
         return exchange.there()
 
     def undo(self) -> None:
-        """Give back masks and policies of all threads of the team, and the thread count."""
+        """Give back the masks and policies of all threads of the team, and the thread count."""
         if self.exchange:
             self.exchange.back()
         spare, self.exchange = self.exchange, None
-        if self.placement and isinstance(spare, Exchange):
-            self.placement.spare.append(spare)
+        if self.pinned and isinstance(spare, Exchange):
+            self.pinned.spare.append(spare)
 
     def look(self) -> int:
-        """``Exchange.look``: whether threads of the team have other masks now than they were given here, or have ended.
+        """Return what has become of the team's threads, as ``Exchange.look``; it takes some tenths of a microsecond for each.
 
-        0 while the calling thread is in another placement. It takes some tenths of a microsecond for each thread.
+        It is 0, for no change, while the calling thread is inside of another pinned team.
         """
-        return self.exchange.look() if self.exchange and placed()[:1] == [self] else 0
+        return self.exchange.look() if self.exchange and entered_teams()[:1] == [self] else 0
 
-    def where(self) -> dict[int, frozenset[int]]:
-        """The mask that each thread has now, by its place in the team; threads that have ended left out."""
-        found = {}
+    def masks_now(self) -> dict[int, frozenset[int]]:
+        """Return the mask that each thread has now, by its place in the team, without the threads that have ended."""
+        masks = {}
         for place, tid in enumerate(self.exchange.thread_ids() if self.exchange else ()):
             with suppress(ProcessLookupError):
                 if os.path.exists(f"/proc/self/task/{tid}"):  # the id may be that of another process by now
-                    found[place] = frozenset(os.sched_getaffinity(tid))
-        return found
+                    masks[place] = frozenset(os.sched_getaffinity(tid))
+        return masks
 
-    def given(self, place: int) -> frozenset[int]:
-        """The mask that a thread was given."""
+    def mask_given(self, place: int) -> frozenset[int]:
+        """Return the mask that the thread at a place of the team was given."""
         assert isinstance(self.exchange, Exchange)
         return frozenset(thread_state.bits(self.exchange.given[place, : thread_state.CPU_WORDS]))
 
-    def go_on(self, placement: Placement) -> None:
-        """Move the team to another placement; it then leaves to where it was before this one."""
-        again = placement.enter()
+    def move_on(self, pinned: PinnedTeam) -> None:
+        """Move the team to another pinned team's CPUs; leaving then leads to where it was before this entry began."""
+        following = pinned.enter()
         assert isinstance(self.exchange, Exchange)
-        assert isinstance(again.exchange, Exchange)
+        assert isinstance(following.exchange, Exchange)
         # Until this has its exchange the other one is left first, if an exception comes.
-        again.exchange.continue_from(self.exchange)
-        self.placement, self.exchange, self.refusal, again.exchange = placement, again.exchange, again.refusal, None
-        again.end()
+        following.exchange.continue_from(self.exchange)
+        self.pinned, self.exchange, self.refusal = pinned, following.exchange, following.refusal
+        following.exchange = None
+        following.end()
 
 
-def placed() -> list[Before]:
-    """The placements that the calling thread is inside of, the innermost first."""
-    return [one for one in entered() if isinstance(one, Before) and one.exchange]
+def entered_teams() -> list[TeamEntry]:
+    """Return the entries into pinned teams that the calling thread is inside of, the innermost first."""
+    return [member for member in entered() if isinstance(member, TeamEntry) and member.exchange]
 
 
 def cpus_outside() -> frozenset[int]:
-    """What the calling thread may use outside of all placements."""
-    exchanges = [one.exchange for one in placed() if one.exchange]
+    """Return the CPUs that the calling thread may use outside of all pinned teams."""
+    exchanges = [entry.exchange for entry in entered_teams() if entry.exchange]
     return exchanges[-1].cpus_before() if exchanges else frozenset(os.sched_getaffinity(0))
 
 
 def topology_outside() -> Topology:
-    """The machine as the calling thread may use it outside of all placements."""
+    """Return the machine as the calling thread may use it outside of all pinned teams."""
     topology = read_topology()
-    return replace(topology, allowed_cpus=tuple(sorted(cpus_outside()))) if placed() else topology
+    return replace(topology, allowed_cpus=tuple(sorted(cpus_outside()))) if entered_teams() else topology
 
 
 T_co = TypeVar("T_co", covariant=True)
 
 
-class Block(ABC, Generic[T_co]):
-    """What a ``with`` block can be made of: a class says in ``_enter`` where the calling thread goes, and what ``as`` names."""
+class TeamContext(ABC, Generic[T_co]):
+    """The base of context managers that move the calling thread's team.
+
+    A subclass says in ``_enter`` where the team goes, and returns what ``with ... as`` names.
+    """
 
     @abstractmethod
-    def _enter(self, before: Before) -> T_co:
-        """Let ``before`` go to a placement, or ``begin`` alone where the thread is to stay where it is."""
+    def _enter(self, entry: TeamEntry) -> T_co:
+        """Let `entry` ``move`` to a pinned team, or only ``begin`` where the team is to stay where it is."""
 
     def __enter__(self) -> T_co:
-        before = Before(self, ticket_for(self))
+        entry = TeamEntry(self, ticket_for(self))
         try:
-            return self._enter(before)
+            return self._enter(entry)
         except BaseException:  # Ctrl-C: no block was begun that would be left
-            before.end()
+            entry.end()
             raise
 
     @Exit
@@ -141,20 +146,25 @@ class Block(ABC, Generic[T_co]):
         end(self, ticket)
 
 
-class Placement(Block[Before]):
-    """CPUs and memory policies for the calling thread's team; entered and left as often as wanted, from any thread.
+class PinnedTeam(TeamContext[TeamEntry]):
+    """CPUs and memory policies for the calling thread's team, which any thread may enter and leave as often as it wants.
 
-    By a ``with`` block, which no interrupt leaves half entered, or half left; or by ``enter`` and ``leave``.
+    A thread enters by a ``with`` block, which no interrupt leaves half entered or half left; or by ``enter`` and ``leave``.
 
     Parameters
     ----------
     cpus
         One thread is pinned to each, in this order: the calling thread to the first.
     policy
-        Memory policy of every thread, or one for each of `cpus`; or None to leave policies alone.
+        The memory policy of every thread, or one for each of `cpus`; or None to leave policies alone.
     leader_cpus
-        What the calling thread may use once it is on its CPU: threads that it starts inherit that. Its CPU alone where
+        What the calling thread may use once it is on its CPU: threads that it starts inherit that. It is its CPU alone where
         None is given.
+
+    Raises
+    ------
+    InvalidInput
+        There are no CPUs, or not as many policies as CPUs.
     """
 
     def __init__(
@@ -180,12 +190,17 @@ class Placement(Block[Before]):
                 row[thread_state.MODE] = mode
                 thread_state.set_bits(row[thread_state.NODES : thread_state.TID], nodes)
 
-    def on(self, cpus: Sequence[int], leader_cpus: Collection[int]) -> Placement:
-        """The same memory policy on other CPUs."""
-        return Placement(cpus, self._policy, leader_cpus)
+    def on(self, cpus: Sequence[int], leader_cpus: Collection[int]) -> PinnedTeam:
+        """Return a team with the same memory policy on other CPUs."""
+        return PinnedTeam(cpus, self._policy, leader_cpus)
 
-    def enter(self) -> Before:
+    def enter(self) -> TeamEntry:
         """Move the calling thread and its team here.
+
+        Returns
+        -------
+        TeamEntry
+            What ``leave`` needs to give the old placement back.
 
         Raises
         ------
@@ -194,23 +209,23 @@ class Placement(Block[Before]):
         NotPermitted
             ``sched_setaffinity`` is refused; nothing is left changed.
         """
-        before = Before(self)
-        before.go(self)
-        return before
+        entry = TeamEntry(self)
+        entry.move(self)
+        return entry
 
-    def leave(self, before: Before) -> None:
+    def leave(self, entry: TeamEntry) -> None:
         """Give back what ``enter`` replaced: masks and policies of all threads of the team, and the thread count.
 
-        What was entered since, and not left, is left too.
+        What the thread has entered since, and has not left, is left too.
         """
-        before.end()
+        entry.end()
 
-    def _enter(self, before: Before) -> Before:
-        before.go(self)
-        return before
+    def _enter(self, entry: TeamEntry) -> TeamEntry:
+        entry.move(self)
+        return entry
 
     def exchange(self) -> Exchange | CallerAlone:
-        """One that no thread is using."""
+        """Return an exchange to this team's state that no thread is using."""
         if openmp.runtime() is None:
             warnings.warn(
                 "torch's OpenMP library was not found: only the calling thread is bound, and threads that torch starts "
@@ -225,7 +240,7 @@ class Placement(Block[Before]):
             return Exchange(self.rows, self.leader_cpus)
 
     def why_refused(self, failed: int) -> str:
-        """Why the memory policy was not set, empty if it was; a mask that was not set raises as ``enter``."""
+        """Return why the memory policy was not set, empty if it was; a mask that was not set raises as in ``enter``."""
         if failed & thread_state.MASK_FAILED:
             self._raise_refused_cpu()
         return self._why_no_policy() if failed & thread_state.POLICY_FAILED or self._without_libnuma else ""
@@ -241,7 +256,7 @@ class Placement(Block[Before]):
         )
 
     def _why_no_policy(self) -> str:
-        """Ask again where an error can be read; the calling thread's own policy comes last, and stays."""
+        """Set the policies again where an error can be read; the calling thread's own policy comes last, and stays."""
         try:
             libnuma.get_mempolicy()
             for policy in reversed(self._policies):
@@ -260,16 +275,16 @@ def _each(policy: Policy | Sequence[Policy], count: int) -> list[Policy]:
     return policies
 
 
-class pinned_team(Block[list[openmp.TeamThread]]):  # noqa: N801 (it reads like a verb: with pinned_team(cpus))
-    """Compute with one thread on each of `cpus`, in that order; masks, policies and thread count come back on exit.
+class pinned_team(TeamContext[list[openmp.TeamThread]]):  # noqa: N801 (it reads like a verb: with pinned_team(cpus))
+    """Compute with one thread on each of `cpus`, in that order; masks, policies and the thread count come back on exit.
 
-    ``as`` names the team as it is pinned, nothing where torch's OpenMP library was not found. It is the calling thread's team
-    alone; torch's other threads are not touched.
+    ``with pinned_team(cpus) as threads`` names the threads as they are pinned; there are none where torch's OpenMP library was not
+    found. It is a ``PinnedTeam`` that is used once. Only the calling thread's team moves, and torch's other threads stay.
     """
 
     def __init__(self, cpus: Sequence[int], policy: Policy | None = None) -> None:
-        self._placement = Placement(cpus, policy)
+        self._pinned = PinnedTeam(cpus, policy)
 
-    def _enter(self, before: Before) -> list[openmp.TeamThread]:
-        before.go(self._placement)
-        return openmp.team(len(self._placement.cpus)) if openmp.runtime() else []
+    def _enter(self, entry: TeamEntry) -> list[openmp.TeamThread]:
+        entry.move(self._pinned)
+        return openmp.team(len(self._pinned.cpus)) if openmp.runtime() else []

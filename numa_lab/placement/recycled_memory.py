@@ -1,13 +1,13 @@
-"""Memory that malloc hands out again, whose pages lie where they were touched before; and tensors that were made of it.
+"""Memory that malloc hands out again, whose pages lie where they were first touched, and tensors that were made of it.
 
-A policy acts when a page is first touched. malloc keeps pages of freed tensors for new ones (by glibc's default all of up
-to 32 MiB, once a tensor of that size was freed), so that a tensor which is made on a node may lie on another. ``give_back``
-has malloc return them to the kernel, so that the next tensor is touched anew. What becomes free after that may have been
-touched elsewhere again: ``settle`` looks at a tensor, and moves what is not on the node.
+A memory policy acts when a page is first touched. malloc keeps the pages of freed tensors for new ones (by glibc's default those of
+tensors of up to 32 MiB, once a tensor of that size was freed), so that a tensor which is made on one node may lie on another.
+``give_back`` lets malloc return free pages to the kernel, so that the next tensor gets pages that nobody has touched. What becomes
+free after that may have been touched on another node again: ``settle`` looks at a tensor, and moves what is not on the node.
 
-Limits: glibc's malloc; of another one (musl, jemalloc, tcmalloc) nothing is given back, and ``settle`` remains. A page that a
-tensor shares with its neighbours is given back by no malloc. Where the environment sets malloc's thresholds, what is free at
-the end of another thread's arena than the main one's stays.
+Limits: ``give_back`` needs glibc's malloc. Of another one (musl, jemalloc, tcmalloc) nothing is given back, and ``settle`` remains. No
+malloc gives back a page that a tensor shares with its neighbours. Where the environment sets malloc's thresholds, free memory at
+the end of the arenas of all threads but the main one stays.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from numa_lab.errors import MissingDependency, NumaLabError
 from numa_lab.machine import libnuma
 from numa_lab.machine.topology import read_topology
-from numa_lab.placement import memory
+from numa_lab.placement import page_location
 
-REST = 10  # times as long as giving back took for nothing, before it is done again for the same node
+REST = 10  # times as long as giving back took in vain, before it is done again for the same node
 PAGE_SECONDS = 2e-6  # more than it takes to give back a page, and less than it took to touch it
 BLOCK_BYTES = 100_000  # less than what malloc ever takes from the kernel directly by default
 REMEMBERED = 1024  # tensors, by ``Settled``
@@ -38,7 +38,7 @@ LOOK_PAGES = 1024  # of a tensor; one look at each of 1024 pages takes 50 to 200
 
 
 class _Thread(threading.local):
-    """For which node a thread's memory was given back, after how many page faults, and until when that is not done again."""
+    """What a thread has done last: for which node it gave memory back, after how many page faults, and until when it rests."""
 
     node: int | None = None
     page_faults = 0
@@ -49,12 +49,13 @@ _thread = _Thread()
 
 
 def give_back(node: int, *, always: bool = False) -> None:
-    """Have malloc return its free pages to the kernel, because the calling thread is on `node` from now on.
+    """Let malloc return its free pages to the kernel, because the calling thread is on `node` from now on.
 
-    That takes 5 to 40 us where little is free, and about 0.2 us for each page that goes. In a process whose memory is in
-    ten thousand pieces it takes ten milliseconds, though nothing goes: therefore a thread that was on this node before does it
-    for no more than a tenth of the time, that apart which goes for pages that were touched since, unless it shall `always` do
-    it. With one node nothing is done.
+    That takes 5 to 40 us where little is free, and about 0.2 us for each page that is returned. In a process whose memory is in
+    ten thousand pieces it takes ten milliseconds, even where no page is returned. So a thread that gave memory back for the same node
+    before rests ten times as long as the last call took in vain, and does nothing meanwhile. The time that pages cost which were
+    touched since then is not counted as in vain. With `always` it never rests. Where the process may use one node alone, nothing is
+    done.
     """
     start = time.perf_counter()
     resting = not always and _thread.node == node and start < _thread.rests_until
@@ -63,21 +64,21 @@ def give_back(node: int, *, always: bool = False) -> None:
     malloc_trim()
     page_faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     end = time.perf_counter()
-    for_nothing = max(0.0, end - start - PAGE_SECONDS * (page_faults - _thread.page_faults))
-    _thread.node, _thread.page_faults, _thread.rests_until = node, page_faults, end + REST * for_nothing
+    in_vain = max(0.0, end - start - PAGE_SECONDS * (page_faults - _thread.page_faults))
+    _thread.node, _thread.page_faults, _thread.rests_until = node, page_faults, end + REST * in_vain
 
 
 @cache
 def can_lie_elsewhere() -> bool:
-    """Whether this process may use memory of several nodes."""
+    """Return whether this process may use memory of several nodes."""
     return len(read_topology().allowed_nodes) > 1
 
 
 def malloc_trim() -> None:
-    """Return malloc's free pages to the kernel; nothing where this malloc can't.
+    """Let malloc return its free pages to the kernel; do nothing where this malloc can't.
 
-    In threads other than the main one that also fixes malloc's thresholds, at what glibc raises them to once a tensor of 32 MiB was
-    freed, unless the environment has set them.
+    In threads other than the main one this also fixes malloc's thresholds, unless the environment has set them: at the values to
+    which glibc raises them by itself once a tensor of 32 MiB was freed.
     """
     if trim := _libc_function("malloc_trim"):
         trim(ctypes.c_size_t(0))
@@ -86,9 +87,9 @@ def malloc_trim() -> None:
 
 
 def _trim_end_of_arena() -> None:
-    """Return what is free at the end of the calling thread's arena, which ``malloc_trim`` does in the main one alone.
+    """Let malloc return what is free at the end of the calling thread's arena; ``malloc_trim`` does that in the main one alone.
 
-    glibc does it when a block of 64 KiB or more is freed while more is free there than a threshold, here none.
+    glibc does it when a block of 64 KiB or more is freed and more is free there than a threshold, which is set to 0 for a moment.
     """
     mallopt, malloc, free = (_libc_function(name) for name in ("mallopt", "malloc", "free"))
     if mallopt is None or malloc is None or free is None or _thresholds_are_the_users():
@@ -126,7 +127,7 @@ def _libc_function(name: str) -> Callable[..., int] | None:
 
 @cache
 def gives_back() -> bool:
-    """Whether free pages can be given back here: glibc has ``malloc_trim``, and nothing refuses the ``madvise`` in it."""
+    """Return whether free pages can be given back here: there is ``malloc_trim``, and nothing refuses the ``madvise`` in it."""
     if _libc_function("malloc_trim") is None:
         return False
     with mmap.mmap(-1, mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as page:
@@ -139,23 +140,30 @@ def gives_back() -> bool:
 
 
 def settle(tensor: Tensor, node: int) -> str:
-    """Move to the node what lies elsewhere of a tensor; why some of it still does, empty where none does.
+    """Move those pages of a tensor to the node that lie elsewhere.
 
-    Memory that was given a policy of its own, as ``numa_lab.placement.memory`` and sharded caches give it, stays where that says.
-    The first and last page may be shared with other data, which moves along.
+    Memory that was given a policy of its own, as ``numa_lab.placement.memory`` and sharded caches give it, stays where that policy
+    says. The first and last page may be shared with other data, which moves along.
 
-    Limits: of a tensor of more than ``LOOK_PAGES`` pages so many are looked at, spread evenly. Where ``move_pages`` is refused
-    single pages can't be seen: nothing is looked at if free pages are given back, and whole mappings are if they are not.
+    Limits: of a tensor of more than ``LOOK_PAGES`` pages so many are looked at, spread evenly. Where ``move_pages`` is refused,
+    single pages can't be seen: nothing is looked at if free pages can be given back, and whole mappings are looked at if they can't.
+
+    Returns
+    -------
+    str
+        Why some pages still lie elsewhere; empty where none do.
     """
     try:
-        if memory.locator() == "numa_maps":
+        if page_location.locator() == "numa_maps":
             return (
-                "" if gives_back() or not _away(memory.locate(tensor), node) else "move_pages and madvise are refused"
+                ""
+                if gives_back() or not _away(page_location.locate(tensor), node)
+                else "move_pages and madvise are refused"
             )
-        status = libnuma.page_status(memory.page_addresses(tensor, most=LOOK_PAGES))
+        status = libnuma.page_status(page_location.page_addresses(tensor, most=LOOK_PAGES))
         if not bool(np.any((status >= 0) & (status != node))) or _has_policy(tensor.data_ptr(), node):
             return ""
-        away = _away(memory.migrate(tensor, node), node)
+        away = _away(page_location.migrate(tensor, node), node)
     except MissingDependency:
         return ""  # without libnuma nothing can be seen, as entering the node said
     except (OSError, NumaLabError) as error:
@@ -164,33 +172,39 @@ def settle(tensor: Tensor, node: int) -> str:
 
 
 class Settled:
-    """Settles tensors of one thread for a node, each of them once: a storage, where a tensor begins in it, is looked at no more."""
+    """A memory of which tensors one thread has settled, so that each is looked at once.
+
+    A tensor is told by its storage and by the place in it where the tensor begins.
+    """
 
     def __init__(self) -> None:
         # By the address of a storage and of the tensor's beginning. The reference keeps the former from being used again.
         self._looked_at: dict[tuple[int, int], StorageWeakRef] = {}
 
     def settle(self, tensor: Tensor, node: int) -> str:
-        """As the function of that name; empty for a tensor that was looked at before, and where this process has one node."""
+        """Do and return what the function ``settle`` does.
+
+        For a tensor that was looked at before, and where this process has one node, nothing is done, and an empty string returned.
+        """
         if not can_lie_elsewhere():
             return ""
         storage = tensor.untyped_storage()
-        at = storage._cdata, tensor.data_ptr()
-        if at in self._looked_at:
+        identity = storage._cdata, tensor.data_ptr()
+        if identity in self._looked_at:
             return ""
         why = settle(tensor, node)
         if len(self._looked_at) >= REMEMBERED:
             self._looked_at.clear()
-        self._looked_at[at] = StorageWeakRef(storage)
+        self._looked_at[identity] = StorageWeakRef(storage)
         return why
 
 
 def _away(pages: dict[int, int], node: int) -> int:
-    return sum(count for at, count in pages.items() if at not in (node, memory.UNTOUCHED))
+    return sum(count for home, count in pages.items() if home not in (node, page_location.UNTOUCHED))
 
 
 def _has_policy(address: int, node: int) -> bool:
-    """Whether the mapping has a policy of its own that sends pages elsewhere."""
+    """Return whether the mapping at an address has a policy of its own that sends pages to other nodes."""
     try:
         mode, nodes = libnuma.policy_at(address)
     except PermissionError:

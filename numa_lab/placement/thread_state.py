@@ -1,8 +1,11 @@
 """Masks, memory policies and thread counts of a whole team, exchanged in one parallel region.
 
-Affinity and policy belong to a thread, and only ``sched_setaffinity`` can be asked for another one. So each thread of the
-team runs a compiled function that saves its own and takes new ones. That takes some microseconds for a whole node, and no
-thread id need be known. All of it is one compiled call, in which no signal's handler runs: it is done, or it was not begun.
+Affinity and memory policy belong to a thread. ``sched_setaffinity`` can set the mask of another thread, and no call can set another
+thread's policy. So each thread of the team runs a compiled function that saves its own mask and policy, and takes new ones. That takes
+some microseconds for a whole node, and nobody has to know the threads' ids. All of it is one compiled call, in which no signal's
+handler runs: an exchange is done completely, or was not begun.
+
+An exchange goes two ways. On the way *there* the threads take what is new, and on the way *back* what they had.
 """
 
 from __future__ import annotations
@@ -29,11 +32,13 @@ ROW = TID + 1
 KEEP = -1  # in place of a mode: the policy is left alone
 MASK_FAILED, POLICY_FAILED = 1, 2
 MOVED, ENDED = 1, 2  # what can have become of a thread
-# What both ways of an exchange share: how many rows there are, and how many threads there were; whether rows were taken and not given
-# back; which calls failed; and the caller's thread counts before, OpenMP's and MKL's.
+# The words that both ways of an exchange share: how many rows there are, and how many threads OpenMP gave; whether the new rows were
+# taken and not given back; whether a mask or a policy could not be set; and the caller's thread counts before, OpenMP's and MKL's.
 _ROWS, _SIZE, _TAKEN, _NO_MASK, _NO_POLICY, _COUNT, _MKL_COUNT, _SHARED = range(8)
-_NEW, _OLD, _SEEN, _LEADER, _LEADER_GRANTED, _BACK, _OWN, _NUMBERS = range(8)  # of one way, as ``_exchange`` says
-_ARGUMENTS = 5  # pointers, before the numbers
+_NEW, _OLD, _SEEN, _LEADER, _LEADER_GRANTED, _BACK, _OWN, _NUMBERS = range(
+    8
+)  # the numbers of one way: see ``_exchange``
+_ARGUMENTS = 5  # pointers, in front of the numbers
 _Go = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_size_t)
 
 Rows = NDArray[np.int64]
@@ -42,17 +47,26 @@ _WORDS = types.CPointer(types.int64)
 
 @cache
 def _exchange() -> tuple[int, int, int]:
-    """Addresses of three functions: one by which a thread takes a row, and two by which a team does, there and back.
+    """Compile the exchange; return the addresses of three functions.
 
-    The first gets the number of the row, on the way there. The others are called by a team's first thread, and each thread takes the
-    row at its own place.
+    1. ``void take(int64 *arguments[5], int64 row)`` lets the thread that calls it take the new row of this number on the way there, and
+       its own old row on the way back. It serves steps over several nodes, in which each thread chooses its row
+       (``numa_lab.attention.openmp_regions``).
+    2. ``int64 there(int64 *arguments[5])``, called by the first thread of a team, lets every thread take the new row at its own place,
+       and sets the thread counts. It returns whether any call failed.
+    3. ``int64 back(int64 *arguments[5])``, called likewise, lets every thread take its old row, and sets the old thread counts.
 
-    A thread saves its mask and policy in its old row, on the way there alone, and takes those of its new row. One that has no row
-    was born inside, and gets on the way back what the first one gets. The thread counts are exchanged in the same call.
+    On the way there a thread first saves its mask and policy in its old row. A thread without a row was born while the exchange was in
+    force: on the way back it takes the old row of the first thread.
 
-    All get pointers to the new rows, to the old rows, to what both ways share, to numbers of this way, and to rows for what is
-    seen on the way back. The numbers are the addresses of these three kinds of rows, those of a mask that the first thread takes last
-    and of where it notes what it was granted of that (no mask is 0), whether this is the way back, and the address of these arguments.
+    The five arguments are pointers: to the new rows, to the old rows, to the words that both ways share (``_ROWS`` and so on), to the
+    numbers of this way, and to rows that receive the masks that are found on the way back. The numbers are, in this order:
+
+    - ``_NEW``, ``_OLD`` and ``_SEEN``: the addresses of these three kinds of rows, since compiled code can't take a pointer's address,
+    - ``_LEADER``: the address of a mask that the first thread takes last, or 0 for none,
+    - ``_LEADER_GRANTED``: the address where it notes which mask it was granted,
+    - ``_BACK``: 1 on the way back and 0 on the way there,
+    - ``_OWN``: the address of these arguments, which the parallel region passes on.
     """
     libc, library, own_id = ctypes.CDLL(None), openmp.require().library, openmp.own_id()
     number, size = openmp.int_function("omp_get_thread_num"), openmp.int_function("omp_get_num_threads")
@@ -157,9 +171,11 @@ def _exchange() -> tuple[int, int, int]:
 
 @cache
 def _look() -> Any:
-    """The compiled ``int64 look(int64 *words)``: what has become of so many threads' masks since they took their rows.
+    """Compile ``int64 look(int64 *arguments[4], int64 count)``, which tells what has become of the masks of `count` threads.
 
-    The words are the addresses of the rows with their ids, of the rows that were taken, of a free mask, and of the words.
+    It returns ``MOVED`` where a thread has another mask than it took, and ``ENDED`` where a thread is gone; both together where both
+    happened, and 0 where neither did. The arguments are pointers: to the rows that hold the threads' ids, to the rows with the masks that
+    they took, to room for a mask, and to the arguments themselves.
     """
     libc, address, integer = ctypes.CDLL(None), ctypes.c_size_t, ctypes.c_int
     get_mask = ctypes.CFUNCTYPE(integer, integer, address, address)(("sched_getaffinity", libc))
@@ -167,17 +183,17 @@ def _look() -> Any:
     @cfunc(types.int64(types.CPointer(_WORDS), types.int64), error_model="numpy")
     def look(arguments: Any, count: Any) -> Any:
         rows, given, now = arguments[0], arguments[1], arguments[2]
-        now_address, found = arguments[3][2], 0
+        now_address, changes = arguments[3][2], 0
         for thread in range(count):
             if get_mask(rows[thread * ROW + TID], 8 * CPU_WORDS, now_address) != 0:
-                found |= ENDED
+                changes |= ENDED
             else:
                 differing = 0
                 for word in range(CPU_WORDS):
                     differing |= now[word] ^ given[thread * ROW + word]
                 if differing != 0:
-                    found |= MOVED
-        return found
+                    changes |= MOVED
+        return changes
 
     _keep_alive.append(look)
     return ctypes.CFUNCTYPE(ctypes.c_int64, address, ctypes.c_int64)(look.address)
@@ -187,17 +203,17 @@ _keep_alive: list[Any] = []  # compiled functions whose addresses are in use
 
 
 class Exchange:
-    """Memory for one exchange and for the way back, set up once.
+    """An exchange there and back: its memory is set up once, and used again and again.
+
+    Beside an attention call the caches are cold, and each line of Python then costs microseconds: entering and leaving
+    took 106 us around torch's own call, and 47 us with everything prepared here.
 
     Parameters
     ----------
     new
-        A row for each thread.
+        ``[threads, ROW]``: what each thread takes.
     leader_cpus
-        What the first thread may use once it is on the CPUs of its row; those alone where it is empty.
-
-    Beside an attention call the caches are cold, and each line of Python then costs microseconds: entering and leaving
-    took 106 us around torch's own call, and 47 with everything prepared here.
+        What the first thread may use once it is on the CPUs of its row; those of its row alone where it is empty.
     """
 
     def __init__(self, new: Rows, leader_cpus: Collection[int] = ()) -> None:
@@ -214,15 +230,15 @@ class Exchange:
             set_bits(self._leader[0], leader_cpus)
             numbers = self._there[_ARGUMENTS:]
             numbers[_LEADER], numbers[_LEADER_GRANTED] = self._leader[0].ctypes.data, self.given.ctypes.data
-        self._look, self._looked_at = _look(), np.zeros(4, np.int64)
+        self._look, self._look_arguments = _look(), np.zeros(4, np.int64)
+        self._look_address = self._look_arguments.ctypes.data
         now = self._leader[1].ctypes.data
-        self._looked_at[:] = self.old.ctypes.data, self.given.ctypes.data, now, self._looked_at.ctypes.data
-        self._looked_at_address = self._looked_at.ctypes.data
+        self._look_arguments[:] = self.old.ctypes.data, self.given.ctypes.data, now, self._look_address
         self.function, there, back = _exchange()
         self._go_there, self._go_back = _Go(there), _Go(back)
 
     def _arguments(self, words: Rows, new: Rows, old: Rows, *, back: int) -> int:
-        """Lay out what ``_exchange`` gets; its address."""
+        """Lay the arguments of ``_exchange`` out for one way; return their address."""
         own, rows = words.ctypes.data, (new.ctypes.data, old.ctypes.data)
         words[:_ARGUMENTS] = *rows, ctypes.addressof(self._shared), own + 8 * _ARGUMENTS, self._seen.ctypes.data
         words[_ARGUMENTS:] = *rows, self._seen.ctypes.data, 0, 0, back, own
@@ -230,26 +246,26 @@ class Exchange:
 
     @property
     def granted(self) -> int:
-        """How many threads took rows."""
+        """How many threads took rows: fewer than there are where OpenMP gave fewer."""
         return min(self._shared[_ROWS], self._shared[_SIZE])
 
     def there(self) -> int:
-        """Take the new rows, and compute with so many threads; which calls failed."""
+        """Take the new rows, and compute with as many threads; return which calls failed, as ``failures``."""
         torch.get_num_threads()  # the first time in a thread it sets the count
         return self.failures() if self._go_there(self.there_address) else 0
 
     def failures(self) -> int:
-        """Which calls failed since this was asked last."""
+        """Return which calls failed since this was asked last: ``MASK_FAILED``, ``POLICY_FAILED``, both together, or 0."""
         failed = MASK_FAILED * self._shared[_NO_MASK] + POLICY_FAILED * self._shared[_NO_POLICY]
         self._shared[_NO_MASK] = self._shared[_NO_POLICY] = 0
         return failed
 
     def back(self) -> None:
-        """Take the old rows and counts, if the new ones were taken and not given back: again, it does nothing."""
+        """Take the old rows and counts again, if the new ones were taken; a second call does nothing."""
         self._go_back(self.back_address)
 
     def continue_from(self, earlier: Exchange) -> None:
-        """Let ``back`` lead to where the threads were before an earlier exchange, inside of which this one is."""
+        """Let ``back`` lead to where the threads were before an earlier exchange, which was in force when this one came."""
         masks_and_policies, threads = slice(TID), min(earlier.granted, len(self.old))
         self.old[:, masks_and_policies] = earlier.old[0, masks_and_policies]
         self.old[:threads, masks_and_policies] = earlier.old[:threads, masks_and_policies]
@@ -257,15 +273,15 @@ class Exchange:
             self._shared[count] = earlier._shared[count]
 
     def cpus_before(self) -> frozenset[int]:
-        """What the calling thread might use before."""
+        """Return what the calling thread could use before."""
         return frozenset(bits(self.old[0, :CPU_WORDS]))
 
     def look(self) -> int:
-        """What has become of the masks that were taken: MOVED and ENDED, for any of the threads; 0 while all are as they were."""
-        return int(self._look(self._looked_at_address, self.granted))
+        """Return what has become of the masks that were taken: ``MOVED`` and ``ENDED`` for any of the threads, 0 for no change."""
+        return int(self._look(self._look_address, self.granted))
 
     def thread_ids(self) -> list[int]:
-        """The kernel's ids of the threads that took their rows."""
+        """Return the kernel's ids of the threads that took their rows."""
         return [int(tid) for tid in self.old[: self.granted, TID]]
 
 

@@ -13,7 +13,8 @@ from numa_lab.measurement import comparison
 from numa_lab.measurement.labels import AA_SUFFIX, is_local
 from numa_lab.measurement.pairwise import Comparison, Comparisons
 from numa_lab.measurement.significance import MIN_EXECUTIONS
-from numa_lab.placement.binding import Binding, cpu_words
+from numa_lab.placement.binding import Binding
+from numa_lab.placement.numactl import cpu_options
 from numa_lab.placement.receipt import least_huge_pages
 
 _EMULATED = "This machine is emulated: its times mean nothing, its placement does. "
@@ -183,7 +184,7 @@ def _cpus_of(node: int, machine: Mapping[str, Any]) -> str:
     """What to tell numactl so that a program runs on a node, within the CPUs that the run was allowed to use."""
     topology = machine["topology"]
     usable = set(topology["allowed_cpus"]) - set(topology.get("isolated_cpus", ()))
-    return " ".join(cpu_words([node], {one["id"]: one["cpus"] for one in topology["nodes"]}, usable))
+    return " ".join(cpu_options([node], {one["id"]: one["cpus"] for one in topology["nodes"]}, usable))
 
 
 def best_node(compared: Comparisons) -> int | None:

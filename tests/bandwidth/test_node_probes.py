@@ -14,7 +14,7 @@ from numa_lab.bandwidth import node_probes, read_probe
 from numa_lab.errors import InvalidInput, NumaLabError
 from numa_lab.machine.control_groups import MemoryLimit
 from numa_lab.machine.topology import read_topology
-from numa_lab.placement import memory, openmp
+from numa_lab.placement import memory, openmp, page_location
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -96,7 +96,7 @@ def three_nodes(small, monkeypatch):
         return tensor
 
     monkeypatch.setattr(memory, "empty", empty)
-    monkeypatch.setattr(memory, "locate", lambda tensor: {where[tensor.data_ptr()]: 16384})
+    monkeypatch.setattr(page_location, "locate", lambda tensor: {where[tensor.data_ptr()]: 16384})
     nodes = tuple(
         dataclasses.replace(small.nodes[0], id=number, cpus=cpus, available_bytes=1 << 30)
         for number, cpus in enumerate([cores[:1], cores[1:], ()])
@@ -159,7 +159,7 @@ def test_a_node_without_cpus_has_an_empty_row_and_the_json_is_strict(three_nodes
 
 
 def test_memory_that_lies_elsewhere_or_is_full_gives_nulls_and_says_why(three_nodes, monkeypatch):
-    monkeypatch.setattr(memory, "locate", lambda tensor: {0: 16384})
+    monkeypatch.setattr(page_location, "locate", lambda tensor: {0: 16384})
     full = dataclasses.replace(three_nodes.nodes[2], available_bytes=1 << 20)
     topology = dataclasses.replace(three_nodes, nodes=(*three_nodes.nodes[:2], full))
     found = node_probes.probe_nodes(topology, seconds=0.1)

@@ -42,7 +42,7 @@ def test_runs_alternate_and_the_receipt_is_that_of_the_helpers_cache():
     assert found.runs.groupby("helper").size().to_dict() == {"with": 5, "without": 5}
     assert set(found.receipt.pages_after["keys"]) == {NODE}
     assert sum(found.pages_without.values()) > 0
-    assert list(found.receipts()["helper"]) == ["with", "without"]
+    assert list(found.receipts_table()["helper"]) == ["with", "without"]
     assert decode_loop.require_placed(found, helper).startswith(f"{helper.threads} threads and all pages")
     assert found.speedup.low <= found.speedup.ratio <= found.speedup.high
     with pytest.raises(InvalidInput, match="layers=0"):

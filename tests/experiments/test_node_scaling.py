@@ -38,7 +38,9 @@ def test_every_arm_is_visited_in_every_block_and_lies_where_it_is_computed():
 
 
 def test_pages_elsewhere_are_told(monkeypatch):
-    monkeypatch.setattr(node_scaling, "memory", mock.Mock(wraps=node_scaling.memory, home=lambda _tensor: 77))
+    monkeypatch.setattr(
+        node_scaling, "page_location", mock.Mock(wraps=node_scaling.page_location, home=lambda _tensor: 77)
+    )
     rows = node_scaling.measure(SHAPE, inputs_per_node=1, seconds=0.01)
     with pytest.raises(UntrustedResult, match=r"an input for node \d+ lies on node 77"):
         node_scaling.require_placed(rows)

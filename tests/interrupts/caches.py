@@ -12,7 +12,7 @@ from interrupts.aim import Target
 from interrupts.cases import CPUS, HEAD_DIM, KV_HEADS, NODE, Q_HEADS, attention, case, numbers, require_close
 from numa_lab import NodeShardedKVCache
 from numa_lab.machine.topology import read_topology
-from numa_lab.nodes import kv_cache
+from numa_lab.nodes import kv_segments
 from numa_lab.nodes.seats import Place
 from numa_lab.placement import memory
 
@@ -29,7 +29,7 @@ def two_nodes() -> Iterator[Mapping[str, Any]]:
     def here(shape: tuple[int, ...], dtype: torch.dtype, _node: int, *, huge_pages: bool) -> Tensor:
         return memory.empty(shape, dtype, NODE, huge_pages=huge_pages)
 
-    with mock.patch.object(kv_cache, "memory", mock.Mock(wraps=memory, empty=here)):
+    with mock.patch.object(kv_segments, "memory", mock.Mock(wraps=memory, empty=here)):
         yield {"teams": {number: Place(NODE, (cpu,)) for number, cpu in enumerate((CPUS * 2)[:2])}}
 
 
@@ -39,7 +39,9 @@ class Filled:
     def __init__(self, given: Mapping[str, Any], q_len: int = 1) -> None:
         self._key, self._value = numbers(TOKENS + ROOM), numbers(TOKENS + ROOM).flip(2)
         self.query = numbers(q_len, Q_HEADS)
-        self.cache = NodeShardedKVCache(1, KV_HEADS, HEAD_DIM, TOKENS + ROOM, torch.float32, block=BLOCK, **given)
+        self.cache = NodeShardedKVCache(
+            1, KV_HEADS, HEAD_DIM, capacity=TOKENS + ROOM, dtype=torch.float32, block=BLOCK, **given
+        )
         self._expected: dict[int, Tensor] = {}
         self.append(TOKENS)
 
@@ -169,7 +171,7 @@ def _lasting(cache: NodeShardedKVCache) -> dict[int, tuple[object, ...]]:
     """What does not depend on the moment."""
     return {
         node: (one.effective, one.pages_after, one.notes, sorted(thread.allowed for thread in one.threads))
-        for node, one in cache.receipt().items()
+        for node, one in cache.receipts().items()
     }
 
 

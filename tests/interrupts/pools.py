@@ -90,7 +90,7 @@ def receipt() -> Iterator[Target]:
     with new_pool() as pool:
 
         def right() -> None:
-            for node, found in pool.receipt().items():
+            for node, found in pool.receipts().items():
                 assert found.requested.cpu_nodes == (node,)
                 assert len({thread.allowed for thread in found.threads}) == LEADERS, found.threads
             require_working(pool)

@@ -62,7 +62,7 @@ REFUSED = """
     tell("compute", lambda: NUMAOptimizedGQA(node).compute(*torch.ones(3, 1, 1, 1, 64)))
     tell("receipt", lambda: NUMAOptimizedGQA(node).receipt())
     tell("pool", NUMAThreadPool)
-    tell("cache", lambda: NodeShardedKVCache(1, 1, 64, 64, torch.float32))
+    tell("cache", lambda: NodeShardedKVCache(1, 1, 64, capacity=64, dtype=torch.float32))
     tell("team", lambda: pinned_team.pinned_team([cpu]).__enter__())
     tell("binding", bound)
     tell("processes", lambda: NUMAProcessPool().shutdown())

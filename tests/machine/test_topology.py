@@ -501,3 +501,15 @@ def test_a_written_list_reads_back(numbers):
 def test_what_is_no_list_is_refused(text):
     with pytest.raises(InvalidInput, match=re.escape(repr(text))):
         parse_cpulist(text)
+
+
+def test_without_any_effective_node_the_message_says_what_may_be_used(four_nodes):
+    assert four_nodes.require_effective_nodes() == four_nodes.effective_nodes
+    assert four_nodes.require_effective_nodes([1]) == (1,)
+    with pytest.raises(NodeUnavailable, match="node 3 has no CPUs, or no memory"):
+        four_nodes.require_effective_nodes([0, 3])
+    with pytest.raises(NodeUnavailable, match=r"nodes=\(\): expected at least one node"):
+        four_nodes.require_effective_nodes([])
+    nowhere = dataclasses.replace(four_nodes, nodes=four_nodes.nodes[3:], allowed_cpus=(), allowed_nodes=(3,))
+    with pytest.raises(NodeUnavailable, match=r"no node has both .*: allowed are CPUs none and memory of nodes 3"):
+        nowhere.require_effective_nodes()

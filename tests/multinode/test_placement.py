@@ -23,7 +23,7 @@ from numa_lab.nodes.kv_cache import NodeShardedKVCache
 from numa_lab.nodes.one_node import NUMAOptimizedGQA
 from numa_lab.nodes.process_pool import NUMAProcessPool
 from numa_lab.nodes.thread_pool import NUMAThreadPool, node_of
-from numa_lab.placement import memory, openmp, pinned_team
+from numa_lab.placement import memory, openmp, page_location, pinned_team
 from numa_lab.placement.binding import Binding
 from numa_lab.placement.receipt import Receipt
 
@@ -64,14 +64,14 @@ def test_threads_and_pages_are_where_the_receipt_says(monkeypatch, topology, lab
 
     checked = []
 
-    def locate(tensor, locate=memory.locate):
+    def locate(tensor, locate=page_location.locate):
         found = locate(tensor)
         assert found == witness.pages(tensor)
         assert all(witness.pages_of_mapping(tensor)[node] >= count for node, count in found.items() if node >= 0)
         checked.append(tensor)
         return found
 
-    monkeypatch.setattr(case_timing.memory, "locate", locate)
+    monkeypatch.setattr(case_timing.page_location, "locate", locate)
     with binding.bind(topology) as granted, pinned_team.pinned_team(cpus, libnuma.get_mempolicy()) as pinned:
         assert granted == binding
         assert len(pinned) == len(cpus)
@@ -108,7 +108,7 @@ def test_threads_and_pages_are_where_the_receipt_says(monkeypatch, topology, lab
 def test_each_policy_sends_new_pages_where_it_says(topology, label, expected):
     with Binding.parse(label).bind(topology):
         tensor = small()
-    assert memory.locate(tensor) == expected == witness.pages(tensor)
+    assert page_location.locate(tensor) == expected == witness.pages(tensor)
 
 
 @pytest.mark.guest("two-sockets")
@@ -138,8 +138,8 @@ def test_tensors_are_interleaved_by_turn_and_by_weight(monkeypatch, placed_by):
 
     def laid(**options):
         tensor = memory.interleaved((8 * MIB,), torch.uint8, **options).fill_(1)
-        assert memory.locate(tensor) == witness.pages(tensor)
-        return memory.locate(tensor)
+        assert page_location.locate(tensor) == witness.pages(tensor)
+        return page_location.locate(tensor)
 
     assert laid(nodes=[0, 3], huge_pages=False) == {0: 1024, 3: 1024}
     assert laid(nodes=[0, 3]) == {0: 1024, 3: 1024}, "2 MiB in turn"
@@ -151,9 +151,9 @@ def test_tensors_are_interleaved_by_turn_and_by_weight(monkeypatch, placed_by):
 def test_tensors_lie_on_each_node_also_on_one_without_cpus():
     for node in range(4):
         tensor = memory.empty((6 * MIB,), torch.uint8, node).fill_(1)
-        assert memory.locate(tensor) == witness.pages(tensor) == witness.pages_of_mapping(tensor) == {node: 1536}
-        assert memory.home(tensor) == node
-        assert 0 < memory.huge_page_share(tensor) <= 1
+        assert page_location.locate(tensor) == witness.pages(tensor) == witness.pages_of_mapping(tensor) == {node: 1536}
+        assert page_location.home(tensor) == node
+        assert 0 < page_location.huge_page_share(tensor) <= 1
 
 
 @pytest.mark.guest("two-sockets")
@@ -165,10 +165,10 @@ def test_memory_recycled_from_another_node_is_found_and_moved(topology):
     del old
     with Binding.parse("c2m2").bind(topology):
         recycled = torch.empty(2 * MIB, dtype=torch.uint8).fill_(7)
-    assert memory.locate(recycled).get(0, 0) > 400, "bound to node 2, and yet on node 0"
-    moved = memory.migrate(recycled, 2)
+    assert page_location.locate(recycled).get(0, 0) > 400, "bound to node 2, and yet on node 0"
+    moved = page_location.migrate(recycled, 2)
     assert moved == witness.pages(recycled) == {2: sum(moved.values())}
-    assert memory.locate(guard).keys() - {2} == {0}, "the neighbour stays, but for the page that it shares"
+    assert page_location.locate(guard).keys() - {2} == {0}, "the neighbour stays, but for the page that it shares"
     assert bool((recycled == 7).all())
 
 
@@ -185,7 +185,7 @@ def test_a_tensor_in_use_is_moved_there_and_back():
     user.start()
     try:
         for node in (2, 3, 0):
-            assert memory.migrate(tensor, node) == witness.pages(tensor) == {node: 16384}
+            assert page_location.migrate(tensor, node) == witness.pages(tensor) == {node: 16384}
     finally:
         end.set()
         user.join()
@@ -201,7 +201,7 @@ def test_what_a_node_can_not_hold_is_refused_with_the_numbers(topology):
     with Binding.parse("c0m3").bind(topology), pytest.raises(NodeUnavailable, match="bound to nodes 3, which have"):
         KVPool(700 * MIB)
     with pytest.raises(NodeUnavailable, match="node 3 has"):
-        memory.migrate(memory.empty((700 * MIB,), torch.uint8, 0).fill_(1), 3)
+        page_location.migrate(memory.empty((700 * MIB,), torch.uint8, 0).fill_(1), 3)
 
 
 @pytest.mark.guest("two-sockets")
@@ -254,11 +254,11 @@ def test_a_node_without_cpus_is_no_place_to_compute(topology):
         Binding.parse("c3m3").require(topology)
     with NUMAThreadPool() as pool:
         assert pool.nodes == (0, 1, 2)
-        for node, receipt in pool.receipt().items():
+        for node, receipt in pool.receipts().items():
             assert receipt.contradictions(topology.cpus_of([node]), [node]) == []
             assert receipt.notes == ()
         keys = pool.scatter([torch.ones(1 << 16) for _ in range(6)])
-        assert [memory.home(key) for key in keys] == [0, 1, 2, 0, 1, 2]
+        assert [page_location.home(key) for key in keys] == [0, 1, 2, 0, 1, 2]
         far = memory.empty((MIB,), torch.uint8, 3).fill_(1)
         assert node_of((far,), pool.nodes, topology) == 2, "the nearest with CPUs"
     with pytest.raises(InvalidInput, match="1 to 2"):
@@ -267,13 +267,13 @@ def test_a_node_without_cpus_is_no_place_to_compute(topology):
 
 @pytest.mark.guest("two-sockets")
 def test_one_sequence_lies_on_all_nodes_and_each_reads_its_own(topology):
-    cache = NodeShardedKVCache(1, 2, 64, 4096, torch.float32, block=64, weights={0: 2, 1: 1, 2: 1})
+    cache = NodeShardedKVCache(1, 2, 64, capacity=4096, dtype=torch.float32, block=64, weights={0: 2, 1: 1, 2: 1})
     assert cache.nodes == (0, 1, 2)  # node 3 has no CPUs
     key, value = torch.randn(2, 1, 2, 3000, 64)
     cache.append(key[:, :, :2000], value[:, :, :2000])
 
     def lie():
-        return {node: witness.pages(cache._segments[0].keys[node]) for node in cache.nodes}
+        return {node: witness.pages(cache._memory.segments[0].keys[node]) for node in cache.nodes}
 
     first = lie()
     assert all(pages.keys() <= {node, -1} for node, pages in first.items())
@@ -284,7 +284,7 @@ def test_one_sequence_lies_on_all_nodes_and_each_reads_its_own(topology):
             output = cache.attend(query)
     expected, _ = reference(query, key[:, :, :2000], value[:, :, :2000], enable_gqa=True)
     torch.testing.assert_close(output.double(), expected, rtol=0, atol=1e-5)
-    for node, receipt in cache.receipt().items():
+    for node, receipt in cache.receipts().items():
         cpus = topology.cpus_of([node])
         assert receipt.contradictions(cpus, [node]) == []
         assert len(receipt.threads) == len(cpus)
@@ -314,18 +314,18 @@ def test_what_a_step_has_to_do_at_a_node_is_done_on_its_cpus(topology):
 @pytest.mark.guest("two-sockets")
 @pytest.mark.parametrize("kv_heads", [1, 3, 8])
 def test_any_number_of_kv_heads_is_split_also_over_memory_without_cpus(topology, kv_heads):
-    cache = NodeShardedKVCache(2, kv_heads, 32, 500, torch.bfloat16, nodes=[0, 1, 2, 3], block=32)
+    cache = NodeShardedKVCache(2, kv_heads, 32, capacity=500, dtype=torch.bfloat16, nodes=[0, 1, 2, 3], block=32)
     key, value = torch.randn(2, 2, kv_heads, 440, 32).bfloat16()
     cache.append(key, value)
     for node in cache.nodes:
-        for segment in cache._segments:
+        for segment in cache._memory.segments:
             assert witness.pages(segment.keys[node]).keys() <= {node, -1}
     query = torch.randn(2, 2 * kv_heads, 1, 32).bfloat16()
     output = cache.attend(query)
     expected, _ = reference(query, key, value, enable_gqa=True)
     torch.testing.assert_close(output.double(), expected, rtol=0, atol=1e-2)
     readers = {0: 0, 1: 1, 2: 2, 3: 2}  # node 3 has memory alone, and node 2 is next to it
-    for node, receipt in cache.receipt().items():
+    for node, receipt in cache.receipts().items():
         assert receipt.contradictions(topology.cpus_of([readers[node]]), [readers[node]]) == []
         assert receipt.pages_after["key"].keys() == {node}
 
@@ -336,7 +336,7 @@ def test_two_caches_at_once_use_the_same_teams():
 
     def decode(seed):
         generator = torch.Generator().manual_seed(seed)
-        cache = NodeShardedKVCache(1, 2, 32, 300, torch.float32, block=16)
+        cache = NodeShardedKVCache(1, 2, 32, capacity=300, dtype=torch.float32, block=16)
         key, value = torch.randn(2, 1, 2, 300, 32, generator=generator)
         cache.append(key[:, :, :200], value[:, :, :200])
         for length in range(201, 260):
@@ -375,7 +375,7 @@ def test_the_pool_moves_inputs_to_the_nodes_that_compute_them():
     queries = [torch.randn(1, 4, 1, 64) for _ in keys]
     with NUMAThreadPool(on_remote="migrate") as threads:
         outputs = threads.parallel_gqa_compute(queries, keys, values)
-        notes = [note for receipt in threads.receipt().values() for note in receipt.notes]
+        notes = [note for receipt in threads.receipts().values() for note in receipt.notes]
     assert sum(int(note.removeprefix("inputs migrated: ")) for note in notes) == 4
     for query, key, value, output in zip(queries, keys, values, outputs, strict=True):
         (home,) = witness.pages(key)
@@ -387,7 +387,7 @@ def test_the_pool_moves_inputs_to_the_nodes_that_compute_them():
 @pytest.mark.guest("two-sockets", seconds=240)
 def test_processes_are_on_their_nodes_and_tensors_in_memory_of_them(topology):
     with NUMAProcessPool([0, 2]) as processes:
-        for node, receipt in processes.receipt().items():
+        for node, receipt in processes.receipts().items():
             assert receipt.contradictions(topology.cpus_of([node]), [node]) == []
             shared = processes.empty((1 << 16,), torch.float32, node)
             assert witness.pages(shared).keys() == {node}

@@ -11,7 +11,7 @@ from numa_lab.machine import libnuma
 from numa_lab.machine.topology import read_topology
 from numa_lab.nodes.one_node import NUMAOptimizedGQA
 from numa_lab.nodes.thread_pool import NUMAThreadPool
-from numa_lab.placement import memory, pinned_team, recycled_memory
+from numa_lab.placement import memory, page_location, pinned_team, recycled_memory
 from seccomp import refuse
 
 pytestmark = pytest.mark.filterwarnings("ignore:numa_lab's decode kernel")  # the guest's CPUs are too old for it
@@ -50,7 +50,7 @@ def free_memory_on(node):
 def test_malloc_does_hand_out_memory_of_another_node():
     """What the others guard against: if this stops failing to place, they prove nothing."""
     _between = free_memory_on(3)
-    with NUMAOptimizedGQA(1)._placed():
+    with NUMAOptimizedGQA(1)._on_node():
         assert witness.pages(new(6 * MIB))[3] > 1000
 
 
@@ -164,7 +164,7 @@ def test_what_cannot_be_kept_is_told_once_and_contradicts():
     _between = free_memory_on(3)
     refuse(["move_pages", "madvise", "mbind"])
     recycled_memory.gives_back.cache_clear()
-    memory.locator.cache_clear()
+    page_location.locator.cache_clear()
     assert not recycled_memory.gives_back()
     helper = NUMAOptimizedGQA(1)
     with helper:

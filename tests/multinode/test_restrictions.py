@@ -20,7 +20,7 @@ from numa_lab.nodes import seats
 from numa_lab.nodes.kv_cache import NodeShardedKVCache
 from numa_lab.nodes.one_node import NUMAOptimizedGQA
 from numa_lab.nodes.thread_pool import NUMAThreadPool
-from numa_lab.placement import memory, pinned_team
+from numa_lab.placement import memory, page_location, pinned_team
 from numa_lab.placement.binding import Binding, effective
 from numa_lab.placement.receipt import Receipt
 from seccomp import refuse
@@ -82,7 +82,7 @@ def test_a_cpuset_drops_nodes_and_the_receipt_says_so_in_one_line():
 
 
 def test_a_node_that_disappears_from_the_cpuset_is_told_and_its_tokens_stay_readable():
-    cache = NodeShardedKVCache(1, 2, 64, 1024, torch.float32, block=64)
+    cache = NodeShardedKVCache(1, 2, 64, capacity=1024, dtype=torch.float32, block=64)
     assert cache.nodes == (0, 1, 2)
     key, value = torch.randn(2, 1, 2, 1000, 64)
     cache.append(key, value)
@@ -94,7 +94,7 @@ def test_a_node_that_disappears_from_the_cpuset_is_told_and_its_tokens_stay_read
         RuntimeWarning, match=r"node 0's team.* was placed on CPUs 0-1, .* is placed again on CPUs [2-5-]+"
     ):
         torch.testing.assert_close(cache.attend(query), before, rtol=0, atol=1e-6)  # by torch, without AVX2
-        receipts = cache.receipt()
+        receipts = cache.receipts()
     topology = read_topology()
     told = {
         node: receipt.contradictions(topology.cpus_of([node]) or [0, 1], [node]) for node, receipt in receipts.items()
@@ -102,7 +102,7 @@ def test_a_node_that_disappears_from_the_cpuset_is_told_and_its_tokens_stay_read
     assert "CPUs of nodes 0 were requested" in " ".join(told[0])
     assert told[1] == told[2] == []
     assert seats.places().keys() == {1, 2}
-    assert NodeShardedKVCache(1, 2, 64, 1024, torch.float32).nodes == (1, 2)
+    assert NodeShardedKVCache(1, 2, 64, capacity=1024, dtype=torch.float32).nodes == (1, 2)
 
 
 def test_a_step_whose_cpus_disappear_is_computed_and_the_next_one_uses_others():
@@ -121,7 +121,7 @@ def test_a_step_whose_cpus_disappear_is_computed_and_the_next_one_uses_others():
 def test_refused_mbind_is_replaced_by_first_touch():
     refuse(["mbind"])
     tensor = memory.empty((4 * MIB,), torch.uint8, 3)
-    assert memory.locate(tensor) == witness.pages(tensor) == {3: 1024}
+    assert page_location.locate(tensor) == witness.pages(tensor) == {3: 1024}
     helper = NUMAOptimizedGQA(2)
     tensors = helper.create_tensors({"query": (1, 8, 1, 64), "key": (1, 2, 512, 64), "value": (1, 2, 512, 64)})
     helper.compute(**tensors)
@@ -134,7 +134,7 @@ def test_a_node_without_cpus_can_not_be_placed_on_where_all_is_refused():
     refuse(["mbind", "set_mempolicy"])
     with pytest.raises(NotPermitted, match="node 3 has no CPUs to touch its memory first"):
         memory.empty((MIB,), torch.uint8, 3)
-    assert memory.locate(memory.empty((MIB,), torch.uint8, 1)) == {1: 256}
+    assert page_location.locate(memory.empty((MIB,), torch.uint8, 1)) == {1: 256}
 
 
 def test_refused_set_mempolicy_leaves_the_threads_pinned():
@@ -149,7 +149,7 @@ def test_refused_set_mempolicy_leaves_the_threads_pinned():
         topology.cpus_of([1]), [1]
     )
     with NUMAThreadPool() as pool:
-        assert all("refused" in " ".join(receipt.notes) for receipt in pool.receipt().values())
+        assert all("refused" in " ".join(receipt.notes) for receipt in pool.receipts().values())
     with pytest.raises(NotPermitted, match="--cap-add SYS_NICE"), Binding.parse("c0m1").bind(topology):
         pass
 
@@ -161,12 +161,12 @@ def test_refused_move_pages_is_replaced_by_numa_maps():
     receipt = measured(Binding.parse("c0-2m3"), pool, topology)
     assert receipt.pages_after["key"].keys() == {3}
     assert any("move_pages was refused: pages are those of whole mappings" in note for note in receipt.notes)
-    assert memory.home(pool.keys) == 3
-    assert memory.migrate(pool.keys, 1).get(1, 0) >= len(pool.keys) // memory.PAGE_BYTES, "by mbind"
+    assert page_location.home(pool.keys) == 3
+    assert page_location.migrate(pool.keys, 1).get(1, 0) >= len(pool.keys) // memory.PAGE_BYTES, "by mbind"
     refuse(["mbind"])
     memory.placer.cache_clear()
     with pytest.raises(NotPermitted, match="mbind"):
-        memory.migrate(pool.keys, 0)
+        page_location.migrate(pool.keys, 0)
 
 
 @pytest.fixture

@@ -1,4 +1,3 @@
-import itertools
 import random
 
 import pytest
@@ -10,11 +9,10 @@ from numa_lab.attention import partial
 from numa_lab.attention.reference import attention as reference
 from numa_lab.errors import InvalidInput
 from numa_lab.machine.topology import read_topology
-from numa_lab.nodes import kv_cache
+from numa_lab.nodes import kv_segments
 from numa_lab.nodes.kv_cache import NodeShardedKVCache
-from numa_lab.nodes.kv_layout import Layout
 from numa_lab.nodes.seats import Place
-from numa_lab.placement import memory
+from numa_lab.placement import page_location
 
 BY_TORCH_ITSELF = pytest.mark.filterwarnings(
     "ignore:There is a performance drop because we have not yet implemented the batching rule",
@@ -29,7 +27,7 @@ def several(monkeypatch):
     node = real.effective_nodes[0]
     cpus = real.cpus_for([node])
     monkeypatch.setattr(
-        kv_cache.memory, "empty", lambda shape, dtype, node, **_: torch.zeros(shape, dtype=dtype, device="cpu")
+        kv_segments.memory, "empty", lambda shape, dtype, node, **_: torch.zeros(shape, dtype=dtype, device="cpu")
     )
     return {10: Place(node, cpus), 11: Place(node, cpus[:1]), 12: Place(node, cpus[-1:])}
 
@@ -107,12 +105,12 @@ def test_whatever_is_done_to_it_it_attends_as_the_formula_says(several, number):
         batch,
         chance.choice([1, 2]),
         16,
-        chance.choice([7, 150]),
-        dtype,
-        nodes,
-        several,
-        chance.choice([1, 4, 64]),
-        weights,
+        capacity=chance.choice([7, 150]),
+        dtype=dtype,
+        nodes=nodes,
+        teams=several,
+        block=chance.choice([1, 4, 64]),
+        weights=weights,
     )
     family = [(cache, Plain(batch))]
     for _ in range(10):
@@ -128,14 +126,14 @@ def test_torch_computes_the_parts_that_the_kernel_does_not_serve(monkeypatch, se
     output, lse = partial.partial_attention(query, key, value, mask)
     torch.testing.assert_close(output.double(), expected, rtol=0, atol=1e-5)
     torch.testing.assert_close(lse.double(), expected_lse, rtol=0, atol=1e-5)
-    cache = NodeShardedKVCache(2, 2, 12, 20, torch.float32, list(several), several, block=2)
+    cache = NodeShardedKVCache(2, 2, 12, capacity=20, dtype=torch.float32, teams=several, block=2)
     cache.append(key, value)
     expected, _ = reference(query, key, value, torch.ones(3, 20, dtype=torch.bool).tril(17), enable_gqa=True)
     torch.testing.assert_close(cache.attend(query).double(), expected, rtol=0, atol=1e-5)
 
 
 def test_the_usual_heads_of_128_in_bfloat16_are_merged_from_all_nodes(several):
-    cache = NodeShardedKVCache(2, 2, 128, 60, torch.bfloat16, list(several), several, block=7)
+    cache = NodeShardedKVCache(2, 2, 128, capacity=60, dtype=torch.bfloat16, teams=several, block=7)
     key, value = torch.randn(2, 2, 2, 45, 128).to(torch.bfloat16)
     query = torch.randn(2, 22, 1, 128).to(torch.bfloat16)
     for begin, end in ((0, 5), (5, 12), (12, 45)):  # on one node, on two, on all
@@ -147,7 +145,7 @@ def test_the_usual_heads_of_128_in_bfloat16_are_merged_from_all_nodes(several):
 
 @BY_TORCH_ITSELF
 def test_what_torch_has_to_see_is_computed_by_its_operators(several):
-    cache = NodeShardedKVCache(2, 1, 16, 40, torch.float32, list(several), several, block=3)
+    cache = NodeShardedKVCache(2, 1, 16, capacity=40, dtype=torch.float32, teams=several, block=3)
     key, value = torch.randn(2, 2, 1, 30, 16)
     cache.append(torch._neg_view(key), value, [30, 20])
     mask = torch.arange(30) < torch.tensor([30, 20]).view(2, 1, 1, 1) - 1 + torch.arange(2).view(2, 1)
@@ -184,7 +182,7 @@ def test_what_a_program_set_for_its_own_tensors_changes_nothing(several, dtype):
     torch.set_default_device("meta")
     try:
         with torch.inference_mode():
-            cache = NodeShardedKVCache(1, 2, 16, 40, dtype, list(several), several, block=3)
+            cache = NodeShardedKVCache(1, 2, 16, capacity=40, dtype=dtype, teams=several, block=3)
             cache.append(key[:, :, :20].clone().to("cpu"), value[:, :, :20])
         cache.append(key[:, :, 20:].requires_grad_(), value[:, :, 20:])
         outputs = [cache.attend(query[:, :, -1:].requires_grad_())]
@@ -199,39 +197,28 @@ def test_what_a_program_set_for_its_own_tensors_changes_nothing(several, dtype):
 
 
 def test_beams_that_fork_at_each_token_stay_few_segments(several):
-    cache = NodeShardedKVCache(1, 1, 16, 400, torch.float32, list(several), several, block=32)
+    cache = NodeShardedKVCache(1, 1, 16, capacity=400, dtype=torch.float32, teams=several, block=32)
     key, value = torch.randn(2, 1, 1, 150, 16)
     cache.append(key[:, :, :50], value[:, :, :50])
     for token in range(50, 150):
         cache = cache.fork()
         cache.append(key[:, :, token : token + 1], value[:, :, token : token + 1])
-    assert len(cache._segments) <= 1 + -(-100 // 32)
+    assert len(cache._memory.segments) <= 1 + -(-100 // 32)
     query = torch.randn(1, 2, 1, 16)
     expected, _ = reference(query, key, value, enable_gqa=True)
     torch.testing.assert_close(cache.attend(query).double(), expected, rtol=0, atol=1e-5)
 
 
-def test_blocks_go_round_by_weight_and_fill_each_node_from_its_start():
-    layout = Layout.of({0: 3.0, 1: 1.0}, block=4, capacity=32)
-    assert sorted(layout.owners) == [0] * 6 + [1] * 2
-    assert len(set(layout.owners[:4])) == 2, "the smaller share came last"
-    for tokens in range(33):
-        assert layout.count(0, tokens) + layout.count(1, tokens) == tokens
-    places = {node: [] for node in (0, 1)}
-    for node, local, start, stop in itertools.chain(layout.pieces(0, 13), layout.pieces(13, 32)):
-        assert list(layout.positions(node, local, local + stop - start)) == list(range(start, stop))
-        places[node] += range(local, local + stop - start)
-    assert all(found == list(range(len(found))) for found in places.values())
-
-
 def test_pages_lie_on_their_nodes_and_the_receipt_says_so():
-    cache = NodeShardedKVCache(1, 2, 64, 5000, torch.float32)
+    cache = NodeShardedKVCache(1, 2, 64, capacity=5000, dtype=torch.float32)
     cache.append(*torch.randn(2, 1, 2, 3000, 64))
-    for node, receipt in cache.receipt().items():
+    for node, receipt in cache.receipts().items():
         assert receipt.pages_after["key"].keys() == {node}
         assert receipt.pages_after["value"].keys() == {node}
         assert not receipt.contradictions(read_topology().cpus_of([node]), [node])
-    assert memory.locate(cache._segments[0].keys[cache.nodes[0]])[memory.UNTOUCHED], "nothing was left to grow into"
+    assert page_location.locate(cache._memory.segments[0].keys[cache.nodes[0]])[page_location.UNTOUCHED], (
+        "nothing was left to grow into"
+    )
 
 
 @pytest.mark.parametrize(
@@ -254,7 +241,7 @@ def test_senseless_caches_are_refused(options, message):
 
 
 def test_what_does_not_fit_is_refused_and_nothing_is_added():
-    cache = NodeShardedKVCache(2, 2, 8, 16, torch.float32)
+    cache = NodeShardedKVCache(2, 2, 8, capacity=16, dtype=torch.float32)
     key = torch.randn(2, 2, 3, 8)
     cache.append(key, key, [3, 1])
     with pytest.raises(InvalidInput, match=r"expected \(2, 2, 3, 8\) of torch.float32"):

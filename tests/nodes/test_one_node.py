@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from numa_lab.attention.reference import attention as reference
+from numa_lab.attention.scaled_dot_product import scaled_dot_product_attention_gqa
 from numa_lab.errors import InvalidInput, MissingDependency, NodeUnavailable
 from numa_lab.machine import libnuma
 from numa_lab.machine.hardware import Gpu
 from numa_lab.machine.topology import read_topology
 from numa_lab.nodes import one_node
-from numa_lab.nodes.one_node import NUMAOptimizedGQA, scaled_dot_product_attention_gqa
-from numa_lab.placement import memory, openmp
+from numa_lab.nodes.one_node import NUMAOptimizedGQA
+from numa_lab.placement import openmp, page_location
 
 NODE = read_topology().effective_nodes[0]
 CPUS = set(read_topology().cpus_of([NODE]))  # as seen outside, whose mask is not tested
@@ -137,6 +138,7 @@ def test_tensors_lie_on_the_node_and_the_receipt_says_so():
     assert 0.9 < tensors["key"].float().std() < 1.1
     output = helper.compute(**tensors)
     receipt = helper.receipt()
+    assert helper.receipts().keys() == {NODE}
     assert output.shape == shapes["query"]
     assert set(receipt.pages_after) == {"query", "key", "value", "output"}
     assert set(receipt.pages_after["key"]) == {NODE}
@@ -172,7 +174,7 @@ def test_without_libnuma_threads_are_pinned_and_the_receipt_says_what_is_lost(mo
 def test_the_memory_pool_hands_the_same_touched_memory_out_again():
     helper = NUMAOptimizedGQA(NODE)
     first = helper.memory_pool({"query": (1, 8, 1, 64), "key": (1, 2, 4096, 64)}, torch.bfloat16)
-    assert set(memory.locate(first["key"])) == {NODE}
+    assert set(page_location.locate(first["key"])) == {NODE}
     address, first = first["key"].data_ptr(), None
     gc.collect()
     again = helper.memory_pool({"key": (1, 2, 1024, 64)})
@@ -180,38 +182,6 @@ def test_the_memory_pool_hands_the_same_touched_memory_out_again():
     assert again["key"].shape == (1, 2, 1024, 64)
     assert again["key"].dtype == torch.get_default_dtype()
     assert helper.memory_pool({"key": (1, 2, 9000, 64)})["key"].data_ptr() != address
-
-
-def test_the_guides_function_agrees_with_float64_and_writes_where_it_is_told():
-    query, key, value = inputs(q_len=5)
-    expected, _ = reference(query, key, value, enable_gqa=True, is_causal=True)
-    room = torch.empty(2, 5, 8, 64).transpose(1, 2)  # strided, as [batch, q_len, heads, head_dim] seen by heads
-    for output_tensor in (None, torch.empty_like(query), room):
-        output = scaled_dot_product_attention_gqa(query, key, value, is_causal=True, output_tensor=output_tensor)
-        assert output_tensor is None or output is output_tensor
-        assert (output - expected).abs().max() < 1e-5
-    mask = torch.rand(5, 40) > 0.5
-    masked, _ = reference(query, key, value, mask, enable_gqa=True, scale=0.3)
-    assert (scaled_dot_product_attention_gqa(query, key, value, mask, scale=0.3) - masked).abs().max() < 1e-5
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        torch.empty(2, 8, 5, 32),
-        torch.empty(2, 8, 5, 64, dtype=torch.float64),
-        torch.empty(1, 8, 5, 64).expand(2, 8, 5, 64),
-    ],
-)
-def test_an_output_tensor_that_does_not_fit_is_refused(wrong):
-    with pytest.raises(InvalidInput, match=r"expected \(2, 8, 5, 64\) of torch.float32"):
-        scaled_dot_product_attention_gqa(*inputs(q_len=5), output_tensor=wrong)
-
-
-def test_an_output_of_another_type_is_refused():
-    query, key, value = inputs()
-    with pytest.raises(TypeError, match=r"output_tensor is numpy\.ndarray: expected a torch\.Tensor"):
-        scaled_dot_product_attention_gqa(query, key, value, output_tensor=query.numpy())
 
 
 @pytest.mark.guest(None)  # to load torch's compiler takes minutes in a guest

@@ -12,7 +12,7 @@ from numa_lab.attention.reference import attention as reference
 from numa_lab.errors import NodeUnavailable
 from numa_lab.machine.topology import read_topology
 from numa_lab.nodes.process_pool import NUMAProcessPool
-from numa_lab.placement import memory
+from numa_lab.placement import page_location
 
 NODE = read_topology().effective_nodes[0]
 
@@ -28,7 +28,7 @@ def test_it_is_an_executor_whose_processes_are_on_their_nodes(processes):
     assert list(processes.map(pow, [2, 3], [5, 2])) == [32, 9]
     with pytest.raises(ZeroDivisionError):
         processes.submit(divmod, 1, 0).result()
-    receipt = processes.receipt()[NODE]
+    receipt = processes.receipts()[NODE]
     cpus = read_topology().cpus_of([NODE])
     assert receipt.contradictions(cpus, [NODE]) == []
     assert len(receipt.threads) == len(read_topology().cpus_for([NODE]))
@@ -47,7 +47,7 @@ def test_tensors_are_shared_not_copied(processes):
 def test_attention_is_computed_where_its_tensors_lie(processes):
     query, key, value = torch.randn(1, 4, 1, 64), *torch.randn(2, 1, 2, 99, 64)
     key, value = processes.scatter([key, value])
-    assert memory.home(key) == memory.home(value) == NODE
+    assert page_location.home(key) == page_location.home(value) == NODE
     output = processes.submit(gqa_attention, query, key, value, enable_gqa=True).result()
     torch.testing.assert_close(output.double(), reference(query, key, value, enable_gqa=True)[0], rtol=0, atol=1e-5)
 

@@ -36,7 +36,7 @@ def test_what_lies_at_a_place_is_computed_there_and_threads_are_where_they_were_
         assert work.merges.value == times, "one thread merges"
         assert [rows[:, [0, 1, 3]].tolist() for rows in work.rows] == [[[1, place.cpus[0], times]] for place in two]
         assert state() == before
-    with seats.Taken(two):
+    with seats.ReservedSeats(two):
         own.run(*work.arguments)
         assert {rows[0, 2] for rows in work.rows} == {libnuma.MPOL_PREFERRED}
     (team, policies), (threads, others) = state(), before
@@ -73,13 +73,13 @@ def test_how_many_threads_torch_computes_with_changes_nothing(two, threads):
 SMALLER_TEAM = f"""
 import torch
 from numa_lab.attention.reference import attention
-from numa_lab.nodes import kv_cache
+from numa_lab.nodes import kv_cache, kv_segments
 from numa_lab.nodes.seats import Place
 from numa_lab.placement import openmp
 
-kv_cache.memory.empty = lambda shape, dtype, node, **_: torch.zeros(shape, dtype=dtype)
+kv_segments.memory.empty = lambda shape, dtype, node, **_: torch.zeros(shape, dtype=dtype)
 places = {{1: Place({NODE}, {CPUS[:1]}), 2: Place({NODE}, {CPUS[-1:]})}}
-cache = kv_cache.NodeShardedKVCache(1, 2, 64, 600, torch.float32, teams=places)
+cache = kv_cache.NodeShardedKVCache(1, 2, 64, capacity=600, dtype=torch.float32, teams=places)
 query, key, value = torch.randn(1, 4, 1, 64), torch.randn(1, 2, 600, 64), torch.randn(1, 2, 600, 64)
 cache.append(key, value)
 expected, _ = attention(query, key, value, enable_gqa=True)
@@ -114,7 +114,7 @@ def test_threads_have_seats_of_their_own(two):
 
 
 def test_inside_of_seats_the_machine_is_as_large_as_outside(two):
-    with seats.Taken(two[:1]):
+    with seats.ReservedSeats(two[:1]):
         assert seats.places() == {NODE: Place(NODE, CPUS)}
         started = subprocess.run(["grep", "Cpus_allowed_list", "/proc/self/status"], capture_output=True, text=True)
     assert started.stdout.split()[1] == format_cpulist(read_topology().cpus_of([NODE]))

@@ -76,7 +76,7 @@ def test_other_errors_stay_what_they_are():
         os.stat("/nowhere")
     with pytest.raises(LimitReached, match=r"fs\.file-max"), open_files.told("a file"):
         raise OSError(errno.ENFILE, "")
-    with pytest.raises(RuntimeError, match="other"), shared_memory.told():
+    with pytest.raises(RuntimeError, match="other"), shared_memory.clear_errors():
         raise RuntimeError("other")
 
 

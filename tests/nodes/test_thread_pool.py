@@ -13,7 +13,7 @@ from numa_lab.machine.topology import read_topology
 from numa_lab.nodes import thread_pool
 from numa_lab.nodes.one_node import NUMAOptimizedGQA
 from numa_lab.nodes.thread_pool import NUMAThreadPool
-from numa_lab.placement import memory, openmp
+from numa_lab.placement import memory, openmp, page_location
 
 NODE = read_topology().effective_nodes[0]
 CORES = read_topology().cpus_for([NODE])
@@ -68,7 +68,7 @@ def test_leaders_share_the_cores_of_a_node():
 
 
 def test_receipts_show_every_leader_and_its_team_on_its_node(threads):
-    for node, receipt in threads.receipt().items():
+    for node, receipt in threads.receipts().items():
         cpus = read_topology().cpus_for([node])
         assert [thread.allowed for thread in receipt.threads] == [(cpu,) for cpu in cpus]
         assert receipt.contradictions(read_topology().cpus_of([node]), [node]) == []
@@ -111,10 +111,10 @@ def test_what_makes_no_sense_is_refused(threads):
 def test_work_goes_where_its_tensors_lie(monkeypatch, four_nodes):
     tensor, nodes = torch.zeros(8), four_nodes.effective_nodes
     for home, node in [(2, 2), (1, 1), (None, None)]:
-        monkeypatch.setattr(memory, "homes", lambda tensors, home=home: [home] * len(tensors))
+        monkeypatch.setattr(page_location, "homes", lambda tensors, home=home: [home] * len(tensors))
         assert thread_pool.node_of((tensor, "text"), nodes, four_nodes) == node
     monkeypatch.setattr(
-        memory, "homes", lambda tensors: [3] * len(tensors)
+        page_location, "homes", lambda tensors: [3] * len(tensors)
     )  # memory alone: the first of those nearest to it
     assert thread_pool.node_of((tensor,), nodes, four_nodes) in nodes
 
@@ -127,10 +127,10 @@ def test_inputs_of_another_node_are_treated_as_asked_for_and_counted(monkeypatch
     queries, keys, values = batch(5)
     moved, home = [], NODE if on_remote == "compute_there" else 77
     with NUMAThreadPool(on_remote=on_remote) as threads:
-        monkeypatch.setattr(memory, "homes", lambda tensors: [home] * len(tensors))
-        monkeypatch.setattr(memory, "migrate", lambda tensor, node: moved.append(tensor.data_ptr()))
+        monkeypatch.setattr(page_location, "homes", lambda tensors: [home] * len(tensors))
+        monkeypatch.setattr(page_location, "migrate", lambda tensor, node: moved.append(tensor.data_ptr()))
         outputs = threads.parallel_gqa_compute(queries, keys, values)
-        notes = [note for receipt in threads.receipt().values() for note in receipt.notes]
+        notes = [note for receipt in threads.receipts().values() for note in receipt.notes]
     assert set(moved) == ({tensor.data_ptr() for tensor in (*keys, *values)} if on_remote == "migrate" else set())
     assert sum(int(note.removeprefix(f"inputs {told}: ")) for note in notes) == 5
     for output, *arguments in zip(outputs, queries, keys, values, strict=True):
@@ -173,8 +173,8 @@ def test_scatter_binds_copies_to_the_nodes(threads):
     tensors = [torch.randn(1 << 16) for _ in range(len(threads.nodes) + 1)]
     copies = threads.scatter(tensors)
     assert all(torch.equal(copy, tensor) for copy, tensor in zip(copies, tensors, strict=True))
-    assert [memory.home(copy) for copy in copies] == [*threads.nodes, threads.nodes[0]]
-    assert memory.home(memory.empty((1 << 16,), torch.uint8)) is None, "nothing of it was touched"
+    assert [page_location.home(copy) for copy in copies] == [*threads.nodes, threads.nodes[0]]
+    assert page_location.home(memory.empty((1 << 16,), torch.uint8)) is None, "nothing of it was touched"
 
 
 def test_no_effective_node_is_told(monkeypatch, four_nodes):

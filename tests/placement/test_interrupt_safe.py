@@ -112,13 +112,13 @@ from numa_lab import NUMAOptimizedGQA
 from numa_lab.machine import libnuma
 from numa_lab.placement import openmp
 from numa_lab.placement.interrupt_safe import entered
-from numa_lab.placement.pinned_team import Placement, pinned_team
+from numa_lab.placement.pinned_team import PinnedTeam, pinned_team
 
 node, cpus, how = int(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3]
 torch.set_num_threads(len(cpus))
 libnuma.set_mempolicy(libnuma.MPOL_INTERLEAVE, [node])
 helper, narrow = NUMAOptimizedGQA(node), NUMAOptimizedGQA(node, threads=1)
-placement = Placement(cpus, [(libnuma.MPOL_BIND, [node])] * len(cpus))
+placement = PinnedTeam(cpus, [(libnuma.MPOL_BIND, [node])] * len(cpus))
 query, key = torch.ones(1, 8, 1, 64), torch.ones(1, 2, 64, 64)
 mkl_threads = getattr(ctypes.CDLL(torch._C.__file__), "MKL_Get_Max_Threads", int)
 

@@ -1,35 +1,19 @@
 import errno
-import math
 import mmap
 import os
 import resource
 from pathlib import Path
 
-import numpy as np
 import psutil
 import pytest
 import torch
 
 from numa_lab.errors import LimitReached, MissingDependency, NodeUnavailable, NotPermitted
-from numa_lab.machine import libnuma, page_maps
-from numa_lab.machine.sysfs import Tree
+from numa_lab.machine import libnuma
 from numa_lab.machine.topology import read_topology
-from numa_lab.placement import memory
+from numa_lab.placement import memory, page_location
 
 MIB = 1 << 20
-
-
-@pytest.mark.usefixtures("numa_calls")
-def test_pages_are_untouched_until_written_and_then_lie_on_the_node():
-    node = read_topology().effective_nodes[0]
-    tensor = memory.empty((4 * MIB,), torch.uint8, node)
-    pages = 4 * MIB // memory.PAGE_BYTES
-    assert memory.locate(tensor) == {memory.UNTOUCHED: pages}
-    tensor[: MIB * 2] = 1
-    located = memory.locate(tensor)
-    assert located[node] >= pages // 2
-    tensor[:] = 1
-    assert memory.locate(tensor) == {node: pages}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -65,9 +49,11 @@ def test_where_mbind_is_refused_pinned_threads_touch_the_pages(monkeypatch, huge
     monkeypatch.setattr(memory, "placer", lambda: "first touch")
     node, affinity = read_topology().effective_nodes[0], os.sched_getaffinity(0)
     everywhere = {node: 4 * MIB // memory.PAGE_BYTES}
-    assert memory.locate(memory.empty((4 * MIB,), torch.uint8, node, huge_pages=huge_pages)) == everywhere
-    assert memory.locate(memory.interleaved((4 * MIB,), torch.uint8, [node], huge_pages=huge_pages)) == everywhere
-    assert memory.lost() == ("mbind was refused: tensors were placed by first touch of pinned threads",)
+    assert page_location.locate(memory.empty((4 * MIB,), torch.uint8, node, huge_pages=huge_pages)) == everywhere
+    assert (
+        page_location.locate(memory.interleaved((4 * MIB,), torch.uint8, [node], huge_pages=huge_pages)) == everywhere
+    )
+    assert memory.stand_ins() == ("mbind was refused: tensors were placed by first touch of pinned threads",)
     assert os.sched_getaffinity(0) == affinity
 
 
@@ -78,7 +64,7 @@ def test_each_refused_call_has_its_stand_in(monkeypatch):
 
     for function, call, stand_in in (
         ("mbind", memory.placer, "first touch"),
-        ("page_status", memory.locator, "numa_maps"),
+        ("page_status", page_location.locator, "numa_maps"),
     ):
         call.cache_clear()
         with monkeypatch.context() as patch:
@@ -88,43 +74,9 @@ def test_each_refused_call_has_its_stand_in(monkeypatch):
         assert call() in ("mbind", "move_pages")
 
 
-@pytest.mark.usefixtures("numa_calls")
-def test_migrate_asks_again_for_busy_pages_and_leaves_untouched_ones(monkeypatch):
-    tensor = memory.empty((8 * memory.PAGE_BYTES,), torch.uint8, huge_pages=False)
-    where, asked = dict.fromkeys(memory.page_addresses(tensor).tolist(), 0), []
-    where[next(iter(where))] = -2  # never touched
-    busy = list(where)[3]
-
-    def move_pages(pages, node):
-        asked.append(pages.tolist())
-        for page in pages.tolist():
-            if where[page] >= 0 and (page != busy or len(asked) > 2):
-                where[page] = node
-
-    monkeypatch.setattr(memory.free_memory, "require", lambda *_: None)
-    monkeypatch.setattr(memory, "locator", lambda: "move_pages")
-    monkeypatch.setattr(libnuma, "move_pages", move_pages)
-    monkeypatch.setattr(libnuma, "page_status", lambda pages: np.array([where[page] for page in pages.tolist()]))
-    assert memory.migrate(tensor, 1) == {memory.UNTOUCHED: 1, 1: 7}
-    assert asked[1:] == [[busy], [busy]]
-
-
-@pytest.mark.usefixtures("numa_calls")
-def test_what_is_there_already_stays_and_a_full_node_is_refused(monkeypatch):
-    node = read_topology().effective_nodes[0]
-    tensor = memory.empty((4 * MIB,), torch.uint8, node).fill_(1)
-    located = memory.locate(tensor)
-    with monkeypatch.context() as patch:
-        patch.setattr(libnuma, "move_pages", lambda *_: pytest.fail("there was nothing to move"))
-        assert memory.migrate(tensor, node) == located
-    with pytest.raises(NodeUnavailable, match="77"):
-        memory.migrate(tensor, 77)
-    assert memory.migrate(torch.empty(0), node) == {}
-
-
 def test_pages_go_round_over_the_nodes_that_are_given(monkeypatch):
     node = read_topology().effective_nodes[0]
-    assert memory.locate(memory.interleaved((4 * MIB,), torch.uint8).fill_(1)).keys() <= set(
+    assert page_location.locate(memory.interleaved((4 * MIB,), torch.uint8).fill_(1)).keys() <= set(
         read_topology().allowed_nodes
     )
     with pytest.raises(NodeUnavailable, match="at least one node"):
@@ -134,15 +86,6 @@ def test_pages_go_round_over_the_nodes_that_are_given(monkeypatch):
     monkeypatch.setattr(libnuma, "WEIGHTS", Path("/nonexistent"))
     with pytest.raises(MissingDependency, match=r"Linux 6\.9"):
         memory.interleaved((8,), torch.uint8, [node], weighted=True)
-
-
-@pytest.mark.usefixtures("numa_calls")
-def test_huge_pages_are_reported_as_they_are():
-    plain = memory.empty((16 * MIB,), torch.uint8, huge_pages=False).fill_(1)
-    assert memory.huge_page_share(plain) == 0
-    granted = "[never]" not in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
-    huge = memory.empty((16 * MIB,), torch.uint8).fill_(1)
-    assert (memory.huge_page_share(huge) > 0) == granted
 
 
 @pytest.mark.parametrize(
@@ -187,8 +130,8 @@ def test_without_huge_pages_a_tensor_is_made_all_the_same_and_the_receipt_says_s
             patch.setattr(memory.mmap, "mmap", Refusing)
             for huge_pages in (True, False):
                 tensor = memory.empty((100,), torch.uint8, node, huge_pages=huge_pages).fill_(1)
-                assert memory.locate(tensor) == {node: 1}
-            (note,) = memory.lost()
+                assert page_location.locate(tensor) == {node: 1}
+            (note,) = memory.stand_ins()
         assert f"madvise was refused ({os.strerror(code)})" in note
     finally:
         memory.no_huge_pages.cache_clear()
@@ -212,9 +155,9 @@ def test_where_memory_is_bound_too_much_is_refused_before_it_is_touched():
     [
         lambda: memory.empty((8,), torch.uint8, read_topology().effective_nodes[0]),
         lambda: memory.interleaved((8,), torch.uint8),
-        lambda: memory.locate(torch.zeros(8)),
-        lambda: memory.home(torch.zeros(8)),
-        lambda: memory.migrate(torch.zeros(8), read_topology().effective_nodes[0]),
+        lambda: page_location.locate(torch.zeros(8)),
+        lambda: page_location.home(torch.zeros(8)),
+        lambda: page_location.migrate(torch.zeros(8), read_topology().effective_nodes[0]),
     ],
     ids=["empty", "interleaved", "locate", "home", "migrate"],
 )
@@ -222,7 +165,7 @@ def test_without_libnuma_each_call_says_what_is_missing(monkeypatch, call):
     def absent(_name, **_options):
         raise OSError("no such file")
 
-    cached = (libnuma.library, memory.placer, memory.locator)
+    cached = (libnuma.library, memory.placer, page_location.locator)
     for function in cached:
         function.cache_clear()
     try:
@@ -231,31 +174,10 @@ def test_without_libnuma_each_call_says_what_is_missing(monkeypatch, call):
             with pytest.raises(MissingDependency, match="apt-get install numactl"):
                 call()
             assert memory.empty((8,), torch.uint8).shape == (8,)
-            assert "libnuma is not installed" in " ".join(memory.lost())
+            assert "libnuma is not installed" in " ".join(memory.stand_ins())
     finally:
         for function in cached:
             function.cache_clear()
-
-
-def test_where_move_pages_is_refused_numa_maps_tells(monkeypatch):
-    node = read_topology().effective_nodes[0]
-    tensor = memory.empty((64 * MIB,), torch.uint8, node).fill_(1)  # a policy of its own keeps its mapping apart
-    monkeypatch.setattr(memory, "locator", lambda: "numa_maps")
-    located = memory.locate(tensor)
-    assert set(located) == {node}
-    assert located[node] >= 64 * MIB // memory.PAGE_BYTES
-
-
-def test_where_the_kernel_tells_nothing_of_pages_no_pages_are_claimed(monkeypatch, tmp_path):
-    tensor = torch.zeros(9)
-    monkeypatch.setattr(page_maps, "_PROC", Tree(tmp_path))  # a kernel without CONFIG_NUMA, or gVisor
-    monkeypatch.setattr(memory, "locator", lambda: "numa_maps")
-    assert memory.locate(tensor) == {}
-    assert memory.home(tensor) is None
-    assert math.isnan(memory.huge_page_share(tensor))
-    assert page_maps.kernel_moves() == 0
-    monkeypatch.setattr(os, "access", lambda *_: False)
-    assert memory.lost()[-1] == "there is no numa_maps: no pages were looked at"
 
 
 @pytest.mark.usefixtures("numa_calls")
@@ -268,8 +190,3 @@ def test_a_limit_of_address_space_is_told():
             memory.empty((256 * MIB,), torch.uint8)
     finally:
         resource.setrlimit(resource.RLIMIT_AS, before)
-
-
-def test_a_strided_view_counts_the_pages_that_it_spans():
-    cache = torch.zeros(1, 64, 8, 128)  # [B, S, H, D] seen as [B, H, S, D]
-    assert sum(memory.locate(cache.transpose(1, 2)).values()) == sum(memory.locate(cache).values())

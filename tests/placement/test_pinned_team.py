@@ -60,17 +60,17 @@ def test_every_thread_gets_the_policy_and_gives_it_back(node):
 def test_each_thread_may_get_a_policy_of_its_own(node):
     cpus = sorted(os.sched_getaffinity(0))[:2]
     given = [(libnuma.MPOL_BIND, {node}), (libnuma.MPOL_PREFERRED, {node})][: len(cpus)]
-    with pinned_team.Placement(cpus, given) as before:
+    with pinned_team.PinnedTeam(cpus, given) as before:
         assert before.granted == len(cpus)
         assert policies(len(cpus)) == given
     with pytest.raises(InvalidInput, match=r"one for each of the 3$"):
-        pinned_team.Placement([0, 1, 2], given)
+        pinned_team.PinnedTeam([0, 1, 2], given)
 
 
 def test_what_mkl_computes_with_comes_back(node):
     told = getattr(ctypes.CDLL(torch._C.__file__), "MKL_Get_Max_Threads", torch.get_num_threads)
     before = told()
-    with pinned_team.Placement([min(os.sched_getaffinity(0))] * 3):
+    with pinned_team.PinnedTeam([min(os.sched_getaffinity(0))] * 3):
         assert told() == 3
         torch.set_num_threads(5)
     try:
@@ -92,7 +92,7 @@ def test_threads_born_inside_are_given_back_too():
 
 def test_the_leader_may_keep_more_than_its_cpu():
     cpus = sorted(os.sched_getaffinity(0))
-    placement = pinned_team.Placement(cpus, leader_cpus=cpus)
+    placement = pinned_team.PinnedTeam(cpus, leader_cpus=cpus)
     before = placement.enter()
     try:
         assert [thread.cpus for thread in openmp.team()] == [set(cpus), *({cpu} for cpu in cpus[1:])]
@@ -113,7 +113,7 @@ def test_a_cpu_that_is_not_allowed_raises_and_restores():
 
 def test_a_refused_policy_is_told_and_the_threads_are_pinned_all_the_same():
     cpu = min(os.sched_getaffinity(0))
-    placement = pinned_team.Placement([cpu], (libnuma.MPOL_BIND, [1023]))  # a node that no machine of the tests has
+    placement = pinned_team.PinnedTeam([cpu], (libnuma.MPOL_BIND, [1023]))  # a node that no machine of the tests has
     before = placement.enter()
     try:
         assert "set_mempolicy" in before.refusal
@@ -172,7 +172,7 @@ from numa_lab.experiments.execution import start
 
 cpu = min(openmp.team(1)[0].cpus)
 outside = openmp.team(1)
-placement = pinned_team.Placement([cpu] * 3)
+placement = pinned_team.PinnedTeam([cpu] * 3)
 before = placement.enter()
 granted = before.granted, [sorted(thread.cpus) == [cpu] for thread in openmp.team()]
 placement.leave(before)
@@ -181,11 +181,11 @@ helper = NUMAOptimizedGQA(0, threads=2)
 with helper:
     query, key = torch.ones(1, 4, 1, 64), torch.ones(1, 2, 999, 64)
     torch.testing.assert_close(helper.compute(query, key, key), query)
-receipts = [helper.receipt()]
+receipts = list(helper.receipts().values())
 with NUMAThreadPool() as pool:
-    receipts += pool.receipt().values()
-cache = NodeShardedKVCache(1, 2, 64, 9, torch.float32)
-receipts += cache.receipt().values()
+    receipts += pool.receipts().values()
+cache = NodeShardedKVCache(1, 2, 64, capacity=9, dtype=torch.float32)
+receipts += cache.receipts().values()
 found = [receipt.contradictions(receipt.observed_cpus, receipt.effective.cpu_nodes) for receipt in receipts]
 execution = start(profile="smoke", preset="llama-3-8b", kv_len=64)
 try:

@@ -1,12 +1,12 @@
 import json
-import threading
 from pathlib import Path
 
 import pytest
 
 from numa_lab.measurement.results import load_run
 from numa_lab.placement.binding import Binding
-from numa_lab.placement.receipt import Receipt, Team, ThreadSeen, ThreadWatch
+from numa_lab.placement.receipt import Receipt, Team
+from numa_lab.placement.thread_watch import ThreadSeen
 
 GOOD = {"key": {1: 100}, "value": {1: 100}}
 
@@ -75,34 +75,6 @@ def test_it_survives_its_columns():
     assert "seen 1 of 2 threads" in str(receipt(team=Team(2, 1)))
     touched = receipt("c0-1f1", "c0-1m*")
     assert Receipt.from_columns(touched.to_columns()) == touched
-
-
-def test_the_watch_finds_the_thread_that_computes_and_not_the_one_that_sleeps():
-    stop = threading.Event()
-    tids = {}
-
-    def busy():
-        tids["busy"] = threading.get_native_id()
-        while not stop.is_set():
-            sum(range(1000))
-
-    def asleep():
-        tids["asleep"] = threading.get_native_id()
-        stop.wait()
-
-    threads = [threading.Thread(target=busy), threading.Thread(target=asleep)]
-    for thread in threads:
-        thread.start()
-    watch = ThreadWatch()
-    stop.wait(0.2)
-    watch.look()
-    seen = {thread.tid: thread for thread in watch.threads()}
-    stop.set()
-    for thread in threads:
-        thread.join()
-    assert tids["busy"] in seen
-    assert tids["asleep"] not in seen
-    assert set(seen[tids["busy"]].seen) <= set(seen[tids["busy"]].allowed)
 
 
 def test_the_example_of_the_documentation_is_the_samples():

@@ -7,7 +7,7 @@ import torch
 
 from numa_lab.machine import libnuma
 from numa_lab.machine.topology import read_topology
-from numa_lab.placement import memory, recycled_memory
+from numa_lab.placement import memory, page_location, recycled_memory
 
 NODE = read_topology().effective_nodes[0]
 MIB = 1 << 20
@@ -22,7 +22,7 @@ def several_nodes(monkeypatch):
 def test_what_malloc_would_hand_out_again_is_touched_anew():
     torch.empty(32 * MIB - 4096, dtype=torch.uint8)  # freed at once, so malloc keeps what is smaller from now on
     held = [torch.ones(8 * MIB, dtype=torch.uint8) for _ in range(3)]
-    pages = memory.page_addresses(held[1])[1:-1]
+    pages = page_location.page_addresses(held[1])[1:-1]
     del held[1]  # between two others, so that it stays mapped
     assert set(libnuma.page_status(pages)) == {NODE}
     recycled_memory.give_back(NODE)
@@ -79,10 +79,12 @@ def test_a_tensor_is_moved_unless_its_memory_has_a_policy_of_its_own(monkeypatch
     moved = []
     # This machine may have one node: the kernel's answers are those of tensors on the next one.
     monkeypatch.setattr(libnuma, "page_status", lambda addresses: addresses.astype("int32") * 0 + NODE + 1)
-    monkeypatch.setattr(memory, "migrate", lambda tensor, node: moved.append((tensor.data_ptr(), node)) or {node: 1})
+    monkeypatch.setattr(
+        page_location, "migrate", lambda tensor, node: moved.append((tensor.data_ptr(), node)) or {node: 1}
+    )
     assert recycled_memory.settle(plain, NODE) == recycled_memory.settle(bound, NODE + 2) == ""
     assert moved == [(plain.data_ptr(), NODE)]
-    monkeypatch.setattr(memory, "migrate", lambda _tensor, node: {node: 1, node + 1: 3})
+    monkeypatch.setattr(page_location, "migrate", lambda _tensor, node: {node: 1, node + 1: 3})
     assert "3 of its pages could not be moved" in recycled_memory.settle(plain, NODE)
 
 

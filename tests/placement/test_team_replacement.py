@@ -94,12 +94,12 @@ def test_a_placement_inside_is_no_move():
 
 def test_what_the_cpuset_took_away_is_replaced_when_the_helper_is_entered(monkeypatch):
     helper = NUMAOptimizedGQA(NODE)
-    helper._placement = pinned_team.Placement([4094, 4095], None, [4094, 4095])  # as of before
+    helper._pinned = pinned_team.PinnedTeam([4094, 4095], None, [4094, 4095])  # as of before
     with pytest.warns(RuntimeWarning, match=r"CPUs 4094-4095 of node .* placed on CPUs"), helper:
         assert set(helper.cpus) <= set(CPUS)
         assert masks()[1:] == [{cpu} for cpu in helper.cpus[1:]]
     none = dataclasses.replace(read_topology(), allowed_cpus=())
-    helper._placement = pinned_team.Placement([4095])
+    helper._pinned = pinned_team.PinnedTeam([4095])
     monkeypatch.setattr(team_replacement, "read_topology", lambda: none)
     before = masks()
     with pytest.raises(NodeUnavailable, match=f"node {NODE} has no CPU left .* placed on CPUs 4095"):
@@ -133,10 +133,10 @@ def test_a_node_without_cpus_is_served_by_the_nearest_or_refused(monkeypatch, fo
     left = dataclasses.replace(four_nodes, allowed_cpus=four_nodes.node_cpus[1])
     monkeypatch.setattr(team_replacement, "read_topology", lambda: left)
     monkeypatch.setattr(team_replacement, "cpus_outside", lambda: set(range(6)))
-    placement = pinned_team.Placement(four_nodes.node_cpus[0])
-    assert team_replacement.anew(placement, 0, elsewhere=True).cpus == four_nodes.node_cpus[1]
+    placement = pinned_team.PinnedTeam(four_nodes.node_cpus[0])
+    assert team_replacement.placed_again(placement, 0, elsewhere=True).cpus == four_nodes.node_cpus[1]
     with pytest.raises(NodeUnavailable, match="node 0 has no CPU left"):
-        team_replacement.anew(placement, 0)
+        team_replacement.placed_again(placement, 0)
 
 
 @pytest.mark.parametrize(
