@@ -3,16 +3,17 @@
 import argparse
 from pathlib import Path
 
-from tqdm import tqdm
-
 from numa_lab.errors import run_script
-from numa_lab.experiments import guide_analyses
 from numa_lab.machine.shell_commands import to_paste
 from numa_lab.measurement.atomic_files import write_json
 
 
 def main() -> None:
     """Run the four analyses and write numa_attention_results.json."""
+    from tqdm import tqdm
+
+    from numa_lab.experiments import guide_analyses
+
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--full", action="store_true", help="the guide's batch of 512, as far as memory allows")
     parser.add_argument(

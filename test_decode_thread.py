@@ -7,7 +7,6 @@ from torch import Tensor
 from numa_lab import NUMAOptimizedGQA, scaled_dot_product_attention_gqa
 from numa_lab.attention.shapes import fit, preset
 from numa_lab.errors import run_script
-from numa_lab.experiments import decode_loop
 from numa_lab.machine.topology import read_topology
 
 _global_numa_gqa: NUMAOptimizedGQA | None = None
@@ -40,6 +39,8 @@ def attn(layer: object, query_states: Tensor, key_states: Tensor, value_states: 
 
 def main() -> None:
     """Print tokens per second with and without the helper, and where the helper's cache lay."""
+    from numa_lab.experiments import decode_loop
+
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--full", action="store_true", help="the guide's batch of 512, as far as memory allows")
     parser.add_argument("--seconds", type=float, default=10.0, help="for all runs; filling large caches takes more")

@@ -22,7 +22,7 @@ from numa_lab.placement import recycled_memory
 def main() -> None:
     """Print one line per row: median microseconds, and its ratio to torch's own call of the same run."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--shape", default="llama-3-8b", choices=PRESETS)
+    parser.add_argument("--preset", default="llama-3-8b", choices=PRESETS)
     parser.add_argument("--kv-len", type=int, default=1024)
     parser.add_argument("--turns", type=int, default=1000)
     options = parser.parse_args()

@@ -16,8 +16,18 @@ Its rooms, from the reader down to the machine; each imports only from those bel
 Public names are loaded on first use, so that ``import numa_lab`` does not load torch.
 """
 
+from collections.abc import Callable
+
 import lazy_loader
+
+from numa_lab.errors import suite_needed
 
 __version__ = "0.1.0"
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+_load: Callable[[str], object]
+_load, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+
+
+def __getattr__(name: str) -> object:
+    with suite_needed():
+        return _load(name)

@@ -1,7 +1,8 @@
 """The errors that numa_lab raises for its users; each message names the value, what was expected and the fix."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 
 class NumaLabError(Exception):
@@ -28,6 +29,10 @@ class MissingDependency(NumaLabError):
     """A system tool or library is not installed; the message holds the line to type."""
 
 
+class SuiteNotInstalled(MissingDependency, ModuleNotFoundError):
+    """What was asked for needs the notebook suite, and a package of it is not installed."""
+
+
 class LimitReached(NumaLabError):
     """A limit of this process or container leaves too little: shared memory, open files, or address space."""
 
@@ -48,10 +53,33 @@ class NotPermitted(NumaLabError, PermissionError):
     """The kernel refused a NUMA call, as the default seccomp profile of containers does."""
 
 
+@contextmanager
+def suite_needed() -> Iterator[None]:
+    """Say how the notebook suite is installed where the block imports a package that is not there.
+
+    Raises
+    ------
+    SuiteNotInstalled
+        Naming the package, and the line to type.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in ("", "numa_lab") or isinstance(error, SuiteNotInstalled):
+            raise
+        raise SuiteNotInstalled(
+            f"{package} is not installed, and this needs it, as notebooks, sweeps, tables and reports do; type: "
+            "pip install 'numa_lab[lab]'",
+            name=error.name,
+        ) from error
+
+
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's main function; an error of numa_lab ends it with the message alone and its exit status."""
     try:
-        main()
+        with suite_needed():
+            main()
     except NumaLabError as error:
         print(error, file=sys.stderr)
         sys.exit(error.exit_status)

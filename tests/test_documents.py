@@ -27,7 +27,7 @@ from sybil.parsers.markdown.lexers import RawFencedCodeBlockLexer
 from sybil.parsers.rest import DocTestParser
 
 from numa_lab.cli import main
-from numa_lab.experiments import notebook_runner, sweep, sweep_plan
+from numa_lab.experiments import notebook_files, notebook_runner, sweep, sweep_plan
 from numa_lab.machine.topology import read_topology
 
 ROOT = Path(__file__).parents[1]
@@ -95,7 +95,7 @@ def workplace(tmp_path_factory):
     shutil.copytree(ROOT / "data/sample/guest", copy / "data/runs/sample")
     planned = sweep_plan.make_plan(
         profile="smoke", bindings=sweep_plan.choose_bindings("local", TOPOLOGY), topology=TOPOLOGY,
-        measured=notebook_runner.find(sweep.MEASURED_NOTEBOOK), parameters={}, run_id="planned", command="numa-lab sweep",
+        measured=notebook_files.find(sweep.MEASURED_NOTEBOOK), parameters={}, run_id="planned", command="numa-lab sweep",
     )  # fmt: skip
     sweep_plan.prepare(planned, copy / "data/runs/planned", TOPOLOGY)
     (copy / ".venv/bin").mkdir(parents=True)

@@ -12,7 +12,7 @@ import pytest
 from numa_lab.attention.shapes import preset
 from numa_lab.bandwidth import advisor
 from numa_lab.bandwidth.node_bandwidths import Measured
-from numa_lab.experiments import notebook_runner, sweep_plan
+from numa_lab.experiments import notebook_files, sweep_plan
 from numa_lab.machine.overview import overview
 from numa_lab.machine.sysfs import format_cpulist
 from numa_lab.machine.topology import read_topology
@@ -23,7 +23,7 @@ from numa_lab.measurement.results import load_run
 from numa_lab.placement.binding import Binding
 from numa_lab.report import figures, verdicts
 
-MEASURED = notebook_runner.find("02_attention_under_binding")
+MEASURED = notebook_files.find("02_attention_under_binding")
 SECONDS = 2  # of CPU time, for topology and plan together
 
 

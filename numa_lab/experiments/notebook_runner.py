@@ -36,25 +36,6 @@ LIMIT_SECONDS = 3600  # an execution that takes longer hangs
 _SUPERVISOR = Path(__file__).with_name("supervisor.py")
 
 
-def find(notebook: str | os.PathLike[str]) -> Path:
-    """Path of a notebook given by path, or by the name of one of this project's.
-
-    Raises
-    ------
-    InvalidInput
-        There is no such notebook.
-    """
-    given = Path(notebook)
-    folders = (Path.cwd() / "notebooks", Path(__file__).parents[2] / "notebooks")
-    for path in (given, *(folder / given.with_suffix(".ipynb").name for folder in folders)):
-        if path.is_file() and path.suffix == ".ipynb":
-            return path
-    raise InvalidInput(
-        f"notebook {notebook}: no such file, neither here nor in {' or '.join(str(f) for f in folders)}; "
-        "give the path of an .ipynb file, or run from a checkout of numa_lab"
-    )
-
-
 def read(path: Path) -> nbformat.NotebookNode:
     """A notebook file in the current format."""
     found: nbformat.NotebookNode = nbformat.read(path, as_version=4)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from numa_lab.errors import InvalidInput
+from numa_lab.experiments import notebook_files
 
 SAMPLE = Path("data", "sample")
 
@@ -80,23 +81,23 @@ def find_run(run_dir: str) -> Path:
     """The run directory that a notebook was given; for the empty text the sample that is committed with this project.
 
     A relative path starts in the folder where the notebook runs. Where it leads nowhere from there, it is taken from the
-    project's notebooks, then from the project.
+    clone's notebooks, then from the clone.
 
     Raises
     ------
     InvalidInput
         There is no such folder.
     """
-    project = Path(__file__).parents[2]
+    clone = notebook_files.clone()
     if not run_dir:
-        if (project / SAMPLE).is_dir():
-            return project / SAMPLE
+        if clone and (clone / SAMPLE).is_dir():
+            return clone / SAMPLE
         raise InvalidInput(
-            f"run_dir='': the sample is part of a checkout of numa_lab, and {project} is none; give a run directory that "
-            "`numa-lab sweep` wrote"
+            f"run_dir='': the sample is part of a checkout of numa_lab, and {notebook_files.folder().parent} is none; give a run "
+            "directory that `numa-lab sweep` wrote"
         )
     given = Path(run_dir).expanduser()
-    folders = (Path.cwd(), project / "notebooks", project)
+    folders = (Path.cwd(), clone / "notebooks", clone) if clone else (Path.cwd(),)
     for folder in folders:
         if (folder / given).is_dir():
             return folder / given

@@ -16,7 +16,7 @@ import pandas as pd
 from numa_lab.bandwidth.advisor import predict_bindings
 from numa_lab.bandwidth.node_bandwidths import PROBES, Measured
 from numa_lab.errors import InvalidInput, NumaLabError, UntrustedResult
-from numa_lab.experiments import notebook_runner
+from numa_lab.experiments import notebook_files, notebook_runner
 from numa_lab.experiments.sweep_lock import alone as alone
 from numa_lab.experiments.sweep_plan import Plan, Planned, expected_cases, missing, resume_command
 from numa_lab.machine.libnuma import interleave_weights
@@ -168,7 +168,7 @@ def _why_absent(computed: int, expected: int, planned: Planned, topology: Topolo
 
 def measure_machine(run_dir: Path) -> list[str]:
     """Execute notebook 01, which writes ``probes.json``; why it failed, as sentences."""
-    source = notebook_runner.find(MACHINE_NOTEBOOK)
+    source = notebook_files.find(MACHINE_NOTEBOOK)
     output = run_dir.resolve() / "notebooks" / source.name
     output.parent.mkdir(parents=True, exist_ok=True)
     log = output.with_suffix(".log")

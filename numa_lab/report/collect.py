@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from numa_lab.experiments import notebook_runner
+from numa_lab.experiments import notebook_files, notebook_runner
 from numa_lab.measurement import comparison
 from numa_lab.measurement.machine_facts import load_machine
 from numa_lab.measurement.results import load_run
@@ -39,7 +39,7 @@ def write(run_dir: Path) -> Written:
 
 
 def _execute(name: str, run_dir: Path) -> list[str]:
-    source = notebook_runner.find(name)
+    source = notebook_files.find(name)
     output = run_dir.resolve() / "notebooks" / source.name
     output.parent.mkdir(parents=True, exist_ok=True)
     log = output.with_suffix(".log")

@@ -64,8 +64,6 @@ def test_a_notebook_without_parameters_or_none_at_all_is_refused(tmp_path):
     (tmp_path / "text.ipynb").write_text("no json")
     with pytest.raises(InvalidInput, match="can't be read as a notebook"):
         notebook_runner.parameters_of(tmp_path / "text.ipynb")
-    with pytest.raises(InvalidInput, match="no such file"):
-        notebook_runner.find("08_nowhere")
 
 
 @pytest.mark.notebook

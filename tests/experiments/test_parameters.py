@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from numa_lab.errors import InvalidInput
-from numa_lab.experiments import notebook_runner, parameters
+from numa_lab.experiments import notebook_files, notebook_runner, parameters
 
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
 CELL = "kv_len: int = 64  # tokens in the cache\nseconds: float = 2.0  # for all\nrefresh: bool = False  # anew\nname: str = 'x'"
@@ -71,6 +71,6 @@ def test_a_run_directory_that_is_not_there_is_told_with_where_it_was_looked_for(
 
 
 def test_without_a_checkout_the_sample_is_said_to_be_missing(tmp_path, monkeypatch):
-    monkeypatch.setattr(parameters, "__file__", str(tmp_path / "numa_lab" / "experiments" / "parameters.py"))
+    monkeypatch.setattr(notebook_files, "clone", lambda: None)
     with pytest.raises(InvalidInput, match="the sample is part of a checkout"):
         parameters.find_run("")

@@ -17,13 +17,13 @@ from click.testing import CliRunner
 
 from numa_lab.cli import main
 from numa_lab.errors import InvalidInput, MachineMismatch, NodeUnavailable, RunDirectoryError, UntrustedResult
-from numa_lab.experiments import execution, notebook_runner, sweep, sweep_lock, sweep_plan
+from numa_lab.experiments import execution, notebook_files, notebook_runner, sweep, sweep_lock, sweep_plan
 from numa_lab.machine import libnuma
 from numa_lab.machine.topology import parse_cpulist, read_topology
 from numa_lab.measurement import atomic_files, comparison, machine_facts, results
 from numa_lab.report import receipts
 
-MEASURED = notebook_runner.find(sweep.MEASURED_NOTEBOOK)
+MEASURED = notebook_files.find(sweep.MEASURED_NOTEBOOK)
 
 
 def planned_sweep(executions=2, bindings="local", parameters=None, seed=1, measured=MEASURED):
@@ -319,7 +319,7 @@ def test_ctrl_c_leaves_what_has_finished_usable_and_no_kernel_behind(tmp_path):
 
 
 def test_what_is_predicted_is_stored_before_anything_is_measured(tmp_path):
-    planned, machine, measured = planned_sweep(), read_topology(), notebook_runner.find(sweep.MEASURED_NOTEBOOK)
+    planned, machine, measured = planned_sweep(), read_topology(), notebook_files.find(sweep.MEASURED_NOTEBOOK)
     assert sweep.predict(planned, tmp_path, measured, machine) == []
     assert results.load_prediction(tmp_path).empty, "nothing can be predicted without probes"
     nodes = list(machine.node_ids)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from numa_lab.experiments import notebook_runner
+from numa_lab.experiments import notebook_files, notebook_runner
 
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
 SAMPLE = Path(__file__).parents[2] / "data" / "sample"
@@ -53,7 +53,7 @@ def test_links_lead_somewhere(path):
 )
 def test_a_notebook_runs_and_every_figure_has_alternative_text(name, parameters, tmp_path):
     output, log = tmp_path / "out.ipynb", tmp_path / "log"
-    outcome = notebook_runner.execute(notebook_runner.find(name), output, parameters, log=log)
+    outcome = notebook_runner.execute(notebook_files.find(name), output, parameters, log=log)
     assert outcome.exit_status == 0, notebook_runner.failure(outcome, log)
     outputs = [output for cell in notebook_runner.read(output).cells for output in cell.get("outputs", ())]
     figures = [output for output in outputs if "image/png" in output.get("data", {})]

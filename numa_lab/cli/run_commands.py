@@ -1,8 +1,7 @@
-"""The command line. Each command imports what it needs inside itself, so that those without torch start at once."""
+"""Commands around a run: the notebooks, the sweep that measures with them, its verdict and its report."""
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from collections.abc import Sequence
@@ -12,170 +11,27 @@ from typing import Any
 
 import click
 
-from numa_lab import __version__
+from numa_lab.cli.group import INTERRUPTED, json_option, print_json
 from numa_lab.errors import InvalidInput, NumaLabError, UntrustedResult
 from numa_lab.machine.shell_commands import near, to_paste
 
-INTERRUPTED = 130  # 128 + SIGINT, as shells say it: click's own 1 is that of a sweep some of whose executions failed
+
+@click.command()
+@click.argument("folder", type=click.Path(path_type=Path), metavar="DIR")
+def notebooks(folder: Path) -> None:
+    """Copy the notebooks into a folder of your own, to open and to change them there."""
+    from numa_lab.experiments import notebook_files
+
+    for path in notebook_files.copy(folder):
+        click.echo(str(path))
+    click.echo(
+        f"{folder} holds the notebooks; open them by: {shlex.join(['jupyter', 'lab', str(folder)])}\n"
+        "numa-lab sweep measures with the copy of 02 in ./notebooks, where there is one, or with --notebook PATH.",
+        err=True,
+    )
 
 
-class _Group(click.Group):
-    """Prints the project's own errors as one message on stderr, without a traceback, and says where Ctrl-C ended it."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt:
-            click.echo("numa-lab: stopped", err=True)
-            sys.exit(INTERRUPTED)
-
-    def main(self, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return super().main(*args, **kwargs)
-        except NumaLabError as error:
-            click.echo(f"numa-lab: {error}", err=True)
-            sys.exit(error.exit_status)
-        except OSError as error:
-            click.echo(f"numa-lab: {error}", err=True)
-            sys.exit(1)
-
-
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__)
-def main() -> None:
-    """Measure what NUMA placement does to attention on this machine, prove it, and say what to do."""
-
-
-_as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON only.")
-
-
-def _print_json(value: object) -> None:
-    click.echo(json.dumps(value, indent=1, allow_nan=False))
-
-
-_root = click.option(
-    "--root", default="/", show_default=True, metavar="DIR", help="Read sysfs and procfs below this folder."
-)
-
-
-@main.command()
-@_as_json
-@_root
-def topology(as_json: bool, root: str) -> None:
-    """Nodes, CPUs, memory, distances, caches and GPUs, and what this process may use."""
-    from numa_lab.machine.overview import overview
-    from numa_lab.machine.topology import read_topology
-
-    found = read_topology(root)
-    if as_json:
-        _print_json(found.to_json())
-    else:
-        click.echo(overview(found))
-
-
-@main.command()
-@_as_json
-@_root
-def doctor(as_json: bool, root: str) -> None:
-    """What on this machine spoils NUMA performance, and the exact fix; by --root on a captured one."""
-    from numa_lab.machine import doctor as checks
-
-    findings = checks.examine(root)
-    if as_json:
-        _print_json(checks.to_json(findings))
-    else:
-        click.echo(checks.render(findings))
-
-
-@main.command()
-@_as_json
-@click.option("--seconds", default=20.0, show_default=True, help="Time for all cells together.")
-def probe(as_json: bool, seconds: float) -> None:
-    """Read bandwidth and latency between all nodes."""
-    from tqdm import tqdm
-
-    from numa_lab.bandwidth import node_probes
-    from numa_lab.machine.topology import read_topology
-
-    with tqdm(total=1, desc="probing", unit="cell", disable=None, leave=False) as bar:
-
-        def progress(done: int, total: int, what: str) -> None:
-            bar.total, bar.n = total, done
-            bar.set_postfix_str(what)
-
-        found = node_probes.probe_nodes(read_topology(), seconds=seconds, progress=progress)
-    if as_json:
-        _print_json(found.to_json())
-    else:
-        click.echo(node_probes.render(found))
-
-
-@main.command()
-@_as_json
-@click.option("--shape", metavar="NAME", help="Attention of this model, such as llama-3-8b or gemma-2-9b.")
-@click.option("--refresh", is_flag=True, help="Measure anew, although a ranking is kept.")
-def detect(as_json: bool, shape: str | None, refresh: bool) -> None:
-    """Which node runs attention best, and how sure that is."""
-    from numa_lab.nodes import optimal_node
-
-    ranking = optimal_node.rank(shape, refresh=refresh)
-    if as_json:
-        optimal, nodes = optimal_node.choose(ranking), ranking.to_json()["rows"]
-        _print_json({"optimal_node": optimal, "sentence": ranking.sentence(), "nodes": nodes})
-    else:
-        click.echo(ranking.render())
-        click.echo(ranking.sentence())
-        click.echo(optimal_node.advice(ranking).replace("`", ""))
-
-
-@main.command()
-@_as_json
-@click.option("--mlc", metavar="FILE", help="Output of Intel Memory Latency Checker (x86 only), versions 3.1 to 3.11.")
-@click.option(
-    "--run", "run_dir", type=click.Path(path_type=Path), metavar="DIR", help="Run directory; its probes are taken."
-)
-@click.option("--machine", metavar="NAME", help="Published: broadwell, cascadelake, icelake or sapphirerapids.")
-@click.option("--preset", "model", default="llama-3-8b", show_default=True, metavar="NAME", help="Model's attention.")
-@click.option("--kv-len", type=int, metavar="N", help="Tokens in the cache; the preset's own where not given.")
-@click.option("--batch", type=int, metavar="N", help="Sequences; the preset's own where not given.")
-@click.option("--dtype", metavar="D", help="float32, bfloat16 or float16; the preset's own where not given.")
-def predict(
-    as_json: bool,
-    mlc: str | None,
-    run_dir: Path | None,
-    machine: str | None,
-    model: str,
-    kv_len: int | None,
-    batch: int | None,
-    dtype: str | None,
-) -> None:
-    """Predict decode attention for every placement: one node, a socket, all nodes, an instance on each.
-
-    Exactly one of --mlc, --run and --machine says what memory was measured. Nothing is run.
-    """
-    from numa_lab.attention.shapes import preset
-    from numa_lab.bandwidth import advisor
-    from numa_lab.bandwidth import mlc as mlc_output
-
-    if sum(given is not None for given in (mlc, run_dir, machine)) != 1:
-        raise InvalidInput("expected exactly one of --mlc FILE, --run DIR and --machine NAME")
-    sizes = {"kv_len": kv_len, "batch": batch, "dtype": dtype}
-    shape = preset(model, **{name: value for name, value in sizes.items() if value is not None})
-    facts = None
-    if run_dir is not None:
-        source, (facts, measured) = str(run_dir), advisor.read_run(run_dir)
-    elif mlc is not None:
-        source, measured = mlc, mlc_output.read_mlc(mlc)
-    else:
-        source, measured = f"{machine}, {mlc_output.SOURCE}", mlc_output.published(str(machine))
-    plan = advisor.plan_placement(shape, facts, measured)
-    if as_json:
-        _print_json({"source": source, **plan.to_json()})
-    else:
-        click.echo(advisor.render(plan, source))
-
-
-@main.command()
+@click.command()
 @click.option("--profile", default="quick", show_default=True, help="How much: smoke, quick, standard or full.")
 @click.option(
     "--bindings",
@@ -212,13 +68,13 @@ def sweep(
 
     The path of the run directory is the last line on stdout.
     """
-    from numa_lab.experiments import notebook_runner
+    from numa_lab.experiments import notebook_files, notebook_runner
     from numa_lab.experiments import sweep as sweeps
     from numa_lab.experiments import sweep_plan as plans
     from numa_lab.machine.topology import read_topology
     from numa_lab.measurement.workloads import PROFILES
 
-    measured = notebook_runner.find(notebook_path or sweeps.MEASURED_NOTEBOOK)
+    measured = notebook_files.find(notebook_path or sweeps.MEASURED_NOTEBOOK)
     machine = read_topology()
     if resume:
         plan, run_dir = plans.load_plan(resume), resume
@@ -311,9 +167,9 @@ def _run(plan: Any, run_dir: Path, machine: Any, measured: Path, *, probes: bool
     return failed
 
 
-@main.command()
+@click.command()
 @click.argument("run_dir", type=click.Path(path_type=Path))
-@_as_json
+@json_option
 def verdict(run_dir: Path, as_json: bool) -> None:
     """Which bindings differ, by how much, and how sure that is."""
     from numa_lab.measurement.comparison import compare
@@ -324,14 +180,14 @@ def verdict(run_dir: Path, as_json: bool) -> None:
     rows = load_run(run_dir)
     found = compare(rows)
     if as_json:
-        _print_json(found.to_json())
+        print_json(found.to_json())
     else:
         click.echo(verdicts.headline(rows, load_machine(run_dir), found))
         for comparison in found.comparisons:
             click.echo(f"  {comparison.sentence()}")
 
 
-@main.command()
+@click.command()
 @click.argument("run_dir", type=click.Path(path_type=Path))
 def report(run_dir: Path) -> None:
     """Write report.html into a run directory; prints its path and the verdict."""
