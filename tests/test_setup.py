@@ -278,6 +278,7 @@ def require(folder: Path, *requirements: str) -> None:
         "Name: numa_lab",
         "Version: 1",
         f"Requires-Python: {python}",
+        "Provides-Extra: lab",
         "Provides-Extra: dev",
         "Provides-Extra: bench",
     ]

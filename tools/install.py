@@ -1,6 +1,6 @@
 """Install numa_lab and what it needs into the environment of the Python that runs this; `make setup` and `make test` do.
 
-    .venv/bin/python tools/install.py [EXTRA]
+    .venv/bin/python tools/install.py [EXTRA]       (`lab`, the suite, where none is named; or `dev`)
 
 The versions are those of constraints.txt. torch comes first, since its builds for CUDA are gigabytes that a suite for CPUs never
 uses: where pip is left with its own index and PyTorch's CPU index answers, from there. The standard library has to do here.
@@ -180,16 +180,16 @@ def size(folder: Path) -> float:
     return sum(os.lstat(Path(root, name)).st_blocks * 512 for root, _, names in os.walk(folder) for name in names)
 
 
-def main(extra: str = "") -> None:
-    """Install numa_lab, with an extra if one is named, and say how long it took and what it takes on disk."""
+def main(extra: str = "lab") -> None:
+    """Install numa_lab with an extra, and say how long it took and what it takes on disk."""
     began = time.monotonic()
     root = Path(__file__).resolve().parents[1]
     constraints = root / "constraints.txt"
     torch = pinned_torch(constraints)
     if not is_installed(torch):
         install(*torch_options(torch), "--constraint", str(constraints), torch)
-    say(f"installing numa_lab, and what {'tests and linters need' if extra else 'a report needs'} ...")
-    install("--constraint", str(constraints), "--editable", f"{root}[{extra}]" if extra else str(root))
+    say(f"installing numa_lab, and what {'a report needs' if extra == 'lab' else 'tests and linters need'} ...")
+    install("--constraint", str(constraints), "--editable", f"{root}[{extra}]")
     seconds = time.monotonic() - began
     took = f"{seconds // 60:.0f} min {seconds % 60:.0f} s" if seconds >= 60 else f"{seconds:.0f} s"
     say(f"that took {took}; {Path(sys.prefix).name} takes {size(Path(sys.prefix)) / 1e9:.1f} GB on disk")
