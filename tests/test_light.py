@@ -4,9 +4,11 @@ import subprocess
 import sys
 import textwrap
 
+import pytest
+
 LABORATORY = (
     "IPython", "ipykernel", "jinja2", "jupyterlab", "markupsafe", "matplotlib", "nbconvert", "nbformat", "pandas",
-    "papermill", "pyarrow", "scipy", "seaborn", "tqdm", "yaml",
+    "papermill", "PIL", "cycler", "pyarrow", "scipy", "seaborn", "tqdm", "yaml",
 )  # fmt: skip
 TABLES = ("load_run", "load_runs", "rank_nodes")  # which return a DataFrame
 
@@ -40,3 +42,44 @@ def test_public_names_need_no_package_of_the_laboratory():
         assert torch.allclose(output, query)
         """
     subprocess.run([sys.executable, "-W", "error", "-c", textwrap.dedent(script)], check=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+    "words", [["sweep", "--dry-run"], ["report", "data/sample"], ["verdict", "data/sample"], ["load_run"], ["script"]]
+)
+def test_what_needs_the_laboratory_says_how_to_install_it(words):
+    script = f"""
+        import sys
+
+        sys.modules |= dict.fromkeys({LABORATORY})
+        if {words} == ["load_run"]:
+            try:
+                from numa_lab import load_run
+            except ImportError as error:
+                sys.exit(str(error))
+        if {words} == ["script"]:
+            import analyze_numa_cpu_attention
+            from numa_lab.errors import run_script
+
+            sys.argv[1:] = []
+            run_script(analyze_numa_cpu_attention.main)
+        from numa_lab.cli import main
+
+        main({words})
+        """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == 1
+    assert "is not installed" in done.stderr
+    assert "pip install 'numa_lab[lab]'" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    "words", [["topology"], ["doctor"], ["predict", "--machine", "icelake"], ["predict", "--run", "data/sample"]]
+)
+def test_commands_that_look_and_predict_need_no_laboratory(words):
+    script = f"import sys; sys.modules |= dict.fromkeys({LABORATORY}); from numa_lab.cli import main; main({words})"
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60, stdout=subprocess.DEVNULL)
