@@ -34,7 +34,9 @@ def call(*words):
         (["topology", "--root", "nowhere"], 2, "nowhere"),
         (["verdict", "nowhere"], 1, "nowhere"),
         (["report", "nowhere"], 1, "nowhere"),
-        (["detect", "--shape", "llama-3-9b"], 2, "llama-3-8b"),
+        (["detect", "--preset", "llama-3-9b"], 2, "llama-3-8b"),
+        (["detect", "--shape", "llama-3-9b"], 2, "llama-3-8b"),  # as the option was named before
+        (["notebooks", __file__], 1, "File exists"),
         (["predict"], 2, "exactly one of --mlc FILE, --run DIR and --machine NAME"),
         (["predict", "--machine", "icelake", "--run", "data/sample"], 2, "exactly one"),
         (["predict", "--machine", "skylake"], 2, "broadwell, cascadelake"),

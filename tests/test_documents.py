@@ -54,7 +54,7 @@ FILLED_IN = {  # what a reader would
     "--mlc FILE": "--mlc numa_lab/bandwidth/published/icelake_mlc.txt",
     "--machine NAME": "--machine icelake",
     "--preset NAME": "--preset llama-3-8b",
-    "--shape NAME": "--shape llama-3-8b",
+    "notebooks DIR": "notebooks data/runs/own",
     "--kv-len N": "--kv-len 4096",
     "--batch N": "--batch 2",
     "--dtype D": "--dtype float32",
