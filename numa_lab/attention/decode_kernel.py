@@ -16,12 +16,11 @@ import numpy as np
 from numba import cfunc, from_dtype, njit, types
 from numba.extending import intrinsic
 
-from numa_lab.attention import tiles
-from numa_lab.attention.simd import CHANCES, STEP_BYTES, Rows
+from numa_lab.attention import score_tile, tiles, value_tile
+from numa_lab.attention.panels import BLOCK, TALLEST, Panel
+from numa_lab.attention.simd import LINE_BYTES, Rows
+from numa_lab.attention.softmax_step import softmax_step
 
-BLOCK = 64  # KV rows between two softmax steps
-TILE = 4  # query rows whose sums fit into registers together
-PITCH = 4 * BLOCK  # bytes from the scores of one query row to those of the next
 FLUSH = 1024  # KV rows whose sums are added up apart, so that errors of long sequences do not pile up
 MASK_NONE, MASK_BOOL, MASK_FLOAT, MASK_HALF, MASK_BFLOAT = range(5)
 LOWEST = np.float32(tiles.LOWEST)
@@ -53,28 +52,63 @@ class Spec:
 
     @classmethod
     def of(cls, rows: Rows, query_rows: int) -> Spec:
-        """The version that serves so many query rows; beyond 8 only the last, incomplete tile matters."""
-        return cls(rows, query_rows if query_rows <= 2 * TILE else 2 * TILE + query_rows % TILE)
+        """The version that serves so many query rows; of more than two panels only the last, lower one matters."""
+        return cls(rows, query_rows if query_rows <= 2 * TALLEST else 2 * TALLEST + query_rows % TALLEST)
 
     @property
-    def tiles(self) -> tuple[int, int, int]:
-        """Query rows of the first tile, of each further one (0: there is none), and of the last, incomplete one."""
-        further = TILE if self.query_rows >= 2 * TILE else 0
-        return min(TILE, self.query_rows), further, self.query_rows % TILE if self.query_rows > TILE else 0
-
-    def part_bytes(self, query_rows: int) -> int:
-        """Bytes of a partial result: two floats and a row of sums for each query row."""
-        return query_rows * (8 + self.rows.sum_bytes)
+    def heights(self) -> tuple[int, int, int]:
+        """Query rows of the first panel, of each further one (0: there is none), and of the last, lower one."""
+        further = TALLEST if self.query_rows >= 2 * TALLEST else 0
+        return min(TALLEST, self.query_rows), further, self.query_rows % TALLEST if self.query_rows > TALLEST else 0
 
     def workspace_bytes(self, query_rows: int) -> int:
-        """Bytes that each thread needs: two parts, the packed query, and scores; whole pages, so that threads share none."""
-        per_row = self.rows.query_bytes + self.rows.sum_bytes + PITCH
-        needed = 2 * self.part_bytes(query_rows) + query_rows * per_row
+        """Bytes that each thread needs, for the parts of ``_Space``; whole pages, so that threads share none."""
+        panels = -(-query_rows // TALLEST)
+        each, whole = _Space.of(Panel(self.rows, min(TALLEST, query_rows))), query_rows * self.rows.sum_bytes
+        needed = 2 * (_line_up(8 * query_rows) + whole) + whole + panels * each.panel_bytes + each.shared_bytes
         return -(-needed // mmap.PAGESIZE) * mmap.PAGESIZE
 
     def build(self) -> Any:
         """Compile it (``build``)."""
         return build(self)
+
+
+@dataclass(frozen=True)
+class _Space:
+    """Bytes of working memory, whole lines: of each panel, those of the highest, and of what all panels share."""
+
+    query: int
+    scores: int
+    state: int  # one of three: the reference of the softmax, the total of weights, and what was summed before is multiplied by
+    scratch: int
+    row: int
+
+    @classmethod
+    def of(cls, panel: Panel) -> _Space:
+        """What a panel needs, and lower ones too."""
+        panels = [Panel(panel.rows, height) for height in range(1, panel.height + 1)]
+        query, scores, state, scratch = (
+            _line_up(max(sizes))
+            for sizes in zip(
+                *((p.query_bytes, p.scores_bytes, p.state_bytes, p.scratch_bytes) for p in panels), strict=True
+            )
+        )
+        return cls(query, scores, state, scratch, row=_line_up(4 * panel.units))
+
+    @property
+    def panel_bytes(self) -> int:
+        """Bytes of one panel."""
+        return self.query + self.scores + 3 * self.state
+
+    @property
+    def shared_bytes(self) -> int:
+        """Bytes of what all panels share."""
+        return self.scratch + self.row
+
+
+def _line_up(nbytes: int) -> int:
+    """As many bytes as whole lines have: a vector that crosses a line takes twice as long to load."""
+    return -(-nbytes // LINE_BYTES) * LINE_BYTES
 
 
 def compiled(function: Any) -> Any:
@@ -87,38 +121,150 @@ def _nothing(*_arguments):  # type: ignore[no-untyped-def]
     """Stand in for a tile that there is not."""
 
 
-def _score_tile(rows: Rows, height: int, chances: int) -> Any:
-    """Scores of `height` query rows against a block."""
+@dataclass(frozen=True)
+class _Steps:
+    """What is done with a panel, compiled; nothing where there is no such panel."""
+
+    pack: Any = _nothing
+    score: Any = _nothing
+    soften: Any = _nothing
+    add_values: Any = _nothing
+    collect: Any = _nothing
+
+
+def _steps(rows: Rows, height: int, space: _Space, ahead: bool) -> _Steps:
+    """The steps of a panel of `height` query rows; with `ahead` they ask for what is needed next."""
     if not height:
-        return _nothing
-    tile, width = tiles.scores(rows, height, PITCH, chances), tiles.tile_width(rows, height)
+        return _Steps()
+    panel = Panel(rows, height)
+    return _Steps(
+        _pack(panel), _score(panel, ahead), _soften(panel, space), _add_values(panel, ahead), _collect(panel, space)
+    )  # fmt: skip
+
+
+def _pack(panel: Panel) -> Any:
+    """Make ``pack(query, i, packed, row)``: a query row takes its place in the panel; `row` is working memory."""
+    per_vector, spread, vectors, units = panel.tile.per_vector, panel.spread, panel.vectors, panel.units
+    lanes, widen = panel.rows.vectors.lanes, score_tile.widen(panel, ahead=False)
 
     @compiled
-    def run(query, key, stride, count, ahead, nearer, out):  # type: ignore[no-untyped-def]
-        for j in range(0, count, width):
-            tile(query, key + j * stride, stride, count - 1 - j, ahead, nearer, out + 4 * j)
+    def pack(query, i, packed, row):  # type: ignore[no-untyped-def]
+        widen(query, row, 0)
+        first = packed + 4 * (i // per_vector * lanes + i % per_vector * spread)
+        for step in range(units // spread):
+            for unit in range(spread):
+                x = tiles.load_float(row + 4 * (step * spread + unit))
+                tiles.store_float(first + 4 * (step * vectors * lanes + unit), x)
 
-    return run
+    return pack
 
 
-def _sum_tile(rows: Rows, height: int, chances: int) -> Any:
-    """Weighted sums of a block for `height` query rows."""
-    if not height:
-        return _nothing
-    tile = tiles.weighted_sum(rows, height, PITCH, chances)
+def _score(panel: Panel, ahead: bool) -> Any:
+    """Make ``score(query, key, stride, count, following, following_stride, out, scratch)``: scores of a block."""
+    wide, step, pitch = panel.tile.kv_rows, 4 * panel.tile.per_vector, 4 * panel.units
+    tile = score_tile.scores(panel, ahead)
+    if panel.in_place:
+
+        @compiled
+        def score(query, key, stride, count, following, following_stride, out, scratch):  # type: ignore[no-untyped-def]
+            for j in range(0, count, wide):
+                at, ahead_of = key + j * stride, following + j * following_stride
+                tile(query, at, stride, count - 1 - j, ahead_of - at, out + step * j)
+
+        return score
+    widen = score_tile.widen(panel, ahead)
 
     @compiled
-    def run(weights, value, stride, count, ahead, nearer, out):  # type: ignore[no-untyped-def]
-        tile(weights, value, stride, count, ahead, nearer, out)
+    def score_widened(query, key, stride, count, following, following_stride, out, scratch):  # type: ignore[no-untyped-def]
+        for j in range(0, count, wide):
+            for i in range(
+                wide
+            ):  # behind the last row that one again: what memory held before may be denormal, which is slow
+                row = min(j + i, count - 1)
+                widen(key + row * stride, scratch + i * pitch, following + row * following_stride)
+            tile(query, scratch, 0, 0, 0, out + step * j)
 
-    return run
+    return score_widened
+
+
+def _soften(panel: Panel, space: _Space) -> Any:
+    """Make ``soften(scores, count, factor, state, sums, recent)``: scores of a block become weights; what was summed is rescaled."""
+    height, per_vector, vectors, pitch, sum_bytes = (
+        panel.height, panel.tile.per_vector, panel.vectors, panel.pitch, panel.rows.sum_bytes
+    )  # fmt: skip
+    lanes, multiple = panel.rows.vectors.lanes, panel.softmax_vectors * panel.spread
+    step, scale, state_bytes = softmax_step(panel), tiles.scale(panel.rows), space.state
+
+    @compiled
+    def soften(scores, count, factor, state, sums, recent):  # type: ignore[no-untyped-def]
+        padded = (count + multiple - 1) // multiple * multiple
+        for v in range(vectors):
+            for i in range(count * per_vector, padded * per_vector):
+                tiles.store_float(scores + v * pitch + 4 * i, np.float32(-np.inf))
+        total, rescale = state + state_bytes, state + 2 * state_bytes
+        if step(scores, padded * per_vector // lanes, factor, state, total, rescale):
+            for i in range(height):
+                alpha = tiles.load_float(rescale + 4 * (i // per_vector * lanes + i % per_vector))
+                scale(sums + i * sum_bytes, alpha)
+                scale(recent + i * sum_bytes, alpha)
+
+    return soften
+
+
+def _add_values(panel: Panel, ahead: bool) -> Any:
+    """Make ``add_values(weights, value, stride, count, following, following_stride, out)``: weighted sums of a block."""
+    sum_bytes, first, steps = panel.rows.sum_bytes, 0, None
+    for height in value_tile.heights(panel):
+        tile = value_tile.weighted_sum(panel, first, height, ahead and not first)
+        steps = _followed(steps, tile, first * sum_bytes)
+        first += height
+    return steps
+
+
+def _followed(before: Any, tile: Any, offset: int) -> Any:
+    """What does `before`, and then a tile whose sums begin so many bytes further on."""
+    if before is None:
+
+        @compiled
+        def alone(weights, value, stride, count, following, following_stride, out):  # type: ignore[no-untyped-def]
+            tile(weights, value, stride, count, following, following_stride, out + offset)
+
+        return alone
+
+    @compiled
+    def both(weights, value, stride, count, following, following_stride, out):  # type: ignore[no-untyped-def]
+        before(weights, value, stride, count, following, following_stride, out)
+        tile(weights, value, stride, count, following, following_stride, out + offset)
+
+    return both
+
+
+def _collect(panel: Panel, space: _Space) -> Any:
+    """Make ``collect(state, tops, totals)``: the greatest score and the total of weights of each query row."""
+    height, per_vector, lanes = panel.height, panel.tile.per_vector, panel.rows.vectors.lanes
+    state_bytes = space.state
+
+    @compiled
+    def collect(state, tops, totals):  # type: ignore[no-untyped-def]
+        for i in range(height):
+            vector, lane = i // per_vector * lanes, i % per_vector
+            tiles.store_float(tops + 4 * i, tiles.load_float(state + 4 * (vector + lane)))
+            total = np.float32(0)
+            for k in range(lane, lanes, per_vector):
+                total += tiles.load_float(state + state_bytes + 4 * (vector + k))
+            tiles.store_float(totals + 4 * i, total)
+
+    return collect
 
 
 @compiled
-def _mask_row(scores, count, factor, mask, step, kind):  # type: ignore[no-untyped-def]
-    """Scale scores to powers of two and mask them: -inf where a boolean says no, else plus a number."""
+def _mask_row(scores, apart, count, factor, mask, step, kind):  # type: ignore[no-untyped-def]
+    """Scale scores to powers of two and mask them: -inf where a boolean says no, else plus a number.
+
+    The scores are `apart` bytes from one KV row to the next.
+    """
     for j in range(count):
-        at, score = scores + 4 * j, np.float32(-np.inf)
+        at, score = scores + apart * j, np.float32(-np.inf)
         if kind == MASK_BOOL:
             if tiles.load_bool(mask + j * step):
                 score = tiles.load_float(at) * factor
@@ -153,73 +299,106 @@ def arguments_as(dtype: np.dtype[Any]) -> Any:
 def build(spec: Spec) -> Any:
     """Compile ``void share(void *ARGUMENTS, int64_t number, int64_t threads)``; whoever is done last merges."""
     rows = spec.rows
-    first, further, rest = spec.tiles
-    lanes, sum_bytes, query_bytes = rows.vectors.lanes, rows.sum_bytes, rows.query_bytes
-    step_rows = max(1, STEP_BYTES // rows.row_bytes)
-    padding = max(lanes, *(tiles.tile_width(rows, height) for height in (first, further, rest) if height))
-    score_first, score_further, score_rest = (
-        _score_tile(rows, first, CHANCES), _score_tile(rows, further, 0), _score_tile(rows, rest, 0)
-    )  # fmt: skip
-    sum_first, sum_further, sum_rest = (
-        _sum_tile(rows, first, CHANCES), _sum_tile(rows, further, 0), _sum_tile(rows, rest, 0)
-    )  # fmt: skip
-    softmax_step, pack, clear, scale, blend, write = (
-        make(rows) for make in (tiles.softmax_step, tiles.pack, tiles.clear, tiles.scale, tiles.blend, tiles.write)
-    )
+    first, further, rest = spec.heights
+    sum_bytes = rows.sum_bytes
+    space = _Space.of(Panel(rows, first))
+    # Only the first panel asks for what comes next: others find it on the way.
+    of_first = _steps(rows, first, space, ahead=True)
+    of_further, of_rest = (_steps(rows, height, space, ahead=False) for height in (further, rest))
+    pack_first, pack_further, pack_rest = of_first.pack, of_further.pack, of_rest.pack
+    score_first, score_further, score_rest = of_first.score, of_further.score, of_rest.score
+    soften_first, soften_further, soften_rest = of_first.soften, of_further.soften, of_rest.soften
+    add_first, add_further, add_rest = of_first.add_values, of_further.add_values, of_rest.add_values
+    collect_first, collect_further, collect_rest = of_first.collect, of_further.collect, of_rest.collect
+    query_bytes, scores_bytes, states_bytes, state_bytes = space.query, space.scores, 3 * space.state, space.state
+    scratch_bytes = space.scratch
+    lower = Panel(rows, rest or first)
+    per_vector, lower_per_vector = Panel(rows, first).tile.per_vector, lower.tile.per_vector
+    pitch, lower_pitch = Panel(rows, first).pitch, lower.pitch
+    clear, blend, write = (make(rows) for make in (tiles.clear, tiles.blend, tiles.write))
+    line_up = compiled(_line_up)
     arguments_at, one, nothing = arguments_as(ARGUMENTS), np.float32(1), np.float32(0)
 
     @compiled
-    def score(query, query_rows, key, stride, count, out):  # type: ignore[no-untyped-def]
-        """out[i, j] = query[i] . key[j]; only the first tile prefetches, the others find K in the caches."""
-        score_first(query, key, stride, count, CHANCES * step_rows * stride, step_rows * stride, out)
-        for i in range(TILE, query_rows - TILE + 1, TILE):
-            score_further(query + i * query_bytes, key, stride, count, 0, 0, out + i * PITCH)
-        i = query_rows - rest
-        score_rest(query + i * query_bytes, key, stride, count, 0, 0, out + i * PITCH)
+    def pack(a, batch, head, packed, row):  # type: ignore[no-untyped-def]
+        """The query rows of a KV head, panel by panel."""
+        query_rows = a.group * a.q_len
+        for i in range(query_rows):
+            query = a.query + batch * a.query_batch + (head * a.group + i // a.q_len) * a.query_head
+            query += i % a.q_len * a.query_row
+            panel, at = i // TALLEST, i % TALLEST
+            there = packed + panel * query_bytes
+            if panel == 0:
+                pack_first(query, at, there, row)
+            elif query_rows - panel * TALLEST >= TALLEST:
+                pack_further(query, at, there, row)
+            else:
+                pack_rest(query, at, there, row)
 
     @compiled
-    def add_values(weights, query_rows, value, stride, count, out):  # type: ignore[no-untyped-def]
-        """out[i] += sum of weights[i, j] * value[j]."""
-        sum_first(weights, value, stride, count, CHANCES * step_rows * stride, step_rows * stride, out)
-        for i in range(TILE, query_rows - TILE + 1, TILE):
-            sum_further(weights + i * PITCH, value, stride, count, 0, 0, out + i * sum_bytes)
-        i = query_rows - rest
-        sum_rest(weights + i * PITCH, value, stride, count, 0, 0, out + i * sum_bytes)
+    def mask_block(a, batch, head, begin, count, scores):  # type: ignore[no-untyped-def]
+        """Scale and mask the scores of a block whose first KV row is `begin`."""
+        query_rows = a.group * a.q_len
+        for i in range(query_rows):
+            panel, at = i // TALLEST, i % TALLEST
+            wide, long = per_vector, pitch
+            if panel and query_rows - panel * TALLEST < TALLEST:
+                wide, long = lower_per_vector, lower_pitch
+            mask = a.mask + batch * a.mask_batch + (head * a.group + i // a.q_len) * a.mask_head
+            mask += i % a.q_len * a.mask_row + begin * a.mask_column
+            row = scores + panel * scores_bytes + at // wide * long + 4 * (at % wide)
+            _mask_row(row, 4 * wide, count, np.float32(a.factor), mask, a.mask_column, a.mask_kind)
 
     @compiled
-    def attend(a, batch, head, begin, count, packed, scores, recent, part):  # type: ignore[no-untyped-def]
+    def attend(a, batch, head, begin, count, packed, scores, recent, states, scratch, part):  # type: ignore[no-untyped-def]
         """A partial result over `count` KV rows from `begin` on: greatest score, total of weights and sums of each row."""
         query_rows = a.group * a.q_len
-        total, sums = part + 4 * query_rows, part + 8 * query_rows
+        total, sums = part + 4 * query_rows, part + line_up(8 * query_rows)
+        whole, panels = query_rows // TALLEST, (query_rows + TALLEST - 1) // TALLEST
+        last = panels - 1
         for i in range(query_rows):
-            tiles.store_float(part + 4 * i, LOWEST)
-            tiles.store_float(total + 4 * i, nothing)
             clear(sums + i * sum_bytes)
             clear(recent + i * sum_bytes)
+        for panel in range(panels):
+            for i in range(0, state_bytes, 4):
+                tiles.store_float(states + panel * states_bytes + i, LOWEST)
+                tiles.store_float(states + panel * states_bytes + state_bytes + i, nothing)
         key = a.key + batch * a.key_batch + head * a.key_head + begin * a.key_row
         value = a.value + batch * a.value_batch + head * a.value_head + begin * a.value_row
         for block in range(0, count, BLOCK):
             here = min(BLOCK, count - block)
-            vectors = (here + padding - 1) // padding * (padding // lanes)
-            score(packed, query_rows, key + block * a.key_row, a.key_row, here, scores)
-            for i in range(query_rows):
-                row, factor = scores + i * PITCH, np.float32(a.factor)
-                if a.mask_kind:
-                    mask = a.mask + batch * a.mask_batch + (head * a.group + i // a.q_len) * a.mask_head
-                    mask += i % a.q_len * a.mask_row + (begin + block) * a.mask_column
-                    _mask_row(row, here, factor, mask, a.mask_column, a.mask_kind)
-                    factor = one
-                for j in range(here, vectors * lanes):
-                    tiles.store_float(row + 4 * j, np.float32(-np.inf))
-                alpha = softmax_step(row, vectors, factor, part + 4 * i, total + 4 * i)
-                if alpha != one:
-                    scale(sums + i * sum_bytes, alpha)
-                    scale(recent + i * sum_bytes, alpha)
-            add_values(scores, query_rows, value + block * a.value_row, a.value_row, here, recent)
+            k, v, next_k = key + block * a.key_row, value + block * a.value_row, key + (block + BLOCK) * a.key_row
+            # While K is scored, V of the block is asked for, and K of the next one while V is summed.
+            score_first(packed, k, a.key_row, here, v, a.value_row, scores, scratch)
+            for n in range(1, whole):
+                score_further(packed + n * query_bytes, k, a.key_row, here, 0, 0, scores + n * scores_bytes, scratch)
+            score_rest(packed + last * query_bytes, k, a.key_row, here, 0, 0, scores + last * scores_bytes, scratch)
+            factor = np.float32(a.factor)
+            if a.mask_kind:
+                mask_block(a, batch, head, begin + block, here, scores)
+                factor = one
+            soften_first(scores, here, factor, states, sums, recent)
+            for n in range(1, whole):
+                before = n * TALLEST * sum_bytes
+                soften_further(
+                    scores + n * scores_bytes, here, factor, states + n * states_bytes, sums + before, recent + before
+                )
+            before = last * TALLEST * sum_bytes
+            soften_rest(
+                scores + last * scores_bytes, here, factor, states + last * states_bytes, sums + before, recent + before
+            )
+            add_first(scores, v, a.value_row, here, next_k, a.key_row, recent)
+            for n in range(1, whole):
+                add_further(scores + n * scores_bytes, v, a.value_row, here, 0, 0, recent + n * TALLEST * sum_bytes)
+            add_rest(scores + last * scores_bytes, v, a.value_row, here, 0, 0, recent + last * TALLEST * sum_bytes)
             if block + BLOCK >= count or (block + BLOCK) % FLUSH == 0:
                 for i in range(query_rows):
                     blend(sums + i * sum_bytes, one, recent + i * sum_bytes, one)
                     clear(recent + i * sum_bytes)
+        collect_first(states, part, total)
+        for n in range(1, whole):
+            collect_further(states + n * states_bytes, part + 4 * n * TALLEST, total + 4 * n * TALLEST)
+        collect_rest(states + last * states_bytes, part + 4 * last * TALLEST, total + 4 * last * TALLEST)
 
     @compiled
     def finish(a, batch, head, part, others, stride, count):  # type: ignore[no-untyped-def]
@@ -231,12 +410,13 @@ def build(spec: Spec) -> Any:
                 top = max(top, tiles.load_float(others + other * stride + 4 * i))
             own = tiles.exp2(tiles.load_float(part + 4 * i) - top)
             total = own * tiles.load_float(part + 4 * (query_rows + i))
-            sums = part + 8 * query_rows + i * sum_bytes
+            before = line_up(8 * query_rows) + i * sum_bytes
+            sums = part + before
             for other in range(count - 1):
                 at = others + other * stride
                 weight = tiles.exp2(tiles.load_float(at + 4 * i) - top)
                 total += weight * tiles.load_float(at + 4 * (query_rows + i))
-                blend(sums, own, at + 8 * query_rows + i * sum_bytes, weight)
+                blend(sums, own, at + before, weight)
                 own = one
             divisor = total if total != nothing else np.float32(np.inf)  # a row that may look at no key gives zeros
             query_head, row = head * a.group + i // a.q_len, i % a.q_len
@@ -273,21 +453,23 @@ def build(spec: Spec) -> Any:
                 return
             threads = 1
         query_rows = a.group * a.q_len
-        part_bytes = query_rows * (8 + sum_bytes)
+        part_bytes = line_up(8 * query_rows) + query_rows * sum_bytes
         total = a.batch * a.kv_heads * a.kv_len
         at, end = total * me // threads, total * (me + 1) // threads
         part = own_space = a.workspace + me * a.workspace_bytes
         packed = part + 2 * part_bytes
-        scores = packed + query_rows * query_bytes
-        recent = scores + query_rows * PITCH
+        panels = (query_rows + TALLEST - 1) // TALLEST
+        scores = packed + panels * query_bytes
+        states = scores + panels * scores_bytes
+        recent = states + panels * states_bytes
+        scratch = recent + query_rows * sum_bytes
+        row = scratch + scratch_bytes
         while at < end:
             h = at // a.kv_len
             batch, head, begin = h // a.kv_heads, h % a.kv_heads, at - h * a.kv_len
             count = min(a.kv_len - begin, end - at)
-            for i in range(query_rows):
-                query = a.query + batch * a.query_batch + (head * a.group + i // a.q_len) * a.query_head
-                pack(query + i % a.q_len * a.query_row, packed + i * query_bytes)
-            attend(a, batch, head, begin, count, packed, scores, recent, part)
+            pack(a, batch, head, packed, row)
+            attend(a, batch, head, begin, count, packed, scores, recent, states, scratch, part)
             if count == a.kv_len:
                 finish(a, batch, head, part, 0, 0, 1)
             at += count

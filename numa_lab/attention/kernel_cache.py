@@ -23,7 +23,7 @@ import llvmlite
 import llvmlite.binding as llvm
 import numba
 
-from numa_lab.attention import decode_kernel, simd, tiles
+from numa_lab.attention import decode_kernel, panels, score_tile, simd, softmax_step, tiles, value_tile
 from numa_lab.machine import cache_folder
 
 _ENTRY = "numa_lab_kernel"
@@ -89,7 +89,7 @@ def _module(spec: Spec, target: Any) -> Any:
 
 def _target_machine() -> Any:
     return llvm.Target.from_default_triple().create_target_machine(
-        cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), opt=3, jit=True
+        cpu=llvm.get_host_cpu_name(), features=simd.target_features(), opt=3, jit=True
     )
 
 
@@ -105,11 +105,11 @@ def _load(code: bytes) -> int:
 def _origin(module: str) -> bytes:
     """Digest of all that decides about the code of a module's kernels."""
     digest = hashlib.sha256()
-    for source in (simd, tiles, decode_kernel, sys.modules[module]):
+    for source in (simd, panels, tiles, score_tile, softmax_step, value_tile, decode_kernel, sys.modules[module]):
         digest.update(Path(str(source.__file__)).read_bytes())
     facts = (
         numba.__version__, llvmlite.__version__, numba.config.OPT, llvm.get_host_cpu_name(),
-        llvm.get_host_cpu_features().flatten(),
+        simd.target_features(),
     )  # fmt: skip
     digest.update(repr(facts).encode())
     return digest.digest()

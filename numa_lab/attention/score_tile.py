@@ -1,0 +1,191 @@
+"""Scores of a panel's query rows against a tile of KV rows, as Numba intrinsics (``numa_lab.attention.panels`` says how they lie)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from numa_lab.attention import simd
+from numa_lab.attention.panels import UNIT_BYTES, Panel
+from numa_lab.attention.simd import FLOAT, I32, I64, LINE_BYTES
+from numa_lab.attention.tiles import Intrinsic, multiply_add, no_result
+
+_STEPS = 4  # of a turn of the loop over a row
+
+
+def scores(panel: Panel, ahead: bool) -> Intrinsic:
+    """Make ``scores(query, key, key_stride, last, distance, out)``.
+
+    It writes query[i] . key[min(j, last)] for a tile of rows j, so that nothing is read behind the last row. With `ahead`, each line
+    of the tile is asked for `distance` bytes further on: there lies what is needed next.
+    """
+    rows, tile, vectors = panel.rows, panel.tile, panel.vectors
+    lanes, size = rows.vectors.lanes, rows.vectors.bytes
+    type_ = simd.floats(lanes)
+    zero = ir.Constant(type_, None)
+    asked = ahead and panel.in_place
+
+    def emit(b: Any, query: Any, key: Any, stride: Any, last: Any, distance: Any, out: Any) -> None:
+        sums = [
+            [[cgutils.alloca_once(b, type_) for _ in range(panel.splits)] for _ in range(vectors)]
+            for _ in range(tile.kv_rows)
+        ]
+        for cell in (cell for row in sums for vector in row for cell in vector):
+            b.store(zero, cell)
+        at_rows = _rows_in_place(b, panel, key, stride, last) if panel.in_place else _rows_in_scratch(b, panel, key)
+        query, distance = simd.opaque(b, query), simd.opaque(b, distance) if asked else None
+        load, step_bytes, steps = _loader(panel)
+
+        def turn(offset: Any, query_offset: Any, first: int, count: int) -> None:
+            """Steps from `first` on, with so many bytes of the row and of the query before them."""
+            for step in range(count):
+                at_query = b.add(query, query_offset)
+                queries = [
+                    b.load(simd.at(b, at_query, (step * vectors + v) * size), typ=type_, align=4)
+                    for v in range(vectors)
+                ]
+                for j, (base, displacement) in enumerate(at_rows):
+                    row = b.add(base, offset)
+                    x = load(b, row, displacement, step, first + step)
+                    for v in range(vectors):
+                        cell = sums[j][v][step % panel.splits]
+                        b.store(multiply_add(b, panel.pairs, queries[v], x, b.load(cell, typ=type_)), cell)
+                    if asked:
+                        for line in _lines_begun(step, step_bytes):
+                            simd.prefetch(b, rows.vectors, base, b.add(offset, distance), line)
+
+        per_turn = _STEPS
+        whole = steps // per_turn
+        if whole > 1:
+            turn_bytes = per_turn * step_bytes
+            query_bytes = per_turn * vectors * size
+            end = simd.opaque(b, I64(whole * turn_bytes))
+            with cgutils.for_range_slice(b, I64(0), end, I64(turn_bytes)) as (offset, _):
+                turn(offset, b.mul(offset, I64(query_bytes // turn_bytes)), 0, per_turn)
+            done = whole * per_turn
+        else:
+            done = 0
+        if done < steps:
+            turn(I64(done * step_bytes), I64(done * vectors * size), done, steps - done)
+        for v in range(vectors):
+            totals = [_total(b, [b.load(cell, typ=type_) for cell in row[v]]) for row in sums]
+            for j in range(0, tile.kv_rows, panel.spread):
+                some = totals[j : j + panel.spread]
+                some += [zero] * (panel.spread - len(some))
+                x = _sum_spread(b, some, tile.per_vector)
+                b.store(x, simd.at(b, out, v * panel.pitch + j * tile.per_vector * 4), align=4)
+
+    @intrinsic
+    def score(_context, query, key, key_stride, last, distance, out):  # type: ignore[no-untyped-def]
+        return no_result([types.int64] * 6, emit)
+
+    return score
+
+
+def _rows_in_place(b: Any, panel: Panel, key: Any, stride: Any, last: Any) -> list[tuple[Any, int]]:
+    """The addresses of a tile's KV rows, and what to add to each; behind the last existing row comes that one again."""
+    addresses, row = [], key
+    for j in range(panel.tile.kv_rows):
+        addresses.append((simd.opaque(b, row), 0))
+        row = b.select(b.icmp_signed("<", I64(j), last), b.add(row, stride), row)
+    return addresses
+
+
+def _rows_in_scratch(b: Any, panel: Panel, scratch: Any) -> list[tuple[Any, int]]:
+    base = simd.opaque(b, scratch)
+    return [(base, j * panel.units * UNIT_BYTES) for j in range(panel.tile.kv_rows)]
+
+
+def _loader(panel: Panel) -> tuple[Callable[..., Any], int, int]:
+    """What loads one vector of a KV row for a step; bytes of a step; and steps of a row."""
+    rows, spread, lanes = panel.rows, panel.spread, panel.rows.vectors.lanes
+    if panel.tile.per_vector > 1:
+        step_bytes = spread * UNIT_BYTES
+        units = rows.row_bytes // UNIT_BYTES if panel.in_place else panel.units
+
+        def load_repeated(b: Any, row: Any, displacement: int, step: int, _number: int) -> Any:
+            x = _repeated(b, simd.at(b, row, displacement + step * step_bytes), spread, lanes)
+            return x
+
+        return load_repeated, step_bytes, units // spread
+    parts = 1 if panel.pairs else rows.per_chunk
+
+    def load_part(b: Any, row: Any, _displacement: int, step: int, number: int) -> Any:
+        # Only the last chunk may be incomplete, and that one is loaded outside of the loop.
+        chunk, part = divmod(number, parts)
+        raw = simd.load_raw(b, rows, row, step // parts * rows.offset(1), chunk)
+        return raw if panel.pairs else simd.widen(b, rows, raw)[part]
+
+    return load_part, rows.offset(1) // parts, rows.chunks * parts
+
+
+def _lines_begun(step: int, step_bytes: int) -> list[int]:
+    """Offsets of the lines that begin in a step of a turn, where turns begin at lines."""
+    begin, end = step * step_bytes, (step + 1) * step_bytes
+    return list(range(-(-begin // LINE_BYTES) * LINE_BYTES, end, LINE_BYTES))
+
+
+def _repeated(b: Any, pointer: Any, units: int, lanes: int) -> Any:
+    """A vector of so many units from memory, again and again."""
+    if units == lanes:
+        return b.load(pointer, typ=simd.floats(lanes), align=2)
+    if units <= 2:  # as one integer, since that is what processors repeat while they load
+        number = b.load(pointer, typ=I32 if units == 1 else I64, align=2)
+        return b.bitcast(simd.splat(b, number, lanes // units), simd.floats(lanes))
+    x = b.load(pointer, typ=ir.VectorType(FLOAT, units), align=2)
+    return simd.shuffle(b, x, x, [lane % units for lane in range(lanes)])
+
+
+def _total(b: Any, vectors: Sequence[Any]) -> Any:
+    total = vectors[0]
+    for x in vectors[1:]:
+        total = b.fadd(total, x)
+    return total
+
+
+def _sum_spread(b: Any, vectors: Sequence[Any], per_vector: int) -> Any:
+    """From a vector for each of some KV rows, ``[query row][number]``, one vector of the sums of the numbers, ``[KV row][query row]``."""
+    lanes, count = vectors[0].type.count, len(vectors)
+    vectors = list(vectors)
+    while len(vectors) > 1:
+        half = len(vectors) // 2
+        merged = []
+        for x, y in zip(vectors[:half], vectors[half:], strict=True):
+            keep = simd.shuffle(b, x, y, [lane + lanes * bool(lane & half) for lane in range(lanes)])
+            swap = simd.shuffle(b, x, y, [(lane ^ half) + lanes * bool(lane & half) for lane in range(lanes)])
+            merged.append(b.fadd(keep, swap))
+        vectors = merged
+    if per_vector == 1 or count == 1:
+        return vectors[0]
+    return simd.shuffle(b, vectors[0], vectors[0], [i * count + j for j in range(count) for i in range(per_vector)])
+
+
+def widen(panel: Panel, ahead: bool) -> Intrinsic:
+    """Make ``widen(row, out, following)``: a row becomes units that are multiplied, with zeros behind its end.
+
+    With `ahead`, the lines of the row at `following` are asked for meanwhile.
+    """
+    rows, size = panel.rows, panel.rows.vectors.bytes
+
+    def emit(b: Any, row: Any, out: Any, following: Any) -> None:
+        for chunk in range(rows.chunks):
+            if ahead:
+                for line in range(
+                    -(-rows.offset(chunk) // LINE_BYTES) * LINE_BYTES, rows.offset(chunk + 1), LINE_BYTES
+                ):
+                    simd.prefetch(b, rows.vectors, following, I64(0), line)
+            raw = simd.load_raw(b, rows, row, rows.offset(chunk), chunk)
+            parts = [raw] if panel.pairs else simd.widen(b, rows, raw)
+            for part, x in enumerate(parts):
+                b.store(x, simd.at(b, out, (chunk * len(parts) + part) * size), align=4)
+
+    @intrinsic
+    def copy(_context, row, out, following):  # type: ignore[no-untyped-def]
+        return no_result([types.int64] * 3, emit)
+
+    return copy
