@@ -13,6 +13,7 @@ import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cache
 from typing import Any
 
 import llvmlite.binding as llvm
@@ -94,6 +95,7 @@ _WITHHELD = {
 }  # features by their beginnings
 
 
+@cache  # an interrupt in llvmlite's own objects frees their memory twice, so a step asks it nothing
 def available() -> dict[str, Vectors]:
     """The vectors that this CPU has, by the name that ``NUMA_LAB_VECTORS`` takes, the best first."""
     if platform.machine() in ("aarch64", "arm64"):
@@ -122,8 +124,9 @@ def chosen() -> str | None:
     return name or next(iter(names), None)
 
 
+@cache
 def host() -> Vectors | None:
-    """The vectors that kernels use (``chosen``), or None."""
+    """The vectors that kernels use (``chosen``, when this is first asked), or None."""
     name = chosen()
     return available()[name] if name else None
 

@@ -38,4 +38,4 @@ def test_each_kind_of_vectors_is_right(name):
 def test_vectors_that_are_not_there_are_refused(monkeypatch):
     monkeypatch.setenv(simd.VARIABLE, "mmx")
     with pytest.raises(InvalidInput, match=r"NUMA_LAB_VECTORS=mmx: expected one that this CPU has \("):
-        simd.host()
+        simd.chosen()
