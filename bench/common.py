@@ -29,7 +29,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from numa_lab.attention import decode, simd
-from numa_lab.attention.gqa import BACKENDS, gqa_attention
+from numa_lab.attention.backend_names import BACKENDS
+from numa_lab.attention.gqa import gqa_attention
 from numa_lab.attention.reference import attention as reference
 from numa_lab.attention.shapes import AttentionShape
 from numa_lab.bandwidth import read_probe

@@ -10,6 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from numa_lab import gqa_attention
 from numa_lab.attention import decode, kernel_cache, kernel_plan, openmp_regions
+from numa_lab.attention.call import AttentionCall
 from numa_lab.placement import openmp
 
 
@@ -18,7 +19,8 @@ def measure(turns: int) -> dict[str, float]:
     query = torch.randn(1, 8, 1, 128)
     key, value = torch.randn(2, 1, 2, 1, 128)
     out = torch.empty_like(query)
-    plan = kernel_plan.make_plan(query, key, value, None, None, out, torch.get_num_threads())
+    call = AttentionCall(query, key, value, enable_gqa=True)
+    plan = kernel_plan.KernelPlan.of(call, out, torch.get_num_threads())
     arguments, room = kernel_plan.Arguments(), kernel_plan.Room()
     tensors = (tensor.data_ptr() for tensor in (query, key, value, out))
     plan.pack(arguments, room.at_least(plan.workspace_bytes), *tensors, 0, 0, 1)

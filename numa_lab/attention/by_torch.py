@@ -6,39 +6,25 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from numa_lab.attention.call import AttentionCall
 
-def plain(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-    enable_gqa: bool,
-) -> Tensor:
-    """torch's own, in one call."""
+
+def plain(call: AttentionCall) -> Tensor:
+    """Compute attention by one call of torch's own."""
+    query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa = call
     return scaled_dot_product_attention(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )
 
 
-def folded(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-    enable_gqa: bool,
-) -> Tensor:
-    """The query heads of a group as further rows of one head, so that each KV head is read once and never expanded.
+def folded(call: AttentionCall) -> Tensor:
+    """Compute attention with the query heads of a group as further rows of one head: each KV head is read once and never expanded.
 
     A causal mask becomes an explicit one of group x q_len x kv_len, since rows are no longer positions.
     """
-    if not enable_gqa:  # equal heads: nothing to fold
-        return plain(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    if not call.enable_gqa:  # equal heads: nothing to fold
+        return plain(call)
+    query, key, value, attn_mask, dropout_p, is_causal, scale, _ = call
     kv_heads, q_len, kv_len = key.size(-3), query.size(-2), key.size(-2)
     group = query.size(-3) // kv_heads
     if is_causal:
@@ -54,7 +40,7 @@ def folded(
 
 
 def _fold_mask(mask: Tensor, kv_heads: int, group: int, q_len: int) -> Tensor:
-    """The mask for folded rows: a view where its strides allow, the mask itself where it is the same for all rows."""
+    """Return the mask of folded rows: a view where its strides allow it, and the mask itself where it is the same for all rows."""
     mask = mask if mask.dim() > 2 else mask.unsqueeze(0)
     if mask.shape[-3:-1] == (1, 1):
         return mask
@@ -62,26 +48,21 @@ def _fold_mask(mask: Tensor, kv_heads: int, group: int, q_len: int) -> Tensor:
     return mask.expand(*mask.shape[:-3], group, q_len, mask.size(-1)).flatten(-3, -2)
 
 
-def guide(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-    enable_gqa: bool,
-) -> Tensor:
-    """One call per query head of a group: K and V are read group times."""
-    if not enable_gqa:
-        return plain(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+def guide(call: AttentionCall) -> Tensor:
+    """Compute attention as the source guide does, by one call per query head of a group: K and V are read group times."""
+    if not call.enable_gqa:
+        return plain(call)
+    query, key, value, attn_mask, dropout_p, is_causal, scale, _ = call
     kv_heads = key.size(-3)
     queries = query.unflatten(-3, (kv_heads, -1)).unbind(-3)  # group times [..., kv_heads, q_len, head_dim]
     masks = [attn_mask] * len(queries)
     if attn_mask is not None and attn_mask.dim() > 2 and attn_mask.size(-3) > 1:  # one for each query head
         masks = list(attn_mask.unflatten(-3, (kv_heads, -1)).unbind(-3))
     outputs = [
-        scaled_dot_product_attention(one, key, value, mask, dropout_p, is_causal, scale=scale)
-        for one, mask in zip(queries, masks, strict=True)
+        scaled_dot_product_attention(head_query, key, value, head_mask, dropout_p, is_causal, scale=scale)
+        for head_query, head_mask in zip(queries, masks, strict=True)
     ]
     return torch.stack(outputs, -3).flatten(-4, -3)
+
+
+BACKENDS = {"torch": plain, "torch-folded": folded, "guide": guide}

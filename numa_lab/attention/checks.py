@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from numa_lab.attention.call import AttentionCall
 from numa_lab.errors import InvalidInput, WrongType
 
 
@@ -27,20 +28,20 @@ def require_tensors(**arguments: Any) -> None:
             raise WrongType(f"{name} is {_type(given)}: expected a torch.Tensor{fix}")
 
 
-def require_options(dropout_p: object, is_causal: object, scale: object, enable_gqa: object) -> None:
-    """Refuse types of the other arguments that torch's own refuses too.
+def require_options(call: AttentionCall) -> None:
+    """Refuse those types of a call's other arguments that torch's own attention refuses too.
 
     Raises
     ------
     WrongType
         Naming the argument, what it is, and what was expected.
     """
-    if type(is_causal) is not bool or type(enable_gqa) is not bool:
-        name, flag = ("enable_gqa", enable_gqa) if type(is_causal) is bool else ("is_causal", is_causal)
-        raise WrongType(f"{name} is {_type(flag)} {flag!r}: expected True or False")
-    if as_number("dropout_p", dropout_p) is None:
+    for name, flag in (("is_causal", call.is_causal), ("enable_gqa", call.enable_gqa)):
+        if type(flag) is not bool:
+            raise WrongType(f"{name} is {_type(flag)} {flag!r}: expected True or False")
+    if as_number("dropout_p", call.dropout_p) is None:
         raise WrongType("dropout_p is None: expected a number")
-    as_number("scale", scale)
+    as_number("scale", call.scale)
 
 
 def as_number(name: str, given: object) -> float | None:
@@ -64,28 +65,21 @@ def _type(value: object) -> str:
     return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
 
 
-def check(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    enable_gqa: bool,
-) -> None:
-    """Refuse arguments of ``gqa_attention`` that don't fit together; compiled code trusts those that passed.
+def check(call: AttentionCall) -> None:
+    """Refuse a call of ``gqa_attention`` whose arguments don't fit together; compiled code trusts those that passed.
 
     Raises
     ------
     InvalidInput
         Shapes, dtypes or devices don't fit together.
     """
+    query, key, value = call.query, call.key, call.value
     _check_tensors(query, key, value)
-    leading = _check_heads(query, key, value, enable_gqa)
-    if attn_mask is not None:
-        _check_mask(attn_mask, (*leading, query.size(-2), key.size(-2)), query, is_causal)
-    if not 0 <= dropout_p <= 1:
-        raise InvalidInput(f"dropout_p={dropout_p}: expected a share between 0 and 1")
+    leading = _check_heads(query, key, value, call.enable_gqa)
+    if call.attn_mask is not None:
+        _check_mask(call.attn_mask, (*leading, query.size(-2), key.size(-2)), query, call.is_causal)
+    if not 0 <= call.dropout_p <= 1:
+        raise InvalidInput(f"dropout_p={call.dropout_p}: expected a share between 0 and 1")
 
 
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:

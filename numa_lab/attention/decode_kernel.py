@@ -26,13 +26,13 @@ MASK_NONE, MASK_BOOL, MASK_FLOAT, MASK_HALF, MASK_BFLOAT = range(5)
 LOWEST = np.float32(tiles.LOWEST)
 LOG2_E, LN_2 = math.log2(math.e), math.log(2)
 
-# What the threads get: first what differs between calls of one shape, then addresses of functions (the kernel's own, and
-# OpenMP's, for ``numa_lab.attention.openmp_regions``), strides in bytes, and counts. Fewer keys than `least_shared` are the first thread's
-# alone. `factor` is the scale of the scores times log2(e).
-CALL = ("arrived", "workspace", "query", "key", "value", "out", "lse", "mask", "kv_len")
+# What the threads get: first what differs between calls of one layout, with the address of the kernel itself (`share`) at the end; then
+# the addresses of OpenMP's functions (for ``numa_lab.attention.openmp_regions``), strides in bytes, and counts. Over fewer keys than
+# `least_shared` the first thread computes alone. `factor` is the scale of the scores times log2(e).
+CALL = ("arrived", "workspace", "query", "key", "value", "out", "lse", "mask", "kv_len", "share")
 FIELDS = (
     *CALL,
-    "share", "thread_number", "team_size", "workspace_bytes", "least_shared",
+    "thread_number", "team_size", "workspace_bytes", "least_shared",
     "batch", "kv_heads", "group", "q_len",
     "query_batch", "query_head", "query_row",
     "key_batch", "key_head", "key_row",

@@ -1,26 +1,26 @@
 """A drop-in for torch's ``scaled_dot_product_attention`` that reads each KV head once for all its query heads.
 
-A backend is an entry of ``BACKENDS``, called with tensors that were checked; ``choose_backend`` decides which one ``auto``
-means. Every other caller learns its name from ``choose_backend``.
+It computes by one of several backends (``numa_lab.attention.backend_names``): the decode kernel, or one that is made of torch's own
+operators. ``choose_backend`` tells which one computes a call; nothing else decides that.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from functools import cache
 from operator import is_
+from types import NoneType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from numa_lab.attention import addresses, autocast, backend_names, by_torch, decode, graphs
+from numa_lab.attention import addresses, autocast, by_torch, decode, graphs, known_calls
 from numa_lab.attention.backend_names import require_backend
+from numa_lab.attention.call import AttentionCall
 from numa_lab.attention.checks import check, require_options, require_tensors
-
-Arguments = tuple[Tensor, Tensor, Tensor, Tensor | None, float, bool, float | None, bool]
-Backend = Callable[[Tensor, Tensor, Tensor, Tensor | None, float, bool, float | None, bool], Tensor]
+from numa_lab.attention.kernel_plan import KernelPlan
 
 
 def gqa_attention(
@@ -35,7 +35,7 @@ def gqa_attention(
     *,
     backend: str = "auto",
 ) -> Tensor:
-    """Attention with the meaning of torch's ``scaled_dot_product_attention``, whatever is active.
+    """Compute attention with the meaning of torch's ``scaled_dot_product_attention``, whatever is active.
 
     The inputs are never changed. Rows that may look at no key give zeros, as torch gives them. Dropout is torch's:
     backends draw different random numbers. ``is_causal`` counts from the upper left corner, so with q_len 1 it leaves
@@ -64,7 +64,7 @@ def gqa_attention(
     enable_gqa
         q_heads may be a multiple of kv_heads; query head h then uses KV head h // group.
     backend
-        ``auto``, or a key of ``BACKENDS``; what ``numba`` does not serve is torch's.
+        ``auto``, or one of ``backend_names.BACKENDS``; what ``numba`` does not serve is torch's.
 
     Returns
     -------
@@ -79,8 +79,15 @@ def gqa_attention(
         An argument is of a type that torch's own refuses too, such as an array. It is a TypeError.
     """
     if is_compiling():
-        return _in_graph(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, backend)
-    return _compute(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, backend)
+        return _in_graph(AttentionCall(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa), backend)
+    usual = (
+        attn_mask is None and scale is None and is_causal is False and isinstance(dropout_p, float | int)
+        and not dropout_p and type(enable_gqa) is bool and backend in ("auto", "numba")
+    )  # fmt: skip
+    if usual and (output := known_calls.attend(query, key, value, enable_gqa)) is not None:
+        return output
+    call = AttentionCall(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    return _compute(call, backend, usual)
 
 
 def choose_backend(
@@ -95,7 +102,7 @@ def choose_backend(
     *,
     backend: str = "auto",
 ) -> str:
-    """The name of the backend that ``gqa_attention`` runs for these arguments, which it takes and checks alike.
+    """Return the name of the backend that ``gqa_attention`` runs for these arguments, which it takes and checks alike.
 
     The answer for ``auto`` depends on ``torch.get_num_threads()`` of the calling thread.
 
@@ -104,101 +111,76 @@ def choose_backend(
     InvalidInput, WrongType
         As ``gqa_attention``.
     """
-    return _choose(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, backend)[0]
+    return _choose(
+        AttentionCall(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa), backend
+    ).backend
 
 
-def _compute(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-    enable_gqa: bool,
-    backend: str,
-) -> Tensor:
-    plain = (
-        attn_mask is None and scale is None and is_causal is False and isinstance(dropout_p, float | int)
-        and not dropout_p and type(enable_gqa) is bool and backend in ("auto", "numba")
-    )  # fmt: skip
-    if plain and (output := decode.plain(query, key, value, enable_gqa)) is not None:
-        return output
-    name, arguments = _choose(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, backend)
-    if plain and name == "numba" and all(map(is_, arguments, (query, key, value))):  # nothing was cast
-        decode.remember(query, key, value, enable_gqa)
-    return BACKENDS[name](*arguments)
+class _Choice(NamedTuple):
+    """What computes a call."""
+
+    backend: str
+    call: AttentionCall  # checked where it can be, and cast where autocast casts
+    plan: KernelPlan | None = None  # where the backend is the decode kernel
 
 
-def _choose(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-    enable_gqa: bool,
-    backend: str,
-) -> tuple[str, Arguments]:
-    """The backend's name, and the arguments for it, checked where they can be, and cast where autocast does so."""
+def _compute(call: AttentionCall, backend: str, usual: bool) -> Tensor:
+    """Compute a call that is not known; a `usual` one, which has no mask and no options, may become known."""
+    choice = _choose(call, backend)
+    if choice.plan is None:
+        return by_torch.BACKENDS[choice.backend](choice.call)
+    if usual and all(map(is_, choice.call[:3], call[:3])):  # nothing was cast
+        known_calls.remember(call)
+    return choice.plan.attend(choice.call)
+
+
+def _choose(call: AttentionCall, backend: str) -> _Choice:
     require_backend(backend)
-    tensors = [query, key, value] if attn_mask is None else [query, key, value, attn_mask]
+    tensors = call.tensors
     readable = addresses.readable(*tensors)
     if not readable and addresses.watched(*tensors):
         composed = backend not in ("auto", "numba") and addresses.usual(*tensors)
-        name = backend if composed else "torch"
-        return name, (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        return _Choice(backend if composed else "torch", call)
     if not readable:
-        require_tensors(query=query, key=key, value=value, **({} if attn_mask is None else {"attn_mask": attn_mask}))
-    require_options(dropout_p, is_causal, scale, enable_gqa)
-    dropout_p, scale = float(dropout_p), None if scale is None else float(scale)
+        require_tensors(**call.named_tensors)
+    require_options(call)
+    if type(call.dropout_p) is not float or type(call.scale) not in (float, NoneType):
+        call = call._replace(dropout_p=float(call.dropout_p), scale=None if call.scale is None else float(call.scale))
     if not readable:
-        if any(one.layout != torch.strided or one.is_nested for one in tensors):  # without strides, or without a shape
-            return "torch", (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-        query, key, value = _with_memory(query), _with_memory(key), _with_memory(value)
-        attn_mask = None if attn_mask is None else _with_memory(attn_mask)
+        if any(tensor.layout != torch.strided or tensor.is_nested for tensor in tensors):  # no strides, or no shape
+            return _Choice("torch", call)
+        call = call.converted(_with_memory)
     if autocast.dtype() is not None:
-        query, key, value = autocast.cast(query), autocast.cast(key), autocast.cast(value)
-        attn_mask = None if attn_mask is None else autocast.cast(attn_mask)
-    arguments = query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
-    check(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
-    if backend == "auto" and is_causal and query.size(-2) > 1:
-        return "torch", arguments  # a prompt
-    if backend in ("auto", "numba"):
-        if not decode.refusal(query, key, value, attn_mask, dropout_p, scale, readable):
-            return "numba", arguments
-        if why := decode.unavailable():
-            _warn_once(why)
-        return _fastest_of_torch(query, key, is_causal, enable_gqa) if readable else "torch", arguments
-    return backend, arguments
+        call = call.converted(autocast.cast)
+    check(call)
+    if backend == "auto" and call.is_causal and call.query.size(-2) > 1:
+        return _Choice("torch", call)  # a prompt
+    if backend not in ("auto", "numba"):
+        return _Choice(backend, call)
+    plan = decode.plan_for(call, readable=readable)
+    if not isinstance(plan, str):
+        return _Choice("numba", call, plan)
+    if why := decode.unavailable():
+        _warn_once(why)
+    return _Choice(_fastest_of_torch(call) if readable else "torch", call)
 
 
-def _with_memory(one: Tensor) -> Tensor:
-    """The same with numbers in memory where torch keeps none because all are zero: its fastest kernel doesn't look for that."""
-    return torch.zeros(one.shape, dtype=one.dtype, device=one.device) if one._is_zerotensor() else one
+def _with_memory(tensor: Tensor) -> Tensor:
+    """Return the same tensor with its numbers in memory.
+
+    torch keeps none of a tensor that it knows to be zeros, and its fastest kernel doesn't look for that.
+    """
+    return torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device) if tensor._is_zerotensor() else tensor
 
 
-def _in_graph(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-    enable_gqa: bool,
-    backend: str,
-) -> Tensor:
-    """What a graph records: one operator (``numa_lab.attention.graphs``), or torch's own where gradients or dropout are wanted."""
+def _in_graph(call: AttentionCall, backend: str) -> Tensor:
+    """Return what a graph records: one operator (``numa_lab.attention.graphs``), or torch's own where gradients or dropout are wanted."""
     require_backend(backend)
-    if backend in ("auto", "numba") and graphs.serves(query, key, value, attn_mask, dropout_p, scale):
-        query, key, value = autocast.cast(query), autocast.cast(key), autocast.cast(value)
-        attn_mask = None if attn_mask is None else autocast.cast(attn_mask)
+    if backend in ("auto", "numba") and graphs.serves(call):
+        query, key, value, attn_mask, _, is_causal, scale, enable_gqa = call.converted(autocast.cast)
         output: Tensor = torch.ops.numa_lab.gqa_attention(query, key, value, attn_mask, is_causal, scale, enable_gqa)
         return output
-    name = "torch" if backend in ("auto", "numba") else backend
-    return BACKENDS[name](query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    return by_torch.BACKENDS["torch" if backend in ("auto", "numba") else backend](call)
 
 
 @cache
@@ -228,10 +210,10 @@ def _warn_once(why: str) -> None:
 _FOLDED_Q_LEN = 512
 
 
-def _fastest_of_torch(query: Tensor, key: Tensor, is_causal: bool, enable_gqa: bool) -> str:
-    """What ``auto`` means where the decode kernel does not serve."""
-    q_len = query.size(-2)
-    if not enable_gqa or is_causal or q_len > _FOLDED_Q_LEN or query.device.type != "cpu":
+def _fastest_of_torch(call: AttentionCall) -> str:
+    """Return the backend that ``auto`` means where the decode kernel does not serve."""
+    query, key, q_len = call.query, call.key, call.query.size(-2)
+    if not call.enable_gqa or call.is_causal or q_len > _FOLDED_Q_LEN or query.device.type != "cpu":
         return "torch"
     batch, q_heads, kv_heads = query.shape[:-3].numel(), query.size(-3), key.size(-3)
     group = q_heads // kv_heads
@@ -246,29 +228,6 @@ def _fastest_of_torch(query: Tensor, key: Tensor, is_causal: bool, enable_gqa: b
     return "torch-folded" if loss < gain else "torch"
 
 
-def _numba(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-    enable_gqa: bool,
-) -> Tensor:
-    """The decode kernel: K and V are read once, at the speed of memory."""
-    out = decode.empty_output(query)
-    if is_causal:
-        attn_mask, key, value = decode.causal(query, key, value)
-    decode.run(query, key, value, attn_mask, scale, out, None)
-    return out
-
-
-BACKENDS: dict[str, Backend] = dict(
-    zip(backend_names.BACKENDS, (_numba, by_torch.plain, by_torch.folded, by_torch.guide), strict=True)
-)
-
-
 def _of_operator(
     query: Tensor,
     key: Tensor,
@@ -278,7 +237,11 @@ def _of_operator(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    return _compute(query, key, value, attn_mask, 0.0, is_causal, scale, enable_gqa, "auto")
+    """Compute what the operator of graphs means, which has no dropout and no backend to choose."""
+    usual = attn_mask is None and scale is None and not is_causal
+    if usual and (output := known_calls.attend(query, key, value, enable_gqa)) is not None:
+        return output
+    return _compute(AttentionCall(query, key, value, attn_mask, 0.0, is_causal, scale, enable_gqa), "auto", usual)
 
 
 graphs.define(_of_operator)

@@ -18,6 +18,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import has_torch_function
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from numa_lab.attention.call import AttentionCall
+
 P = ParamSpec("P")
 T = TypeVar("T")
 NAME = "numa_lab::gqa_attention"
@@ -60,25 +62,18 @@ def define(attention: Attention) -> None:
     operator.register_fake(lambda query, *others: _promised(query, _torch(query, *others)))
 
 
-def serves(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    dropout_p: float,
-    scale: float | None,
-) -> bool:
-    """Whether a graph may hold the operator: transforms, gradients, dropout, subclasses and other devices are torch's own."""
-    tensors = [query, key, value] if attn_mask is None else [query, key, value, attn_mask]
-    if dropout_p or isinstance(scale, Tensor):
+def serves(call: AttentionCall) -> bool:
+    """Return whether a graph may hold the operator: transforms, gradients, dropout, subclasses and other devices are torch's own."""
+    tensors = call.tensors
+    if call.dropout_p or isinstance(call.scale, Tensor):
         return False
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return False
-    if has_torch_function(tensors) or any(is_traceable_wrapper_subclass(one) for one in tensors):
+    if has_torch_function(tensors) or any(is_traceable_wrapper_subclass(tensor) for tensor in tensors):
         return False
-    if torch.is_grad_enabled() and any(one.requires_grad for one in tensors):
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return False
-    return all(one.is_cpu and one.layout == torch.strided and not one.is_nested for one in tensors)
+    return all(tensor.is_cpu and tensor.layout == torch.strided and not tensor.is_nested for tensor in tensors)
 
 
 def _torch(

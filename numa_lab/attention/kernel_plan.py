@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from numa_lab.attention import decode_kernel, kernel_cache, merge_kernel, openmp_regions, simd
+from numa_lab.attention.call import AttentionCall
 from numa_lab.attention.decode_kernel import CALL, FIELDS, LOG2_E, Spec
 from numa_lab.attention.merge_kernel import MergeSpec
 from numa_lab.attention.simd import Kind, Rows
@@ -32,8 +33,8 @@ _MASK_KINDS = {
     torch.bfloat16: decode_kernel.MASK_BFLOAT,
 }
 _CALL = struct.Struct(f"{len(CALL)}q")
-_SHAPE = struct.Struct(f"{len(FIELDS) - len(CALL)}qd")
-ARGUMENT_BYTES = _CALL.size + _SHAPE.size
+_LAYOUT = struct.Struct(f"{len(FIELDS) - len(CALL)}qd")
+ARGUMENT_BYTES = _CALL.size + _LAYOUT.size
 QUERY, OUT, KV_LEN = map(CALL.index, ("query", "out", "kv_len"))  # words of the arguments
 
 
@@ -74,15 +75,82 @@ class _OfThread(threading.local):
 _of_thread = _OfThread()
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What calls of one shape have in common, whatever the number of keys."""
+class _CompiledKernel:
+    """One compiled version of the decode kernel, which is loaded or compiled when it first runs."""
 
-    kernel: int  # 0 where there is nothing to compute
+    def __init__(self, spec: Spec, query_rows: int) -> None:
+        self._spec, self.workspace_bytes = spec, spec.workspace_bytes(query_rows)
+        self.address = 0  # until it is loaded
+
+    def load(self) -> int:
+        """Return the kernel's address; the first time on a machine compiling takes seconds."""
+        self.address = kernel_cache.address(self._spec)
+        return self.address
+
+
+@dataclass(frozen=True)
+class KernelPlan:
+    """How the decode kernel computes a call, and others that differ in the addresses of tensors and in kv_len alone.
+
+    ``decode.plan_for`` makes one for a call that the kernel serves.
+    """
+
+    kernel: _CompiledKernel | None  # None where there is nothing to compute
     threads: int
-    least_shared: int  # from so many keys on the team computes; fewer are the calling thread's alone
+    least_shared: int  # the team computes from so many keys on; over fewer keys the calling thread computes alone
     workspace_bytes: int  # of each thread
-    shape: bytes  # the fields behind those of the call
+    layout: bytes  # the arguments of the kernel behind ``decode_kernel.CALL``
+    causal_mask: Tensor | None = None  # [q_len, keys that any query sees], of a causal call
+
+    @classmethod
+    def of(cls, call: AttentionCall, out: Tensor | None, threads: int) -> KernelPlan:
+        """Return the plan of a call that the kernel serves (``decode.plan_for`` looks whether it does)."""
+        query, key, value = call.query, call.key, call.value
+        if not query.numel():
+            return cls(None, 0, 0, 0, b"")
+        *leading, q_heads, q_len, head_dim = query.shape
+        kv_len, kv_heads, batch = key.shape[-2], key.shape[-3], leading[0] if leading else 1
+        causal_mask, mask = None, call.attn_mask
+        if call.is_causal:
+            kv_len = min(q_len, kv_len)
+            mask = causal_mask = torch.ones(q_len, kv_len, dtype=torch.bool, device="cpu").tril()
+        if out is None:  # that of ``attend``; only strides matter here, and those of a contiguous query are its own
+            out = query if query.is_contiguous() else empty_output(query)
+        kernel = _compiled_kernel(query.dtype, head_dim, q_heads // kv_heads * q_len)
+        least_shared = -(-ALONE_BYTES // (2 * batch * kv_heads * head_dim * key.element_size()))
+        layout = _LAYOUT.pack(
+            *openmp_regions.team_functions(), kernel.workspace_bytes, least_shared,
+            batch, kv_heads, q_heads // kv_heads, q_len,
+            *(stride for tensor in (query, key, value, out) for stride in _strides(tensor)),
+            *((0, 0, 0, 0, decode_kernel.MASK_NONE) if mask is None
+              else _mask_fields(mask.expand(*query.shape[:-1], kv_len))),
+            LOG2_E * (head_dim**-0.5 if call.scale is None else call.scale),
+        )  # fmt: skip
+        return cls(kernel, threads, least_shared, kernel.workspace_bytes, layout, causal_mask)
+
+    def attend(self, call: AttentionCall, out: Tensor | None = None, lse: Tensor | None = None) -> Tensor:
+        """Compute a call on the calling thread's team.
+
+        Parameters
+        ----------
+        call
+            The call for which the plan was made, or one like it.
+        out
+            The tensor, or one with its strides, for which the plan was made; a new tensor where it was made for None.
+        lse
+            A contiguous float32 ``[batch, q_heads, q_len]``, to which the log-sum-exp is written where it is given.
+
+        Returns
+        -------
+        Tensor
+            The output, of the query's shape and dtype.
+        """
+        out = empty_output(call.query) if out is None else out
+        mask, kv_len = call.attn_mask, call.key.size(-2)
+        if self.causal_mask is not None:  # keys that no query sees are left out
+            mask, kv_len = self.causal_mask, self.causal_mask.size(-1)
+        self.run(kv_len, call.query, call.key, call.value, mask, out, lse)
+        return out
 
     def run(
         self,
@@ -94,8 +162,8 @@ class Plan:
         out: Tensor,
         lse: Tensor | None,
     ) -> None:
-        """Compute on the calling thread's team."""
-        if not self.kernel or not kv_len:
+        """Compute over the first `kv_len` keys on the calling thread's team, as ``attend`` does; only addresses are read off tensors."""
+        if self.kernel is None or not kv_len:
             out.zero_()
             if lse is not None:
                 lse.fill_(-math.inf)
@@ -109,30 +177,21 @@ class Plan:
         openmp.run_on_team(_alone(), arguments.address, threads)
 
     def pack(self, arguments: Arguments, *call: int) -> None:
-        """Write what the kernel gets: of ``decode_kernel.CALL`` all but the counter, and what calls of this shape share."""
-        _CALL.pack_into(arguments.packed, 0, arguments.counter, *call)
-        arguments.packed[_CALL.size :] = self.shape
+        """Write the kernel's arguments: `call` has those of ``decode_kernel.CALL`` between the counter and the kernel's own address."""
+        kernel = self.kernel
+        assert kernel is not None  # who has nothing to compute packs nothing
+        _CALL.pack_into(arguments.packed, 0, arguments.counter, *call, kernel.address or kernel.load())
+        arguments.packed[_CALL.size :] = self.layout
 
 
-def make_plan(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None, out: Tensor, threads: int
-) -> Plan:
-    """The plan of inputs that ``decode.refusal`` lets pass, for a team of so many threads; a mask has all its dimensions."""
-    *leading, q_heads, q_len, head_dim = query.shape
-    kv_heads, batch = key.shape[-3], leading[0] if leading else 1
-    if not out.numel():
-        return Plan(0, 0, 0, 0, b"")
-    query_rows = q_heads // kv_heads * q_len
-    version = _version(query.dtype, head_dim, query_rows)
-    least_shared = -(-ALONE_BYTES // (2 * batch * kv_heads * head_dim * key.element_size()))
-    shape = _SHAPE.pack(
-        version.kernel, *openmp_regions.team_functions(), version.workspace_bytes, least_shared,
-        batch, kv_heads, q_heads // kv_heads, q_len,
-        *(stride for tensor in (query, key, value, out) for stride in _strides(tensor)),
-        *((0, 0, 0, 0, decode_kernel.MASK_NONE) if mask is None else _mask_fields(mask)),
-        LOG2_E * (head_dim**-0.5 if scale is None else scale),
-    )  # fmt: skip
-    return Plan(version.kernel, threads, least_shared, version.workspace_bytes, shape)
+def empty_output(query: Tensor) -> Tensor:
+    """Return memory for the output, in the layout of the query where the query's rows are contiguous, as torch's own has it on the CPU.
+
+    Its dtype and device are the query's, whatever a program has made the default.
+    """
+    out = torch.empty_like(query)
+    # Where rows of the query overlap, the last dimension may not be the innermost one.
+    return out if out.stride(-1) == 1 else torch.empty(query.shape, dtype=query.dtype, device="cpu")
 
 
 class Merge:
@@ -152,7 +211,7 @@ class Merge:
         self, dtype: torch.dtype, head_dim: int, outputs: int, log_sum_exps: int, parts: int, rows: int
     ) -> None:
         vectors = simd.host()
-        assert vectors is not None  # refusal() has looked
+        assert vectors is not None  # decode.plan_for has looked
         spec = MergeSpec(Rows(vectors, KINDS[dtype], head_dim))
         self.kernel, self._space = kernel_cache.address(spec), ctypes.create_string_buffer(spec.space_bytes)
         space = ctypes.addressof(self._space)
@@ -179,18 +238,9 @@ def _mask_fields(mask: Tensor) -> tuple[int, ...]:
     return (*_strides(mask), mask.element_size() * mask.stride(-1), _MASK_KINDS[mask.dtype])
 
 
-@dataclass(frozen=True)
-class _Version:
-    """A compiled version of the kernel, and what each thread needs for it."""
-
-    kernel: int
-    workspace_bytes: int
-
-
 @cache
-def _version(dtype: torch.dtype, head_dim: int, query_rows: int) -> _Version:
+def _compiled_kernel(dtype: torch.dtype, head_dim: int, query_rows: int) -> _CompiledKernel:
     vectors = simd.host()
-    assert vectors is not None  # refusal() has looked
+    assert vectors is not None  # decode.plan_for has looked
     kind = Kind.BFLOAT16_PAIRS if dtype is torch.bfloat16 and vectors.pairs else KINDS[dtype]
-    spec = Spec.of(Rows(vectors, kind, head_dim), query_rows)
-    return _Version(kernel_cache.address(spec), spec.workspace_bytes(query_rows))
+    return _CompiledKernel(Spec.of(Rows(vectors, kind, head_dim), query_rows), query_rows)

@@ -18,14 +18,15 @@ import torch
 from torch import Tensor
 
 from numa_lab.attention import addresses, autocast, decode
-from numa_lab.attention.kernel_plan import KV_LEN, OUT, QUERY, Arguments, Merge, Plan, make_plan
+from numa_lab.attention.call import AttentionCall
+from numa_lab.attention.kernel_plan import KV_LEN, OUT, QUERY, Arguments, KernelPlan, Merge
 from numa_lab.attention.partial import merge, partial_attention
 from numa_lab.machine.page_maps import PAGE_BYTES
 from numa_lab.nodes.seats import Place, seats_of
 
 MAX_PLANS = 1024
 _FLOAT_BYTES = 4
-_plans: dict[tuple[object, ...], Plan] = {}
+_plans: dict[tuple[object, ...], KernelPlan] = {}
 
 
 class Piece(NamedTuple):
@@ -40,7 +41,7 @@ class Piece(NamedTuple):
     last: int  # the last token's number + 1
     mask: Tensor | None = None  # [q_len, last - first]: True where a query sees a token
 
-    def plan(self, query: Tensor, scale: float | None) -> Plan | None:
+    def plan(self, query: Tensor, scale: float | None) -> KernelPlan | None:
         """Return how the decode kernel computes this piece; None where it does not serve. A model's layers share a plan."""
         signature = (
             type(query), query.dtype, query.shape, query.stride(), scale, len(self.place.cpus),
@@ -48,14 +49,15 @@ class Piece(NamedTuple):
         )  # fmt: skip
         if self.mask is None and (known := _plans.get(signature)):
             return known
-        query, key, value = query[self.rows], self.key[self.rows], self.value[self.rows]
-        mask = None if self.mask is None else self.mask.expand(*query.shape[:-1], -1)
-        if decode.refusal(query, key, value, mask, 0.0, scale):
-            return None
+        query, tokens = query[self.rows], slice(self.first, self.last)
+        key, value = self.key[self.rows, :, tokens], self.value[self.rows, :, tokens]
         # All tensors are told their dtype and device: a program may have set other defaults.
         out = torch.empty(query.shape, dtype=query.dtype, device="cpu")
-        plan = make_plan(query, key, value, mask, scale, out, len(self.place.cpus))
-        if mask is None:
+        call = AttentionCall(query, key, value, self.mask, scale=scale, enable_gqa=True)
+        plan = decode.plan_for(call, out, threads=len(self.place.cpus))
+        if isinstance(plan, str):
+            return None
+        if self.mask is None:
             if len(_plans) >= MAX_PLANS:
                 _plans.clear()
             _plans[signature] = plan
@@ -89,7 +91,7 @@ class _Job(NamedTuple):
     """The kernel's work over one piece."""
 
     arguments: Arguments
-    plan: Plan
+    plan: KernelPlan
     query_begin: int  # bytes from the beginning of all queries to that of its first sequence
     out_begin: int  # the same of the outputs
 
@@ -101,7 +103,7 @@ class Step:
         self,
         query: Tensor,
         pieces: Sequence[Piece],
-        plans: Sequence[Plan],
+        plans: Sequence[KernelPlan],
         places: tuple[Place, ...],
         scale: float | None,
     ) -> None:

@@ -8,7 +8,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from numa_lab.attention import gqa
-from numa_lab.attention.gqa import BACKENDS, choose_backend, gqa_attention
+from numa_lab.attention.backend_names import BACKENDS
+from numa_lab.attention.gqa import choose_backend, gqa_attention
 from numa_lab.attention.partial import partial_attention
 from numa_lab.attention.reference import attention as reference
 from numa_lab.errors import InvalidInput
@@ -150,7 +151,7 @@ def test_folding_makes_no_tensor_of_the_size_of_the_cache():
 
 @pytest.fixture
 def without_the_kernel(monkeypatch):
-    monkeypatch.setattr(gqa.decode, "refusal", lambda *_: "none of its own")
+    monkeypatch.setattr(gqa.decode, "plan_for", lambda *_, **__: "none of its own")
 
 
 @pytest.mark.usefixtures("without_the_kernel")
