@@ -26,8 +26,7 @@ class AttentionCall(NamedTuple):
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """The query, the key, the value and, where there is one, the mask."""
-        query, key, value, attn_mask, *_ = self
-        return (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
+        return self[:3] if self.attn_mask is None else self[:4]  # type: ignore[return-value]
 
     @property
     def named_tensors(self) -> dict[str, Tensor]:

@@ -73,13 +73,13 @@ def check(call: AttentionCall) -> None:
     InvalidInput
         Shapes, dtypes or devices don't fit together.
     """
-    query, key, value = call.query, call.key, call.value
+    query, key, value, attn_mask, dropout_p, is_causal, _, enable_gqa = call
     _check_tensors(query, key, value)
-    leading = _check_heads(query, key, value, call.enable_gqa)
-    if call.attn_mask is not None:
-        _check_mask(call.attn_mask, (*leading, query.size(-2), key.size(-2)), query, call.is_causal)
-    if not 0 <= call.dropout_p <= 1:
-        raise InvalidInput(f"dropout_p={call.dropout_p}: expected a share between 0 and 1")
+    leading = _check_heads(query, key, value, enable_gqa)
+    if attn_mask is not None:
+        _check_mask(attn_mask, (*leading, query.size(-2), key.size(-2)), query, is_causal)
+    if not 0 <= dropout_p <= 1:
+        raise InvalidInput(f"dropout_p={dropout_p}: expected a share between 0 and 1")
 
 
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:

@@ -10,7 +10,6 @@ import warnings
 from functools import cache
 from operator import is_
 from types import NoneType
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -111,36 +110,30 @@ def choose_backend(
     InvalidInput, WrongType
         As ``gqa_attention``.
     """
-    return _choose(
-        AttentionCall(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa), backend
-    ).backend
-
-
-class _Choice(NamedTuple):
-    """What computes a call."""
-
-    backend: str
-    call: AttentionCall  # checked where it can be, and cast where autocast casts
-    plan: KernelPlan | None = None  # where the backend is the decode kernel
+    return _choose(AttentionCall(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa), backend)[0]
 
 
 def _compute(call: AttentionCall, backend: str, usual: bool) -> Tensor:
     """Compute a call that is not known; a `usual` one, which has no mask and no options, may become known."""
-    choice = _choose(call, backend)
-    if choice.plan is None:
-        return by_torch.BACKENDS[choice.backend](choice.call)
-    if usual and all(map(is_, choice.call[:3], call[:3])):  # nothing was cast
+    name, prepared, plan = _choose(call, backend)
+    if plan is None:
+        return by_torch.BACKENDS[name](prepared)
+    if usual and all(map(is_, prepared[:3], call[:3])):  # nothing was cast
         known_calls.remember(call)
-    return choice.plan.attend(choice.call)
+    return plan.attend(prepared)
 
 
-def _choose(call: AttentionCall, backend: str) -> _Choice:
+def _choose(call: AttentionCall, backend: str) -> tuple[str, AttentionCall, KernelPlan | None]:
+    """Return the backend that computes a call, the call for it, and its plan where the backend is the decode kernel.
+
+    The call that is returned was checked where it can be, and cast where autocast casts.
+    """
     require_backend(backend)
     tensors = call.tensors
     readable = addresses.readable(*tensors)
     if not readable and addresses.watched(*tensors):
         composed = backend not in ("auto", "numba") and addresses.usual(*tensors)
-        return _Choice(backend if composed else "torch", call)
+        return backend if composed else "torch", call, None
     if not readable:
         require_tensors(**call.named_tensors)
     require_options(call)
@@ -148,21 +141,21 @@ def _choose(call: AttentionCall, backend: str) -> _Choice:
         call = call._replace(dropout_p=float(call.dropout_p), scale=None if call.scale is None else float(call.scale))
     if not readable:
         if any(tensor.layout != torch.strided or tensor.is_nested for tensor in tensors):  # no strides, or no shape
-            return _Choice("torch", call)
+            return "torch", call, None
         call = call.converted(_with_memory)
     if autocast.dtype() is not None:
         call = call.converted(autocast.cast)
     check(call)
     if backend == "auto" and call.is_causal and call.query.size(-2) > 1:
-        return _Choice("torch", call)  # a prompt
+        return "torch", call, None  # a prompt
     if backend not in ("auto", "numba"):
-        return _Choice(backend, call)
+        return backend, call, None
     plan = decode.plan_for(call, readable=readable)
     if not isinstance(plan, str):
-        return _Choice("numba", call, plan)
+        return "numba", call, plan
     if why := decode.unavailable():
         _warn_once(why)
-    return _Choice(_fastest_of_torch(call) if readable else "torch", call)
+    return _fastest_of_torch(call) if readable else "torch", call, None
 
 
 def _with_memory(tensor: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ _MASK_KINDS = {
     torch.float16: decode_kernel.MASK_HALF,
     torch.bfloat16: decode_kernel.MASK_BFLOAT,
 }
+_NO_MASK = (0, 0, 0, 0, decode_kernel.MASK_NONE)
 _CALL = struct.Struct(f"{len(CALL)}q")
 _LAYOUT = struct.Struct(f"{len(FIELDS) - len(CALL)}qd")
 ARGUMENT_BYTES = _CALL.size + _LAYOUT.size
@@ -88,7 +89,7 @@ class _CompiledKernel:
         return self.address
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class KernelPlan:
     """How the decode kernel computes a call, and others that differ in the addresses of tensors and in kv_len alone.
 
@@ -117,13 +118,14 @@ class KernelPlan:
         if out is None:  # that of ``attend``; only strides matter here, and those of a contiguous query are its own
             out = query if query.is_contiguous() else empty_output(query)
         kernel = _compiled_kernel(query.dtype, head_dim, q_heads // kv_heads * q_len)
-        least_shared = -(-ALONE_BYTES // (2 * batch * kv_heads * head_dim * key.element_size()))
+        element_bytes = query.element_size()
+        least_shared = -(-ALONE_BYTES // (2 * batch * kv_heads * head_dim * element_bytes))
         layout = _LAYOUT.pack(
             *openmp_regions.team_functions(), kernel.workspace_bytes, least_shared,
             batch, kv_heads, q_heads // kv_heads, q_len,
-            *(stride for tensor in (query, key, value, out) for stride in _strides(tensor)),
-            *((0, 0, 0, 0, decode_kernel.MASK_NONE) if mask is None
-              else _mask_fields(mask.expand(*query.shape[:-1], kv_len))),
+            *_strides(query, element_bytes), *_strides(key, element_bytes),
+            *_strides(value, element_bytes), *_strides(out, element_bytes),
+            *(_NO_MASK if mask is None else _mask_fields(mask.expand(*query.shape[:-1], kv_len))),
             LOG2_E * (head_dim**-0.5 if call.scale is None else call.scale),
         )  # fmt: skip
         return cls(kernel, threads, least_shared, kernel.workspace_bytes, layout, causal_mask)
@@ -228,14 +230,15 @@ def _alone() -> int:
     return kernel_cache.address(openmp_regions.Alone())
 
 
-def _strides(tensor: Tensor) -> tuple[int, ...]:
-    """Bytes from one sequence, head and row to the next."""
-    strides = [tensor.element_size() * stride for stride in tensor.stride()[:-1]]
-    return tuple(strides) if len(strides) == 3 else (0, *strides)
+def _strides(tensor: Tensor, element_bytes: int) -> tuple[int, int, int]:
+    """Return the bytes from one sequence, head and row to the next."""
+    *batch, head, row, _ = tensor.stride()
+    return batch[0] * element_bytes if batch else 0, head * element_bytes, row * element_bytes
 
 
 def _mask_fields(mask: Tensor) -> tuple[int, ...]:
-    return (*_strides(mask), mask.element_size() * mask.stride(-1), _MASK_KINDS[mask.dtype])
+    element_bytes = mask.element_size()
+    return (*_strides(mask, element_bytes), mask.stride(-1) * element_bytes, _MASK_KINDS[mask.dtype])
 
 
 @cache
