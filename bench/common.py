@@ -28,7 +28,7 @@ from progress import Progress
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from numa_lab.attention import decode, simd
+from numa_lab.attention import decode, simd, vectors
 from numa_lab.attention.backend_names import BACKENDS
 from numa_lab.attention.gqa import gqa_attention
 from numa_lab.attention.reference import attention as reference
@@ -232,17 +232,17 @@ def read_limit(block: Tensor, threads: int) -> Callable[[], float]:
 
 def vector_ceiling(threads: int) -> Callable[[], float]:
     """What measures bytes of float32 vectors that `threads` threads multiply and add per second, from registers."""
-    vectors = simd.host()
-    assert vectors is not None, "the decode kernel can't run here, so there is no ceiling of its instructions"
-    type_ = simd.floats(vectors.lanes)
+    cpu_vectors = vectors.host()
+    assert cpu_vectors is not None, "the decode kernel can't run here, so there is no ceiling of its instructions"
+    type_ = simd.floats(cpu_vectors.lanes)
 
     @intrinsic
     def multiply_adds(_context: Any, loops: Any) -> Any:
         def generate(_c: Any, b: Any, _s: Any, arguments: Any) -> Any:
-            cells = [cgutils.alloca_once_value(b, simd.constant(type_, i)) for i in range(vectors.accumulators)]
+            cells = [cgutils.alloca_once_value(b, simd.constant(type_, i)) for i in range(cpu_vectors.accumulators)]
             for i, cell in enumerate(cells):
                 b.store(simd.constant(type_, float(i)), cell)
-            x = simd.splat(b, b.sitofp(simd.opaque(b, simd.I64(0)), simd.FLOAT), vectors.lanes)
+            x = simd.splat(b, b.sitofp(simd.opaque(b, simd.I64(0)), simd.FLOAT), cpu_vectors.lanes)
             with cgutils.for_range(b, arguments[0]):
                 for cell in cells:
                     b.store(simd.fma(b, x, x, b.load(cell, typ=type_)), cell)
@@ -262,15 +262,15 @@ def vector_ceiling(threads: int) -> Callable[[], float]:
     def measure() -> float:
         begin = time.perf_counter()
         openmp.run_on_team(body.address, sink.ctypes.data, threads)
-        return threads * LOOPS * vectors.accumulators * vectors.bytes / (time.perf_counter() - begin)
+        return threads * LOOPS * cpu_vectors.accumulators * cpu_vectors.bytes / (time.perf_counter() - begin)
 
     return measure
 
 
 def multiply_adds_per_vector(shape: AttentionShape) -> int:
     """Multiply-adds of float32 vectors for each vector of K and V: two per query row where numbers have to be widened."""
-    vectors = simd.host()
-    widened = shape.dtype == "float16" or (shape.dtype == "bfloat16" and not (vectors and vectors.pairs))
+    cpu_vectors = vectors.host()
+    widened = shape.dtype == "float16" or (shape.dtype == "bfloat16" and not (cpu_vectors and cpu_vectors.pairs))
     return shape.group * shape.q_len * (2 if widened else 1)
 
 

@@ -21,13 +21,13 @@ def measure(turns: int) -> dict[str, float]:
     out = torch.empty_like(query)
     call = AttentionCall(query, key, value, enable_gqa=True)
     plan = kernel_plan.KernelPlan.of(call, out, torch.get_num_threads())
-    arguments, room = kernel_plan.Arguments(), kernel_plan.Room()
+    arguments, workspace = kernel_plan.KernelArguments(), kernel_plan.Workspace()
     tensors = (tensor.data_ptr() for tensor in (query, key, value, out))
-    plan.pack(arguments, room.at_least(plan.workspace_bytes), *tensors, 0, 0, 1)
-    alone = kernel_cache.address(openmp_regions.Alone())
+    plan.pack(arguments, workspace.at_least(plan.workspace_bytes), *tensors, 0, 0, 1)
+    region = kernel_cache.address(openmp_regions.TeamRegion())
 
     def kernel() -> None:
-        openmp.run_on_team(alone, arguments.address, 1)
+        openmp.run_on_team(region, arguments.address, 1)
 
     calls: dict[str, Callable[[], object]] = {
         "gqa_attention": lambda: gqa_attention(query, key, value, enable_gqa=True),

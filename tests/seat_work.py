@@ -5,7 +5,7 @@ import ctypes
 import numpy as np
 from numba import cfunc, types
 
-from numa_lab.attention.kernel_plan import Arguments
+from numa_lab.attention.kernel_plan import KernelArguments
 from numa_lab.attention.openmp_regions import SHARE
 from numa_lab.attention.tiles import fetch_add, load_word, store_word
 from numa_lab.machine import libnuma
@@ -37,9 +37,9 @@ class Work:
 
     def __init__(self, places):
         self.rows = [np.full((len(place.cpus), 4), 0, np.int64) for place in places]
-        self.jobs, self.merges = [Arguments() for _ in places], ctypes.c_int64()
+        self.jobs, self.merges = [KernelArguments() for _ in places], ctypes.c_int64()
         for job, rows in zip(self.jobs, self.rows, strict=True):
-            job.words[0], job.words[SHARE // 8] = rows.ctypes.data, note.address
+            job.fields[0], job.fields[SHARE // 8] = rows.ctypes.data, note.address
         self._own = [(ctypes.c_int64 * 1)(job.address) for job in self.jobs]
         table = [word for own in self._own for word in (ctypes.addressof(own), 1)]
         self._table = (ctypes.c_int64 * len(table))(*table)

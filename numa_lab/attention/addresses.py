@@ -1,9 +1,9 @@
-"""Whether raw addresses of tensors may be read: the one predicate in front of all compiled code.
+"""Whether raw addresses of tensors may be read; all compiled code asks here first.
 
-Compiled code sees numbers in memory and nothing else. A tensor may mean something else than what lies there (a view with the
-other sign, a batch of ``vmap``, a fake), and somebody may want to see the operators (a tracer, a dispatch mode, forward AD). torch
-keeps both in sets of dispatch keys, one of each tensor and one of each thread, by which it finds its own kernels. So what is
-allowed is named here, and whatever torch knows or will know beside it is torch's to compute.
+Compiled code sees numbers in memory and nothing else. But a tensor may mean something else than what lies there (a view with the
+other sign, a batch of ``vmap``, a fake), and others may want to see the operators (a tracer, a dispatch mode, forward AD). torch
+keeps both in sets of dispatch keys, one for each tensor and one for each thread, by which it finds its own kernels. The keys that are
+allowed are named here; where there is any other, also one that a later torch will have, torch computes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C.
 
 
 def _other_than(*allowed: DispatchKey) -> int:
-    """All dispatch keys but these, as a mask."""
+    """Return all dispatch keys but these, as a mask."""
     bits = 0
     for key in allowed:
         bits |= DispatchKeySet(key).raw_repr()
@@ -40,32 +40,32 @@ _OTHER_OF_THREAD = _other_than(DispatchKey.BackendSelect, DispatchKey.ADInplaceO
 
 
 def readable(*tensors: object) -> bool:
-    """Whether these are numbers in the CPU's memory as they are, and nobody but the caller sees how they are computed with.
+    """Return whether all of these are numbers in the CPU's memory as they are, and nobody but the caller sees what is computed with them.
 
-    Limits: gradients and autocast are the caller's to look after, and so are dtypes and strides. What is no tensor is not readable.
+    Limits: the caller has to look after gradients and autocast, dtypes and strides. What is no tensor is not readable.
     """
     if watched(*tensors):
         return False
     bits = 0
-    for one in tensors:
-        if not isinstance(one, Tensor):
+    for tensor in tensors:
+        if not isinstance(tensor, Tensor):
             return False
-        bits |= _bits(_keys(one))
+        bits |= _bits(_keys(tensor))
     return not bits & _OTHER
 
 
 def as_stored(tensor: Tensor) -> bool:
-    """Whether a tensor is what lies in the CPU's memory: dense, on no other device, and no view that changes its numbers."""
+    """Return whether a tensor is what lies in the CPU's memory: dense, on no other device, and no view that changes its numbers."""
     return not _bits(_keys(tensor)) & _OTHER
 
 
 def writable(out: Tensor) -> bool:
-    """Whether numbers may be written to where a tensor lies, without torch's knowledge."""
+    """Return whether numbers may be written to where a tensor lies, without torch's knowledge."""
     return as_stored(out) and not (out.requires_grad and torch.is_grad_enabled())
 
 
 def watched(*values: Any) -> bool:
-    """Whether somebody else decides what operators on these mean: a mode, a tracer, a transform, or the type of one of them."""
+    """Return whether something else decides what operators on these mean: a mode, a tracer, a transform, or the type of one of them."""
     return (
         bool(_bits(_included()) & _OTHER_OF_THREAD)
         or forward_ad._current_level >= 0
@@ -74,12 +74,12 @@ def watched(*values: Any) -> bool:
 
 
 def usual(*values: Any) -> bool:
-    """Whether these are torch's own tensors, and no subclass or stand-in that has its own mind about functions."""
-    return all(type(one) in (Tensor, torch.nn.Parameter) for one in values)
+    """Return whether these are torch's own tensors, and no subclasses or stand-ins that redefine functions."""
+    return all(type(value) in (Tensor, torch.nn.Parameter) for value in values)
 
 
 def unwatched(*values: Any) -> bool:
-    """Whether they are not ``watched``, but for what a guard (``guard``) compares anyway: asked in a fifth of the time."""
+    """Return whether these are not ``watched``, except for what a guard (``guard``) compares anyway, in a fifth of the time."""
     return not (
         _dispatch_modes()
         or forward_ad._current_level >= 0
@@ -88,17 +88,17 @@ def unwatched(*values: Any) -> bool:
 
 
 def _for_new_tensors_only(values: tuple[Any, ...]) -> bool:
-    """Whether ``torch.set_default_device`` alone overrides functions: those that make tensors, and attention is none of them."""
+    """Return whether only ``torch.set_default_device`` overrides functions; it changes those that make tensors, not attention."""
     modes = [torch._C._get_function_stack_at(place) for place in range(_function_modes())]
     return (
         bool(modes)
         and all(isinstance(mode, DeviceContext) for mode in modes)
-        and all(usual(one) or not hasattr(one, "__torch_function__") for one in values)
+        and all(usual(value) or not hasattr(value, "__torch_function__") for value in values)
     )
 
 
 def guard(*tensors: Tensor, any_rows: Collection[int] = ()) -> Same:
-    """What tells whether other tensors are to torch what these are now, but for their addresses.
+    """Return a function that tells whether other tensors are to torch what these are now, except for their addresses.
 
     It compares types, dispatch keys together with the thread's, dtypes, sizes, strides and whether gradients are asked for: in
     one call by the guards of ``torch.compile``, where torch has them, and in five times as long by Python. Modes, forward AD and
@@ -118,12 +118,12 @@ def guard(*tensors: Tensor, any_rows: Collection[int] = ()) -> Same:
 
 
 def _guard_of_torch(tensors: Sequence[Tensor], any_rows: Collection[int]) -> Same | None:
-    sizes: list[list[int | None]] = [[*one.shape] for one in tensors]
+    sizes: list[list[int | None]] = [[*tensor.shape] for tensor in tensors]
     for place in any_rows:
         sizes[place][-2] = None
     try:
         guards: Any = importlib.import_module("torch._C._dynamo.guards")
-        strides = [[*one.stride()] for one in tensors]
+        strides = [[*tensor.stride()] for tensor in tensors]
         same: Same = guards.TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
         return same if same(*tensors) and not same(torch._neg_view(tensors[0]), *tensors[1:]) else None
     except (ImportError, AttributeError, TypeError):  # they are no public interface of torch
@@ -131,9 +131,14 @@ def _guard_of_torch(tensors: Sequence[Tensor], any_rows: Collection[int]) -> Sam
 
 
 def _described(tensors: Sequence[Tensor], any_rows: Collection[int]) -> tuple[object, ...]:
-    """The same for any torch."""
-    shapes = [(*one.shape[:-2], one.shape[-1]) if at in any_rows else one.shape for at, one in enumerate(tensors)]
+    """Return what a guard compares, for any version of torch."""
+    shapes = [
+        (*tensor.shape[:-2], tensor.shape[-1]) if place in any_rows else tensor.shape
+        for place, tensor in enumerate(tensors)
+    ]
     return (
         _bits(_excluded()), *shapes,
-        *((type(one), _bits(_keys(one)), one.dtype, one.stride(), one.requires_grad) for one in tensors),
+        *(
+            (type(tensor), _bits(_keys(tensor)), tensor.dtype, tensor.stride(), tensor.requires_grad) for tensor in tensors
+        ),
     )  # fmt: skip

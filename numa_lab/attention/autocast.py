@@ -1,4 +1,4 @@
-"""What ``torch.autocast`` makes of attention's arguments, and the settings of a thread that another one computes for."""
+"""What ``torch.autocast`` makes of the arguments of attention, and how a thread takes over the settings of another one."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor
 
 
 def dtype() -> torch.dtype | None:
-    """The dtype that autocast computes in on the CPU; None where it is off."""
+    """Return the dtype that autocast computes in on the CPU; None where it is off."""
     return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
 
 
 def cast(tensor: Tensor) -> Tensor:
-    """An argument of attention as autocast has it: on the CPU and of less than float64, in its dtype.
+    """Return an argument of attention as autocast casts it: numbers on the CPU that are narrower than float64 get autocast's dtype.
 
     Source: ``lower_precision_fp``, which torch's aten/src/ATen/autocast_mode.cpp gives to ``scaled_dot_product_attention``.
     """
@@ -24,12 +24,12 @@ def cast(tensor: Tensor) -> Tensor:
 
 
 def result(given: torch.dtype) -> torch.dtype:
-    """The dtype that attention to tensors of a floating-point dtype gives on the CPU."""
+    """Return the dtype of the output of attention on the CPU, where its arguments have the floating-point dtype `given`."""
     return given if given == torch.float64 else dtype() or given
 
 
 class Settings:
-    """What the calling thread has set for its operators: gradients, inference mode and autocast."""
+    """The settings that the calling thread has for its operators: gradients, inference mode and autocast."""
 
     def __init__(self) -> None:
         self._gradients, self._inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
@@ -37,7 +37,7 @@ class Settings:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The same on another thread."""
+        """Let the same settings hold on another thread, which calls this."""
         casting = nullcontext() if self._dtype is None else torch.autocast("cpu", self._dtype)
         with torch.inference_mode(self._inference), torch.set_grad_enabled(self._gradients), casting:
             yield

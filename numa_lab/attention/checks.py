@@ -1,4 +1,4 @@
-"""Whether the tensors of one attention call fit together: errors that name the shapes and the fix."""
+"""Checks whether the arguments of an attention call fit together, with errors that name the shapes and the fix."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from numa_lab.errors import InvalidInput, WrongType
 
 
 def require_tensors(**arguments: Any) -> None:
-    """Refuse what is no tensor.
+    """Refuse arguments that are not tensors.
 
     Raises
     ------
@@ -45,12 +45,12 @@ def require_options(call: AttentionCall) -> None:
 
 
 def as_number(name: str, given: object) -> float | None:
-    """A number, or None, as torch takes them: a tensor may stand for one where it has no dimensions and no gradient.
+    """Return a number, or None, as torch takes them: a tensor without dimensions and gradients may stand for a number.
 
     Raises
     ------
     WrongType
-        It is nothing like that.
+        It is neither.
     """
     if given is None or type(given) is float:
         return given
@@ -101,7 +101,7 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
 
 
 def _check_heads(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[int, ...]:
-    """The output's dimensions in front of q_len, after broadcasting those of the batch as torch does."""
+    """Return the output's dimensions in front of q_len, after broadcasting those of the batch as torch does."""
     last = -2
     if enable_gqa:
         last = -3

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from numa_lab.attention import addresses, known_calls, simd
+from numa_lab.attention import addresses, known_calls, vectors
 from numa_lab.attention.call import AttentionCall
 from numa_lab.attention.checks import check, require_options, require_tensors
 from numa_lab.attention.kernel_plan import KINDS, KernelPlan
@@ -94,7 +94,7 @@ def unavailable() -> str:
     """Return why the kernel can't run in this process, as a phrase; empty where it can."""
     import numba
 
-    if simd.host() is None:
+    if vectors.host() is None:
         return "a CPU without AVX2, AVX-512 or NEON"
     if numba.config.DISABLE_JIT:
         return "NUMBA_DISABLE_JIT"

@@ -1,8 +1,8 @@
-"""The decode kernel: what each of some threads runs, compiled by Numba for one kind of rows and one number of query rows.
+"""The decode kernel: the code that each thread of a team runs, compiled by Numba for one kind of rows and one number of query rows.
 
-All rows of K and V of a batch, head after head, are split evenly over the threads; each reads its share once, for all query
-rows of a group together, with an online softmax block by block. A head that several threads share is merged by the log-sum-exp
-of its parts, by the last thread to arrive ("flash-decoding": Dao et al., 2023).
+This is flash-decoding (split-KV decoding: Dao et al., 2023). All rows of K and V of a batch, head after head, are split evenly over the
+threads. Each thread reads its share once, for all query rows of a group together, and takes a step of an online softmax after each block of
+rows. Where several threads share a head, the thread that arrives last merges their parts by the log-sum-exp.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from numba import cfunc, from_dtype, njit, types
 from numba.extending import intrinsic
 
 from numa_lab.attention import score_tile, tiles, value_tile
-from numa_lab.attention.panels import BLOCK, TALLEST, Panel
-from numa_lab.attention.simd import LINE_BYTES, Rows
+from numa_lab.attention.panels import BLOCK_ROWS, TALLEST, Panel
 from numa_lab.attention.softmax_step import softmax_step
+from numa_lab.attention.vectors import LINE_BYTES, Rows
 
-FLUSH = 1024  # KV rows whose sums are added up apart, so that errors of long sequences do not pile up
+FLUSH = 1024  # the sums of so many KV rows are kept apart before they are added, so that errors of long sequences do not pile up
 MASK_NONE, MASK_BOOL, MASK_FLOAT, MASK_HALF, MASK_BFLOAT = range(5)
 LOWEST = np.float32(tiles.LOWEST)
+ONE, ZERO = np.float32(1), np.float32(0)
 LOG2_E, LN_2 = math.log2(math.e), math.log(2)
 
 # What the threads get: first what differs between calls of one layout, with the address of the kernel itself (`share`) at the end; then
@@ -44,48 +45,48 @@ ARGUMENTS = np.dtype([*((name, np.int64) for name in FIELDS), ("factor", np.floa
 
 
 @dataclass(frozen=True)
-class Spec:
-    """One compiled version: the rows, and how many query rows share a KV head."""
+class DecodeSpec:
+    """What one compiled version of the decode kernel serves: a kind of rows, and how many query rows share a KV head."""
 
     rows: Rows
     query_rows: int
 
     @classmethod
-    def of(cls, rows: Rows, query_rows: int) -> Spec:
-        """The version that serves so many query rows; of more than two panels only the last, lower one matters."""
+    def of(cls, rows: Rows, query_rows: int) -> DecodeSpec:
+        """Return the version that serves so many query rows; of more than two panels only the height of the last one matters."""
         return cls(rows, query_rows if query_rows <= 2 * TALLEST else 2 * TALLEST + query_rows % TALLEST)
 
     @property
     def heights(self) -> tuple[int, int, int]:
-        """Query rows of the first panel, of each further one (0: there is none), and of the last, lower one."""
+        """The query rows of the first panel, of each further one, and of the last, lower one; 0 where there is no such panel."""
         further = TALLEST if self.query_rows >= 2 * TALLEST else 0
         return min(TALLEST, self.query_rows), further, self.query_rows % TALLEST if self.query_rows > TALLEST else 0
 
     def workspace_bytes(self, query_rows: int) -> int:
-        """Bytes that each thread needs, for the parts of ``_Space``; whole pages, so that threads share none."""
+        """Return how many bytes each thread needs, in whole pages, so that no two threads share a page."""
         panels = -(-query_rows // TALLEST)
         each, whole = _Space.of(Panel(self.rows, min(TALLEST, query_rows))), query_rows * self.rows.sum_bytes
         needed = 2 * (_line_up(8 * query_rows) + whole) + whole + panels * each.panel_bytes + each.shared_bytes
         return -(-needed // mmap.PAGESIZE) * mmap.PAGESIZE
 
     def build(self) -> Any:
-        """Compile it (``build``)."""
+        """Compile it, as ``build`` does."""
         return build(self)
 
 
 @dataclass(frozen=True)
 class _Space:
-    """Bytes of working memory, whole lines: of each panel, those of the highest, and of what all panels share."""
+    """The bytes of working memory, in whole cache lines: of each panel, as the highest needs them, and of what all panels share."""
 
     query: int
     scores: int
-    state: int  # one of three: the reference of the softmax, the total of weights, and what was summed before is multiplied by
+    state: int  # of each of three: references of the softmax, totals of weights, and factors of what was summed before
     scratch: int
     row: int
 
     @classmethod
     def of(cls, panel: Panel) -> _Space:
-        """What a panel needs, and lower ones too."""
+        """Return what this panel and lower ones need."""
         panels = [Panel(panel.rows, height) for height in range(1, panel.height + 1)]
         query, scores, state, scratch = (
             _line_up(max(sizes))
@@ -97,33 +98,33 @@ class _Space:
 
     @property
     def panel_bytes(self) -> int:
-        """Bytes of one panel."""
+        """The bytes of one panel."""
         return self.query + self.scores + 3 * self.state
 
     @property
     def shared_bytes(self) -> int:
-        """Bytes of what all panels share."""
+        """The bytes of what all panels share."""
         return self.scratch + self.row
 
 
 def _line_up(nbytes: int) -> int:
-    """As many bytes as whole lines have: a vector that crosses a line takes twice as long to load."""
+    """Return the bytes of whole cache lines, rounded up: a vector that crosses a line takes twice as long to load."""
     return -(-nbytes // LINE_BYTES) * LINE_BYTES
 
 
-def compiled(function: Any) -> Any:
-    """A function that compiled ones call."""
+def jit(function: Any) -> Any:
+    """Return a function that other functions of a kernel call, compiled together with them."""
     return njit(error_model="numpy")(function)
 
 
-@compiled
+@jit
 def _nothing(*_arguments):  # type: ignore[no-untyped-def]
-    """Stand in for a tile that there is not."""
+    """Do nothing, in place of a step of a panel that there is not."""
 
 
 @dataclass(frozen=True)
 class _Steps:
-    """What is done with a panel, compiled; nothing where there is no such panel."""
+    """The compiled steps of a panel; all of them do nothing where there is no such panel."""
 
     pack: Any = _nothing
     score: Any = _nothing
@@ -133,7 +134,7 @@ class _Steps:
 
 
 def _steps(rows: Rows, height: int, space: _Space, ahead: bool) -> _Steps:
-    """The steps of a panel of `height` query rows; with `ahead` they ask for what is needed next."""
+    """Return the steps of a panel of `height` query rows; with `ahead` they prefetch what is needed next."""
     if not height:
         return _Steps()
     panel = Panel(rows, height)
@@ -143,11 +144,11 @@ def _steps(rows: Rows, height: int, space: _Space, ahead: bool) -> _Steps:
 
 
 def _pack(panel: Panel) -> Any:
-    """Make ``pack(query, i, packed, row)``: a query row takes its place in the panel; `row` is working memory."""
+    """Make ``pack(query, i, packed, row)``, which writes a query row to place i of the packed panel; `row` is working memory."""
     per_vector, spread, vectors, units = panel.tile.per_vector, panel.spread, panel.vectors, panel.units
     lanes, widen = panel.rows.vectors.lanes, score_tile.widen(panel, ahead=False)
 
-    @compiled
+    @jit
     def pack(query, i, packed, row):  # type: ignore[no-untyped-def]
         widen(query, row, 0)
         first = packed + 4 * (i // per_vector * lanes + i % per_vector * spread)
@@ -160,12 +161,12 @@ def _pack(panel: Panel) -> Any:
 
 
 def _score(panel: Panel, ahead: bool) -> Any:
-    """Make ``score(query, key, stride, count, following, following_stride, out, scratch)``: scores of a block."""
+    """Make ``score(query, key, stride, count, following, following_stride, out, scratch)``, which computes the scores of a block."""
     wide, step, pitch = panel.tile.kv_rows, 4 * panel.tile.per_vector, 4 * panel.units
     tile = score_tile.scores(panel, ahead)
     if panel.in_place:
 
-        @compiled
+        @jit
         def score(query, key, stride, count, following, following_stride, out, scratch):  # type: ignore[no-untyped-def]
             for j in range(0, count, wide):
                 at, ahead_of = key + j * stride, following + j * following_stride
@@ -174,12 +175,11 @@ def _score(panel: Panel, ahead: bool) -> Any:
         return score
     widen = score_tile.widen(panel, ahead)
 
-    @compiled
+    @jit
     def score_widened(query, key, stride, count, following, following_stride, out, scratch):  # type: ignore[no-untyped-def]
         for j in range(0, count, wide):
-            for i in range(
-                wide
-            ):  # behind the last row that one again: what memory held before may be denormal, which is slow
+            # The last row stands in for rows behind it: what memory held before may be denormal, which is slow.
+            for i in range(wide):
                 row = min(j + i, count - 1)
                 widen(key + row * stride, scratch + i * pitch, following + row * following_stride)
             tile(query, scratch, 0, 0, 0, out + step * j)
@@ -188,14 +188,17 @@ def _score(panel: Panel, ahead: bool) -> Any:
 
 
 def _soften(panel: Panel, space: _Space) -> Any:
-    """Make ``soften(scores, count, factor, state, sums, recent)``: scores of a block become weights; what was summed is rescaled."""
+    """Make ``soften(scores, count, factor, state, sums, recent)``, a step of the online softmax: scores become weights.
+
+    Where a reference moves, what was summed before is rescaled.
+    """
     height, per_vector, vectors, pitch, sum_bytes = (
         panel.height, panel.tile.per_vector, panel.vectors, panel.pitch, panel.rows.sum_bytes
     )  # fmt: skip
     lanes, multiple = panel.rows.vectors.lanes, panel.softmax_vectors * panel.spread
     step, scale, state_bytes = softmax_step(panel), tiles.scale(panel.rows), space.state
 
-    @compiled
+    @jit
     def soften(scores, count, factor, state, sums, recent):  # type: ignore[no-untyped-def]
         padded = (count + multiple - 1) // multiple * multiple
         for v in range(vectors):
@@ -212,7 +215,7 @@ def _soften(panel: Panel, space: _Space) -> Any:
 
 
 def _add_values(panel: Panel, ahead: bool) -> Any:
-    """Make ``add_values(weights, value, stride, count, following, following_stride, out)``: weighted sums of a block."""
+    """Make ``add_values(weights, value, stride, count, following, following_stride, out)``, which adds weighted rows of V to sums."""
     sum_bytes, first, steps = panel.rows.sum_bytes, 0, None
     for height in value_tile.heights(panel):
         tile = value_tile.weighted_sum(panel, first, height, ahead and not first)
@@ -222,16 +225,16 @@ def _add_values(panel: Panel, ahead: bool) -> Any:
 
 
 def _followed(before: Any, tile: Any, offset: int) -> Any:
-    """What does `before`, and then a tile whose sums begin so many bytes further on."""
+    """Return a function that calls `before`, if there is one, and then the tile, whose sums begin `offset` bytes further on."""
     if before is None:
 
-        @compiled
-        def alone(weights, value, stride, count, following, following_stride, out):  # type: ignore[no-untyped-def]
+        @jit
+        def only_tile(weights, value, stride, count, following, following_stride, out):  # type: ignore[no-untyped-def]
             tile(weights, value, stride, count, following, following_stride, out + offset)
 
-        return alone
+        return only_tile
 
-    @compiled
+    @jit
     def both(weights, value, stride, count, following, following_stride, out):  # type: ignore[no-untyped-def]
         before(weights, value, stride, count, following, following_stride, out)
         tile(weights, value, stride, count, following, following_stride, out + offset)
@@ -240,11 +243,11 @@ def _followed(before: Any, tile: Any, offset: int) -> Any:
 
 
 def _collect(panel: Panel, space: _Space) -> Any:
-    """Make ``collect(state, tops, totals)``: the greatest score and the total of weights of each query row."""
+    """Make ``collect(state, tops, totals)``, which writes the reference and the total of weights of each query row."""
     height, per_vector, lanes = panel.height, panel.tile.per_vector, panel.rows.vectors.lanes
     state_bytes = space.state
 
-    @compiled
+    @jit
     def collect(state, tops, totals):  # type: ignore[no-untyped-def]
         for i in range(height):
             vector, lane = i // per_vector * lanes, i % per_vector
@@ -257,11 +260,11 @@ def _collect(panel: Panel, space: _Space) -> Any:
     return collect
 
 
-@compiled
+@jit
 def _mask_row(scores, apart, count, factor, mask, step, kind):  # type: ignore[no-untyped-def]
-    """Scale scores to powers of two and mask them: -inf where a boolean says no, else plus a number.
+    """Scale the scores of a query row to powers of two, and mask them.
 
-    The scores are `apart` bytes from one KV row to the next.
+    A boolean mask makes scores -inf, and numbers are added. The scores are `apart` bytes from one KV row to the next.
     """
     for j in range(count):
         at, score = scores + apart * j, np.float32(-np.inf)
@@ -276,16 +279,16 @@ def _mask_row(scores, apart, count, factor, mask, step, kind):  # type: ignore[n
             else:
                 bias = tiles.load_bfloat(mask + j * step)
             scaled = bias * np.float32(LOG2_E)
-            if scaled < LOWEST and bias >= LOWEST:  # the least number, as Hugging Face models mask, is no -inf
+            if scaled < LOWEST and bias >= LOWEST:  # the least number, by which Hugging Face models mask, is not -inf
                 scaled = LOWEST
             score = tiles.load_float(at) * factor + scaled
         tiles.store_float(at, score)
 
 
 def arguments_as(dtype: np.dtype[Any]) -> Any:
-    """Make ``arguments_at(address)``: the record there.
+    """Make ``arguments_at(address)``, which returns the record at an address.
 
-    Numba's own ``carray`` brings its run-time library along, which stored code can't have.
+    Numba's own ``carray`` needs its run-time library, which stored code can't have.
     """
 
     @intrinsic
@@ -296,13 +299,13 @@ def arguments_as(dtype: np.dtype[Any]) -> Any:
     return arguments_at
 
 
-def build(spec: Spec) -> Any:
-    """Compile ``void share(void *ARGUMENTS, int64_t number, int64_t threads)``; whoever is done last merges."""
+def build(spec: DecodeSpec) -> Any:
+    """Compile ``void share(void *ARGUMENTS, int64_t number, int64_t threads)``, one thread's share; the last thread merges."""
     rows = spec.rows
     first, further, rest = spec.heights
     sum_bytes = rows.sum_bytes
     space = _Space.of(Panel(rows, first))
-    # Only the first panel asks for what comes next: others find it on the way.
+    # Only the first panel prefetches what comes next; for the others it is on its way then.
     of_first = _steps(rows, first, space, ahead=True)
     of_further, of_rest = (_steps(rows, height, space, ahead=False) for height in (further, rest))
     pack_first, pack_further, pack_rest = of_first.pack, of_further.pack, of_rest.pack
@@ -316,12 +319,12 @@ def build(spec: Spec) -> Any:
     per_vector, lower_per_vector = Panel(rows, first).tile.per_vector, lower.tile.per_vector
     pitch, lower_pitch = Panel(rows, first).pitch, lower.pitch
     clear, blend, write = (make(rows) for make in (tiles.clear, tiles.blend, tiles.write))
-    line_up = compiled(_line_up)
-    arguments_at, one, nothing = arguments_as(ARGUMENTS), np.float32(1), np.float32(0)
+    line_up = jit(_line_up)
+    arguments_at = arguments_as(ARGUMENTS)
 
-    @compiled
+    @jit
     def pack(a, batch, head, packed, row):  # type: ignore[no-untyped-def]
-        """The query rows of a KV head, panel by panel."""
+        """Pack the query rows of a KV head, panel by panel."""
         query_rows = a.group * a.q_len
         for i in range(query_rows):
             query = a.query + batch * a.query_batch + (head * a.group + i // a.q_len) * a.query_head
@@ -335,7 +338,7 @@ def build(spec: Spec) -> Any:
             else:
                 pack_rest(query, at, there, row)
 
-    @compiled
+    @jit
     def mask_block(a, batch, head, begin, count, scores):  # type: ignore[no-untyped-def]
         """Scale and mask the scores of a block whose first KV row is `begin`."""
         query_rows = a.group * a.q_len
@@ -349,9 +352,9 @@ def build(spec: Spec) -> Any:
             row = scores + panel * scores_bytes + at // wide * long + 4 * (at % wide)
             _mask_row(row, 4 * wide, count, np.float32(a.factor), mask, a.mask_column, a.mask_kind)
 
-    @compiled
+    @jit
     def attend(a, batch, head, begin, count, packed, scores, recent, states, scratch, part):  # type: ignore[no-untyped-def]
-        """A partial result over `count` KV rows from `begin` on: greatest score, total of weights and sums of each row."""
+        """Compute a partial result over `count` KV rows from `begin` on: reference, total of weights and sums of each query row."""
         query_rows = a.group * a.q_len
         total, sums = part + 4 * query_rows, part + line_up(8 * query_rows)
         whole, panels = query_rows // TALLEST, (query_rows + TALLEST - 1) // TALLEST
@@ -362,13 +365,13 @@ def build(spec: Spec) -> Any:
         for panel in range(panels):
             for i in range(0, state_bytes, 4):
                 tiles.store_float(states + panel * states_bytes + i, LOWEST)
-                tiles.store_float(states + panel * states_bytes + state_bytes + i, nothing)
+                tiles.store_float(states + panel * states_bytes + state_bytes + i, ZERO)
         key = a.key + batch * a.key_batch + head * a.key_head + begin * a.key_row
         value = a.value + batch * a.value_batch + head * a.value_head + begin * a.value_row
-        for block in range(0, count, BLOCK):
-            here = min(BLOCK, count - block)
-            k, v, next_k = key + block * a.key_row, value + block * a.value_row, key + (block + BLOCK) * a.key_row
-            # While K is scored, V of the block is asked for, and K of the next one while V is summed.
+        for block in range(0, count, BLOCK_ROWS):
+            here = min(BLOCK_ROWS, count - block)
+            k, v, next_k = key + block * a.key_row, value + block * a.value_row, key + (block + BLOCK_ROWS) * a.key_row
+            # While scores are computed, V of the block is prefetched, and while V is summed, K of the next block.
             score_first(packed, k, a.key_row, here, v, a.value_row, scores, scratch)
             for n in range(1, whole):
                 score_further(packed + n * query_bytes, k, a.key_row, here, 0, 0, scores + n * scores_bytes, scratch)
@@ -376,7 +379,7 @@ def build(spec: Spec) -> Any:
             factor = np.float32(a.factor)
             if a.mask_kind:
                 mask_block(a, batch, head, begin + block, here, scores)
-                factor = one
+                factor = ONE
             soften_first(scores, here, factor, states, sums, recent)
             for n in range(1, whole):
                 before = n * TALLEST * sum_bytes
@@ -391,18 +394,18 @@ def build(spec: Spec) -> Any:
             for n in range(1, whole):
                 add_further(scores + n * scores_bytes, v, a.value_row, here, 0, 0, recent + n * TALLEST * sum_bytes)
             add_rest(scores + last * scores_bytes, v, a.value_row, here, 0, 0, recent + last * TALLEST * sum_bytes)
-            if block + BLOCK >= count or (block + BLOCK) % FLUSH == 0:
+            if block + BLOCK_ROWS >= count or (block + BLOCK_ROWS) % FLUSH == 0:
                 for i in range(query_rows):
-                    blend(sums + i * sum_bytes, one, recent + i * sum_bytes, one)
+                    blend(sums + i * sum_bytes, ONE, recent + i * sum_bytes, ONE)
                     clear(recent + i * sum_bytes)
         collect_first(states, part, total)
         for n in range(1, whole):
             collect_further(states + n * states_bytes, part + 4 * n * TALLEST, total + 4 * n * TALLEST)
         collect_rest(states + last * states_bytes, part + 4 * last * TALLEST, total + 4 * last * TALLEST)
 
-    @compiled
+    @jit
     def finish(a, batch, head, part, others, stride, count):  # type: ignore[no-untyped-def]
-        """Write a head's output from one part and `count` - 1 others."""
+        """Write the output of a head from one part and `count` - 1 others."""
         query_rows = a.group * a.q_len
         for i in range(query_rows):
             top = tiles.load_float(part + 4 * i)
@@ -417,8 +420,8 @@ def build(spec: Spec) -> Any:
                 weight = tiles.exp2(tiles.load_float(at + 4 * i) - top)
                 total += weight * tiles.load_float(at + 4 * (query_rows + i))
                 blend(sums, own, at + before, weight)
-                own = one
-            divisor = total if total != nothing else np.float32(np.inf)  # a row that may look at no key gives zeros
+                own = ONE
+            divisor = total if total != ZERO else np.float32(np.inf)  # a row that may look at no key gives zeros
             query_head, row = head * a.group + i // a.q_len, i % a.q_len
             write(sums, divisor, a.out + batch * a.out_batch + query_head * a.out_head + row * a.out_row)
             if a.lse:
@@ -426,9 +429,9 @@ def build(spec: Spec) -> Any:
                 place = (batch * a.kv_heads * a.group + query_head) * a.q_len + row
                 tiles.store_float(a.lse + 4 * place, np.float32(value))
 
-    @compiled
+    @jit
     def merge(a, total, threads, part_bytes):  # type: ignore[no-untyped-def]
-        """Finish the heads that several threads share; a thread's second part is of the head that its share ends in."""
+        """Finish the heads that several threads share; the second part of a thread belongs to the head in which its share ends."""
         merged = -1
         for t in range(1, threads):
             cut = total * t // threads

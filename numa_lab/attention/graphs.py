@@ -1,7 +1,7 @@
-"""What graphs of ``torch.compile`` and ``torch.export`` hold of attention: one operator, ``numa_lab::gqa_attention``.
+"""The operator ``numa_lab::gqa_attention``, which stands for attention in graphs of ``torch.compile`` and ``torch.export``.
 
-They can't look into compiled kernels, nor should they: to them the operator has a shape, and is called when the graph runs. Called
-one by one it costs some 15 us more than ``gqa_attention``, which therefore never goes through it outside of a graph. What keeps
+Graphs can't look into compiled kernels. They know the shape of what the operator returns, and call it when they run. A call of the operator
+costs some 15 us more than one of ``gqa_attention``, which therefore never goes through the operator outside of a graph. Whatever keeps
 state (caches, pools, placements) is called between graphs.
 """
 
@@ -31,7 +31,7 @@ Attention = Callable[[Tensor, Tensor, Tensor, Tensor | None, bool, float | None,
 
 
 def between_graphs(function: Callable[P, T]) -> Callable[P, T]:
-    """A function that ``torch.compile`` calls between two graphs and does not look into.
+    """Return a function that ``torch.compile`` calls between two graphs, without looking into it.
 
     ``torch.compiler.disable`` does the same, but loads the compiler, which takes a second or more, also where nothing is compiled.
     """
@@ -47,7 +47,7 @@ def between_graphs(function: Callable[P, T]) -> Callable[P, T]:
 
 
 def define(attention: Attention) -> None:
-    """Let the operator compute this on the CPU.
+    """Define the operator, which calls `attention` on the CPU.
 
     Limits: no gradients, no dropout. The output has the layout that torch's own gives it on the CPU.
     """
@@ -85,13 +85,13 @@ def _torch(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """torch's own: it knows what fits together and which shape comes out, also of tensors without numbers."""
+    """Call torch's own, which knows what fits together and which shape the output has, also for tensors without numbers."""
     return scaled_dot_product_attention(
         query, key, value, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
     )
 
 
 def _promised(query: Tensor, output: Tensor) -> Tensor:
-    """Memory for an output: in the layout of the query where it has its shape and its rows are contiguous."""
+    """Return memory for an output, in the layout of the query where it has the query's shape and the query's rows are contiguous."""
     alike = output.shape == query.shape and query.stride(-1) == 1
     return torch.empty_like(query) if alike else query.new_empty(output.shape)

@@ -1,10 +1,10 @@
-"""Compiled kernels, kept in memory and on disk: compiling one takes seconds, loading it some milliseconds.
+"""Compiled kernels are kept here, in memory and on disk: compiling one takes seconds, loading it some milliseconds.
 
-Numba's own cache hardly helps here (it compiles on, from what it stored), so the finished machine code is stored, through
-llvmlite's public interface. A file is named after all that decides about its content: this package's sources, the versions
-of Numba and llvmlite, the CPU and its features. It is written under another name and renamed, so that any number of
-processes may share the folder, and begins with a checksum, so that a damaged one is made anew. Where it can't be kept (no home,
-a folder that can't be written, a full disk) each process compiles for itself.
+Numba's own cache hardly helps, because it stores code that still has to be compiled to machine code. So the finished machine code is
+stored, through llvmlite's public interface. A file is named after all that decides its content: this package's sources, the versions
+of Numba and llvmlite, the CPU and its features. It is written under another name and then renamed, so that any number of
+processes may share the folder, and it begins with a checksum, so that a damaged file is replaced. Where nothing can be kept (there is no
+home, the folder can't be written, the disk is full), each process compiles for itself.
 """
 
 from __future__ import annotations
@@ -23,24 +23,25 @@ import llvmlite
 import llvmlite.binding as llvm
 import numba
 
-from numa_lab.attention import decode_kernel, panels, score_tile, simd, softmax_step, tiles, value_tile
+from numa_lab.attention import decode_kernel, panels, score_tile, simd, softmax_step, tiles, value_tile, vectors
 from numa_lab.machine import cache_folder
 
 _ENTRY = "numa_lab_kernel"
+_SOURCES = (vectors, simd, panels, tiles, score_tile, softmax_step, value_tile, decode_kernel)  # of all kernels
 _DIGEST_BYTES = hashlib.sha256().digest_size
 _engines: list[Any] = []  # they own the machine code
 
 
-class Spec(Protocol):
-    """One version of a kernel; what it is written as names it."""
+class KernelSpec(Protocol):
+    """One version of a kernel; its ``repr`` names it."""
 
     def build(self) -> Any:
-        """Let Numba compile it."""
+        """Let Numba compile it; return the ``cfunc``."""
 
 
 @cache
-def address(spec: Spec) -> int:
-    """Address of one version of a kernel: loaded from disk, or compiled and stored."""
+def address(spec: KernelSpec) -> int:
+    """Return the address of one version of a kernel, which is loaded from disk, or compiled and stored."""
     kept = folder()
     path = kept / f"kernel-{_fingerprint(spec)}.o" if kept else None
     code = _read(path) if path else None
@@ -52,28 +53,28 @@ def address(spec: Spec) -> int:
 
 
 def folder() -> Path | None:
-    """Where compiled kernels are kept; None where this user has no place for them."""
+    """Return the folder in which compiled kernels are kept; None where this user has no place for them."""
     kept = cache_folder.path()
     return kept / "kernels" if kept else None
 
 
-def machine_code(spec: Spec) -> bytes:
-    """Compile one version of the kernel for this CPU, as an object file that needs nothing but the C library's mathematics."""
+def machine_code(spec: KernelSpec) -> bytes:
+    """Compile one version of a kernel for this CPU; return an object file that needs nothing but the C library's mathematics."""
     target = _target_machine()
     return bytes(target.emit_object(_module(spec, target)))
 
 
-def assembly(spec: Spec, target: Any = None) -> str:
-    """The same as text, for reading; for another CPU where llvmlite's ``TargetMachine`` of it is given."""
+def assembly(spec: KernelSpec, target: Any = None) -> str:
+    """Return the same as text, for reading; for another CPU where its ``TargetMachine`` of llvmlite is given."""
     target = target or _target_machine()
     return str(target.emit_assembly(_module(spec, target)))
 
 
-def _module(spec: Spec, target: Any) -> Any:
-    """Numba's code for a version, optimised as a whole.
+def _module(spec: KernelSpec, target: Any) -> Any:
+    """Return Numba's code for one version, optimised as a whole.
 
-    Numba links each function as one that others may replace, and so keeps its ways of raising Python errors. Made private
-    to the module they prove impossible, and the passes remove them.
+    Numba declares each function as one that others may replace, and so LLVM keeps the code by which functions raise Python errors. Where
+    functions are private to the module, LLVM proves that none is raised, and removes that code.
     """
     entry = spec.build()
     module = llvm.parse_assembly(entry.inspect_llvm())
@@ -89,7 +90,7 @@ def _module(spec: Spec, target: Any) -> Any:
 
 def _target_machine() -> Any:
     return llvm.Target.from_default_triple().create_target_machine(
-        cpu=llvm.get_host_cpu_name(), features=simd.target_features(), opt=3, jit=True
+        cpu=llvm.get_host_cpu_name(), features=vectors.target_features(), opt=3, jit=True
     )
 
 
@@ -103,47 +104,46 @@ def _load(code: bytes) -> int:
 
 @cache
 def _origin(module: str) -> bytes:
-    """Digest of all that decides about the code of a module's kernels."""
+    """Return a digest of all that decides the code of the kernels that a module defines."""
     digest = hashlib.sha256()
-    for source in (simd, panels, tiles, score_tile, softmax_step, value_tile, decode_kernel, sys.modules[module]):
+    for source in (*_SOURCES, sys.modules[module]):
         digest.update(Path(str(source.__file__)).read_bytes())
     facts = (
         numba.__version__, llvmlite.__version__, numba.config.OPT, llvm.get_host_cpu_name(),
-        simd.target_features(),
+        vectors.target_features(),
     )  # fmt: skip
     digest.update(repr(facts).encode())
     return digest.digest()
 
 
-def _fingerprint(spec: Spec) -> str:
+def _fingerprint(spec: KernelSpec) -> str:
     return hashlib.sha256(_origin(type(spec).__module__) + repr(spec).encode()).hexdigest()[:32]
 
 
 def _read(path: Path) -> bytes | None:
-    """The code that was kept; None where there is none that can be used.
+    """Return the code that was kept; None where there is none that can be used.
 
-    It runs in this process, so it is taken from this user and from root alone: XDG_CACHE_HOME may name a folder of many users.
+    Since it runs in this process, files of other users than this one and root are not used: XDG_CACHE_HOME may name a shared folder.
     """
     try:
-        # Without waiting: whatever else may bear the name, as a pipe, is no code.
+        # Opening must not wait, as it would for a pipe of this name.
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
             about = os.fstat(file.fileno())
             if not stat.S_ISREG(about.st_mode) or about.st_uid not in (0, os.geteuid()):
                 return None
             stored = file.read()
-    except OSError:  # there is none, or this user may not see it: it is compiled
+    except OSError:  # there is no file, or this user may not read it: the kernel is compiled
         return None
     code = stored[_DIGEST_BYTES:]
     return code if hashlib.sha256(code).digest() == stored[:_DIGEST_BYTES] else None
 
 
 def _write(path: Path, code: bytes) -> None:
-    """Keep the code for other processes, where the folder can be written: without it, each compiles for itself."""
-    with suppress(
-        OSError
-    ):  # as where the folder can't be made, is none, or can't be written, and where the disk is full
+    """Keep the code for other processes, if the folder can be written; without it, each process compiles for itself."""
+    # This fails where the folder can't be made or written, where it is a file, and where the disk is full.
+    with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        # A file that is not renamed, as it was not written whole, is removed.
+        # A file that is not renamed, because it was not written completely, is removed.
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".", ignore_cleanup_errors=True) as own:
             whole = Path(own) / path.name
             whole.write_bytes(hashlib.sha256(code).digest() + code)

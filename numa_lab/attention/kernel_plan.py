@@ -1,6 +1,6 @@
-"""What the decode kernel gets: its arguments, the version that serves a shape, and the workspace of a team.
+"""How the decode kernel is called: the plan of a call, the kernel's arguments, and the workspace of a team.
 
-Nothing is checked here (see ``numa_lab.attention.decode``).
+Nothing is checked here: ``numa_lab.attention.decode`` looks whether the kernel serves a call.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from numa_lab.attention import decode_kernel, kernel_cache, merge_kernel, openmp_regions, simd
+from numa_lab.attention import decode_kernel, kernel_cache, merge_kernel, openmp_regions, vectors
 from numa_lab.attention.call import AttentionCall
-from numa_lab.attention.decode_kernel import CALL, FIELDS, LOG2_E, Spec
+from numa_lab.attention.decode_kernel import CALL, FIELDS, LOG2_E, DecodeSpec
 from numa_lab.attention.merge_kernel import MergeSpec
-from numa_lab.attention.simd import Kind, Rows
+from numa_lab.attention.vectors import Kind, Rows
 from numa_lab.placement import openmp
 
-ALONE_BYTES = 32 * 1024  # of K and V: below, waking the team takes longer than what it would save
+ALONE_BYTES = 32 * 1024  # of K and V: below that, waking the team takes longer than computing without it
 
 KINDS = {torch.float32: Kind.FLOAT32, torch.float16: Kind.FLOAT16, torch.bfloat16: Kind.BFLOAT16}
 _MASK_KINDS = {
@@ -36,41 +36,44 @@ _NO_MASK = (0, 0, 0, 0, decode_kernel.MASK_NONE)
 _CALL = struct.Struct(f"{len(CALL)}q")
 _LAYOUT = struct.Struct(f"{len(FIELDS) - len(CALL)}qd")
 ARGUMENT_BYTES = _CALL.size + _LAYOUT.size
-QUERY, OUT, KV_LEN = map(CALL.index, ("query", "out", "kv_len"))  # words of the arguments
+QUERY, OUT, KV_LEN = map(CALL.index, ("query", "out", "kv_len"))  # places of these fields in the arguments
 
 
-class Room:
-    """Working memory that begins at a page, and grows where it has to."""
+class Workspace:
+    """Working memory that begins at a page, and grows when more is needed."""
 
     def __init__(self) -> None:
         self.nbytes = self.address = 0
 
     def at_least(self, nbytes: int) -> int:
-        """Address of so many bytes; what was there is lost where it changes."""
+        """Return the address of at least `nbytes` bytes; where the address changes, what was there is lost."""
         if self.nbytes < nbytes:
-            # Up to a page may lie in front of where one begins.
+            # Up to a page of the buffer may lie in front of the first page that begins in it.
             self._buffer = torch.empty(nbytes + mmap.PAGESIZE, dtype=torch.uint8, device="cpu")
             self.address = -(-self._buffer.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
             self.nbytes = nbytes
         return self.address
 
 
-class Arguments:
-    """What a kernel gets. The counter of threads that are done has a line of its own; the kernel leaves it at 0."""
+class KernelArguments:
+    """The arguments of the decode kernel, in memory of their own.
+
+    The counter of threads that are done lies behind them, in a cache line of its own; the kernel leaves it at 0.
+    """
 
     def __init__(self) -> None:
-        self._block = bytearray(ARGUMENT_BYTES + 2 * simd.LINE_BYTES)
-        self.packed = memoryview(self._block)[:ARGUMENT_BYTES]
-        self.words = self.packed.cast("q")
-        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._block))
-        self.counter = -(-(self.address + ARGUMENT_BYTES) // simd.LINE_BYTES) * simd.LINE_BYTES
+        self._buffer = bytearray(ARGUMENT_BYTES + 2 * vectors.LINE_BYTES)
+        self.packed = memoryview(self._buffer)[:ARGUMENT_BYTES]
+        self.fields = self.packed.cast("q")
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._buffer))
+        self.counter = -(-(self.address + ARGUMENT_BYTES) // vectors.LINE_BYTES) * vectors.LINE_BYTES
 
 
 class _OfThread(threading.local):
-    """What the calling thread's own team gets, and its workspace."""
+    """The arguments and the workspace of the calling thread's own team."""
 
     def __init__(self) -> None:
-        self.arguments, self.room = Arguments(), Room()
+        self.arguments, self.workspace = KernelArguments(), Workspace()
 
 
 _of_thread = _OfThread()
@@ -79,7 +82,7 @@ _of_thread = _OfThread()
 class _CompiledKernel:
     """One compiled version of the decode kernel, which is loaded or compiled when it first runs."""
 
-    def __init__(self, spec: Spec, query_rows: int) -> None:
+    def __init__(self, spec: DecodeSpec, query_rows: int) -> None:
         self._spec, self.workspace_bytes = spec, spec.workspace_bytes(query_rows)
         self.address = 0  # until it is loaded
 
@@ -172,13 +175,13 @@ class KernelPlan:
             return
         arguments, threads = _of_thread.arguments, self.threads if kv_len >= self.least_shared else 1
         self.pack(
-            arguments, _of_thread.room.at_least(threads * self.workspace_bytes),
+            arguments, _of_thread.workspace.at_least(threads * self.workspace_bytes),
             query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr(),
             0 if lse is None else lse.data_ptr(), 0 if mask is None else mask.data_ptr(), kv_len,
         )  # fmt: skip
-        openmp.run_on_team(_alone(), arguments.address, threads)
+        openmp.run_on_team(_team_region(), arguments.address, threads)
 
-    def pack(self, arguments: Arguments, *call: int) -> None:
+    def pack(self, arguments: KernelArguments, *call: int) -> None:
         """Write the kernel's arguments: `call` has those of ``decode_kernel.CALL`` between the counter and the kernel's own address."""
         kernel = self.kernel
         assert kernel is not None  # who has nothing to compute packs nothing
@@ -197,37 +200,35 @@ def empty_output(query: Tensor) -> Tensor:
 
 
 class Merge:
-    """The merge of partial results of the decode kernel by one thread (``partial.merge`` says what it is).
+    """The merge of partial results of the decode kernel by one thread; it computes what ``partial.merge`` does.
 
     Parameters
     ----------
     dtype, head_dim
         Of the outputs.
-    outputs, log_sum_exps
-        Addresses of ``[parts, ..., head_dim]`` and, in float32, ``[parts, ...]``, both contiguous.
+    outputs, lse
+        The addresses of ``[parts, ..., head_dim]`` and of the log-sum-exp, ``[parts, ...]`` in float32, both contiguous.
     parts, rows
-        How many parts, and rows of each.
+        How many parts there are, and how many rows each of them has.
     """
 
-    def __init__(
-        self, dtype: torch.dtype, head_dim: int, outputs: int, log_sum_exps: int, parts: int, rows: int
-    ) -> None:
-        vectors = simd.host()
-        assert vectors is not None  # decode.plan_for has looked
-        spec = MergeSpec(Rows(vectors, KINDS[dtype], head_dim))
+    def __init__(self, dtype: torch.dtype, head_dim: int, outputs: int, lse: int, parts: int, rows: int) -> None:
+        cpu_vectors = vectors.host()
+        assert cpu_vectors is not None  # decode.plan_for has looked
+        spec = MergeSpec(Rows(cpu_vectors, KINDS[dtype], head_dim))
         self.kernel, self._space = kernel_cache.address(spec), ctypes.create_string_buffer(spec.space_bytes)
         space = ctypes.addressof(self._space)
-        self._words = (ctypes.c_int64 * len(merge_kernel.FIELDS))(outputs, log_sum_exps, 0, space, parts, rows)
-        self.address = ctypes.addressof(self._words)
+        self._arguments = (ctypes.c_int64 * len(merge_kernel.FIELDS))(outputs, lse, 0, space, parts, rows)
+        self.address = ctypes.addressof(self._arguments)
 
     def into(self, out: int) -> None:
-        """Where the merged output goes, the address of ``[..., head_dim]``, contiguous."""
-        self._words[2] = out
+        """Set the address to which the merged output is written, a contiguous ``[..., head_dim]``."""
+        self._arguments[2] = out
 
 
 @cache
-def _alone() -> int:
-    return kernel_cache.address(openmp_regions.Alone())
+def _team_region() -> int:
+    return kernel_cache.address(openmp_regions.TeamRegion())
 
 
 def _strides(tensor: Tensor, element_bytes: int) -> tuple[int, int, int]:
@@ -243,7 +244,7 @@ def _mask_fields(mask: Tensor) -> tuple[int, ...]:
 
 @cache
 def _compiled_kernel(dtype: torch.dtype, head_dim: int, query_rows: int) -> _CompiledKernel:
-    vectors = simd.host()
-    assert vectors is not None  # decode.plan_for has looked
-    kind = Kind.BFLOAT16_PAIRS if dtype is torch.bfloat16 and vectors.pairs else KINDS[dtype]
-    return _CompiledKernel(Spec.of(Rows(vectors, kind, head_dim), query_rows), query_rows)
+    cpu_vectors = vectors.host()
+    assert cpu_vectors is not None  # decode.plan_for has looked
+    kind = Kind.BFLOAT16_PAIRS if dtype is torch.bfloat16 and cpu_vectors.pairs else KINDS[dtype]
+    return _CompiledKernel(DecodeSpec.of(Rows(cpu_vectors, kind, head_dim), query_rows), query_rows)

@@ -1,6 +1,7 @@
-"""The merge of partial results, compiled like the decode kernel.
+"""The merge of partial results by their log-sum-exp, compiled like the decode kernel.
 
-By torch it is five operations, which took 180 us right after K and V had gone through the caches, and 30 where they had not.
+It is the last step of context-parallel (split-KV) decoding over nodes. By torch it takes five operations, which took 180 us right after K
+and V had gone through the caches, and 30 us where they had not.
 """
 
 from __future__ import annotations
@@ -12,36 +13,35 @@ import numpy as np
 from numba import cfunc, types
 
 from numa_lab.attention import tiles
-from numa_lab.attention.decode_kernel import LOG2_E, LOWEST, arguments_as, compiled
-from numa_lab.attention.simd import Rows
+from numa_lab.attention.decode_kernel import LOG2_E, LOWEST, ONE, ZERO, arguments_as, jit
+from numa_lab.attention.vectors import Rows
 
 # `outputs` is [parts, rows, head_dim] and `lse` [parts, rows], float32 and natural; `space` has room for two rows of sums.
 FIELDS = ("outputs", "lse", "out", "space", "parts", "rows")
-ARGUMENTS = np.dtype([(name, np.int64) for name in FIELDS])
+_ARGUMENTS = np.dtype([(name, np.int64) for name in FIELDS])
 
 
 @dataclass(frozen=True)
 class MergeSpec:
-    """One compiled version, for one kind of rows, none of pairs."""
+    """What one compiled version of the merge serves: a kind of rows, which is not that of pairs."""
 
     rows: Rows
 
     @property
     def space_bytes(self) -> int:
-        """Bytes of working memory."""
+        """The bytes of working memory."""
         return 2 * self.rows.sum_bytes
 
     def build(self) -> Any:
-        """Compile ``void merge(void *ARGUMENTS)``."""
+        """Compile ``void merge(void *_ARGUMENTS)``."""
         rows = self.rows
         sum_bytes, row_bytes = rows.sum_bytes, rows.row_bytes
         widen, clear, blend, write = (make(rows) for make in (tiles.pack, tiles.clear, tiles.blend, tiles.write))
-        arguments_at, one, nothing = arguments_as(ARGUMENTS), np.float32(1), np.float32(0)
-        log2_e = np.float32(LOG2_E)
+        arguments_at, log2_e = arguments_as(_ARGUMENTS), np.float32(LOG2_E)
 
-        @compiled
+        @jit
         def merge_row(a, row):  # type: ignore[no-untyped-def]
-            top, total = LOWEST, nothing
+            top, total = LOWEST, ZERO
             for part in range(a.parts):
                 top = max(top, tiles.load_float(a.lse + 4 * (part * a.rows + row)))
             sums, wide = a.space, a.space + sum_bytes
@@ -51,9 +51,9 @@ class MergeSpec:
                 weight = tiles.exp2((tiles.load_float(a.lse + 4 * at) - top) * log2_e)
                 total += weight
                 widen(a.outputs + at * row_bytes, wide)
-                blend(sums, one, wide, weight)
+                blend(sums, ONE, wide, weight)
             # A row that may look at no key of any part gives zeros.
-            write(sums, total if total != nothing else np.float32(np.inf), a.out + row * row_bytes)
+            write(sums, total if total != ZERO else np.float32(np.inf), a.out + row * row_bytes)
 
         @cfunc(types.void(types.int64), error_model="numpy")
         def merge(arguments):  # type: ignore[no-untyped-def]

@@ -1,4 +1,4 @@
-"""The plain definition of attention in float64: slow, meant to be read, and what every backend is checked against."""
+"""The plain definition of attention in float64, which is slow and meant to be read; every backend is checked against it."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def attention(
     -------
     output : Tensor
         ``[..., q_heads, q_len, head_dim]``, float64.
-    log_sum_exp : Tensor
+    lse : Tensor
         ``[..., q_heads, q_len]``, float64, natural: log of the sum of exp(scores), ``-inf`` where there is no key.
 
     Notes
@@ -63,8 +63,8 @@ def attention(
     if attn_mask is not None:
         scores = scores.masked_fill(~attn_mask, -math.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
 
-    log_sum_exp = scores.logsumexp(-1)
-    # Not exp(scores - log_sum_exp): beside the least number, by which models mask, the logarithm of how many keys there are vanishes.
-    without_key = (log_sum_exp == -math.inf).unsqueeze(-1)
+    lse = scores.logsumexp(-1)
+    # Weights are not exp(scores - lse): beside the least number, by which models mask, the logarithm of the number of keys vanishes.
+    without_key = (lse == -math.inf).unsqueeze(-1)
     weights = scores.masked_fill(without_key, 0).softmax(-1).masked_fill(without_key, 0)
-    return weights @ value, log_sum_exp
+    return weights @ value, lse

@@ -1,4 +1,7 @@
-"""Scores of a panel's query rows against a tile of KV rows, as Numba intrinsics (``numa_lab.attention.panels`` says how they lie)."""
+"""Numba intrinsics that compute the scores of a panel's query rows against the KV rows of a tile.
+
+``numa_lab.attention.panels`` says how query rows and scores lie in registers and in memory.
+"""
 
 from __future__ import annotations
 
@@ -12,17 +15,19 @@ from numba.extending import intrinsic
 
 from numa_lab.attention import simd
 from numa_lab.attention.panels import UNIT_BYTES, Panel
-from numa_lab.attention.simd import FLOAT, I32, I64, LINE_BYTES
+from numa_lab.attention.simd import FLOAT, I32, I64
 from numa_lab.attention.tiles import Intrinsic, multiply_add, no_result
+from numa_lab.attention.vectors import LINE_BYTES
 
-_STEPS = 4  # of a turn of the loop over a row
+_STEPS = 4  # of one turn of the loop over a row
 
 
 def scores(panel: Panel, ahead: bool) -> Intrinsic:
-    """Make ``scores(query, key, key_stride, last, distance, out)``.
+    """Make ``scores(query, key, key_stride, last, distance, out)``, which computes a tile of scores.
 
-    It writes query[i] . key[min(j, last)] for a tile of rows j, so that nothing is read behind the last row. With `ahead`, each line
-    of the tile is asked for `distance` bytes further on: there lies what is needed next.
+    The score of query row i and KV row j of the tile is the dot product of query[i] and key[min(j, last)], so that nothing is read
+    behind the last row. With `ahead`, a line `distance` bytes further on is prefetched for each line of the tile: there lies what is
+    needed next.
     """
     rows, tile, vectors = panel.rows, panel.tile, panel.vectors
     lanes, size = rows.vectors.lanes, rows.vectors.bytes
@@ -42,7 +47,7 @@ def scores(panel: Panel, ahead: bool) -> Intrinsic:
         load, step_bytes, steps = _loader(panel)
 
         def turn(offset: Any, query_offset: Any, first: int, count: int) -> None:
-            """Steps from `first` on, with so many bytes of the row and of the query before them."""
+            """Emit `count` steps from step `first` on, which begin `offset` bytes into the row and `query_offset` bytes into the query."""
             for step in range(count):
                 at_query = b.add(query, query_offset)
                 queries = [
@@ -88,7 +93,7 @@ def scores(panel: Panel, ahead: bool) -> Intrinsic:
 
 
 def _rows_in_place(b: Any, panel: Panel, key: Any, stride: Any, last: Any) -> list[tuple[Any, int]]:
-    """The addresses of a tile's KV rows, and what to add to each; behind the last existing row comes that one again."""
+    """Return the addresses of a tile's KV rows, and what to add to each; the last row stands in for rows behind it."""
     addresses, row = [], key
     for j in range(panel.tile.kv_rows):
         addresses.append((simd.opaque(b, row), 0))
@@ -97,12 +102,13 @@ def _rows_in_place(b: Any, panel: Panel, key: Any, stride: Any, last: Any) -> li
 
 
 def _rows_in_scratch(b: Any, panel: Panel, scratch: Any) -> list[tuple[Any, int]]:
+    """Return the same for rows that were widened into working memory."""
     base = simd.opaque(b, scratch)
     return [(base, j * panel.units * UNIT_BYTES) for j in range(panel.tile.kv_rows)]
 
 
 def _loader(panel: Panel) -> tuple[Callable[..., Any], int, int]:
-    """What loads one vector of a KV row for a step; bytes of a step; and steps of a row."""
+    """Return a function that loads the vector of a KV row for a step, the bytes of a step, and the number of steps of a row."""
     rows, spread, lanes = panel.rows, panel.spread, panel.rows.vectors.lanes
     if panel.tile.per_vector > 1:
         step_bytes = spread * UNIT_BYTES
@@ -125,13 +131,13 @@ def _loader(panel: Panel) -> tuple[Callable[..., Any], int, int]:
 
 
 def _lines_begun(step: int, step_bytes: int) -> list[int]:
-    """Offsets of the lines that begin in a step of a turn, where turns begin at lines."""
+    """Return the offsets of the cache lines that begin within a step of a turn; a turn begins at a line."""
     begin, end = step * step_bytes, (step + 1) * step_bytes
     return list(range(-(-begin // LINE_BYTES) * LINE_BYTES, end, LINE_BYTES))
 
 
 def _repeated(b: Any, pointer: Any, units: int, lanes: int) -> Any:
-    """A vector of so many units from memory, again and again."""
+    """Return a vector that is filled with `units` units from memory, repeated."""
     if units == lanes:
         return b.load(pointer, typ=simd.floats(lanes), align=2)
     if units <= 2:  # as one integer, since that is what processors repeat while they load
@@ -149,7 +155,10 @@ def _total(b: Any, vectors: Sequence[Any]) -> Any:
 
 
 def _sum_spread(b: Any, vectors: Sequence[Any], per_vector: int) -> Any:
-    """From a vector for each of some KV rows, ``[query row][number]``, one vector of the sums of the numbers, ``[KV row][query row]``."""
+    """Return the sums of the numbers of each query row as one vector ``[KV row][query row]``.
+
+    Each KV row has a vector ``[query row][number]``.
+    """
     lanes, count = vectors[0].type.count, len(vectors)
     vectors = list(vectors)
     while len(vectors) > 1:
@@ -166,9 +175,9 @@ def _sum_spread(b: Any, vectors: Sequence[Any], per_vector: int) -> Any:
 
 
 def widen(panel: Panel, ahead: bool) -> Intrinsic:
-    """Make ``widen(row, out, following)``: a row becomes units that are multiplied, with zeros behind its end.
+    """Make ``widen(row, out, following)``, which writes the units of a row as they are multiplied, with zeros behind its end.
 
-    With `ahead`, the lines of the row at `following` are asked for meanwhile.
+    With `ahead`, the lines of the row at `following` are prefetched meanwhile.
     """
     rows, size = panel.rows, panel.rows.vectors.bytes
 

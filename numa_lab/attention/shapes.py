@@ -113,7 +113,7 @@ class AttentionShape:
         return 4 * self.batch * self.q_heads * self.q_len * self.kv_len * self.head_dim
 
     def replace(self, **changes: Any) -> AttentionShape:
-        """The same shape with other values, checked again."""
+        """Return the same shape with other values, which are checked again."""
         return dataclasses.replace(self, **changes)
 
 
@@ -139,7 +139,7 @@ PRESETS = {
 
 
 def preset(name: str, **changes: Any) -> AttentionShape:
-    """The shape of a model, with other values where they are given.
+    """Return the shape of a model, with other values where they are given.
 
     Parameters
     ----------

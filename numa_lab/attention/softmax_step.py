@@ -1,4 +1,4 @@
-"""The softmax of a block of a panel's scores, as a Numba intrinsic."""
+"""A Numba intrinsic for one step of the online softmax, over a block of a panel's scores."""
 
 from __future__ import annotations
 
@@ -12,23 +12,25 @@ from numba.extending import intrinsic
 
 from numa_lab.attention import simd
 from numa_lab.attention.panels import Panel
-from numa_lab.attention.simd import I16, I64, Kind
+from numa_lab.attention.simd import I16, I64
 from numa_lab.attention.tiles import HEADROOM, Intrinsic
+from numa_lab.attention.vectors import Kind
 
-# What a weight may be wrong by is a fraction of what its kind holds: of bfloat16 pairs 2e-3, of float32 6e-8.
+# The degree of the polynomial of ``simd.exp2`` for each kind: its error is small beside what rounding to the kind costs, which is 2e-3 for
+# weights that become bfloat16 pairs and 6e-8 for float32.
 _DEGREES = {Kind.BFLOAT16_PAIRS: 3, Kind.BFLOAT16: 4, Kind.FLOAT16: 4, Kind.FLOAT32: 5}
 
 
 def softmax_step(panel: Panel) -> Intrinsic:
-    """Make ``softmax_step(scores, vectors, factor, reference, total, rescale)`` -> whether references moved.
+    """Make ``softmax_step(scores, vectors, factor, reference, total, rescale)``, which returns 1 if a reference moved, else 0.
 
-    The first `vectors` of each vector's scores become weights, 2**(factor * score - reference), in their place, and the sums of
-    each lane are added to `total`. A lane that exceeds its query row's reference by more than ``HEADROOM`` moves it to the
-    greatest score; then the result is 1, and what was summed before has to be multiplied by what `rescale` holds. So the usual
-    way needs no comparison of lanes and no rescaling. Weights of pairs are bfloat16, as torch rounds them, those of two KV rows
-    side by side.
+    Each score becomes the weight 2**(factor * score - reference) in its place, for the first `vectors` vectors of scores of each vector of
+    query rows. The weights of each lane are added to `total`. Where a score exceeds the reference of its query row by more than
+    ``HEADROOM``, the reference becomes the greatest score of the row, and what was summed before has to be multiplied by what
+    `rescale` then holds. So most steps neither compare lanes with each other nor rescale anything. Where pairs are multiplied, the weights
+    are written as bfloat16, rounded as torch rounds them, with those of two KV rows side by side.
 
-    Source: Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018), with a lazy reference.
+    Source: Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018), with a reference that moves late.
     """
     lanes, per_vector, size = panel.rows.vectors.lanes, panel.tile.per_vector, panel.rows.vectors.bytes
     type_, group, degree = simd.floats(lanes), panel.softmax_vectors, _DEGREES[panel.rows.kind]
@@ -79,13 +81,14 @@ def softmax_step(panel: Panel) -> Intrinsic:
 
 
 def _load(b: Any, row: Any, first: Any, count: int, type_: Any) -> list[Any]:
+    """Return `count` vectors of scores from the vector with number `first` on."""
     size = 4 * type_.count
     at = b.add(row, b.mul(first, I64(size)))
     return [b.load(simd.at(b, at, n * size), typ=type_, align=4) for n in range(count)]
 
 
 def _pairwise(b: Any, vectors: list[Any], merge: Callable[[Any, Any, Any], Any]) -> Any:
-    """All merged into one, in as few steps after each other as there can be."""
+    """Return all vectors merged into one, by a tree of merges, so that as few as possible wait for each other."""
     while len(vectors) > 1:
         vectors = [
             merge(b, *vectors[n : n + 2]) if n + 1 < len(vectors) else vectors[n] for n in range(0, len(vectors), 2)
@@ -94,7 +97,7 @@ def _pairwise(b: Any, vectors: list[Any], merge: Callable[[Any, Any, Any], Any])
 
 
 def _of_each_row(b: Any, x: Any, per_vector: int) -> Any:
-    """Every lane gets the greatest of its query row."""
+    """Return a vector in which every lane has the greatest number of its query row."""
     apart = x.type.count // 2
     while apart >= per_vector:
         x = simd.greater(b, x, simd.shuffle(b, x, x, [lane ^ apart for lane in range(x.type.count)]))
@@ -103,6 +106,7 @@ def _of_each_row(b: Any, x: Any, per_vector: int) -> Any:
 
 
 def _store(b: Any, panel: Panel, weights: list[Any], row: Any, first: Any) -> None:
+    """Write weights over the scores that they came from; those of pairs take half of the bytes."""
     lanes, per_vector, size = panel.rows.vectors.lanes, panel.tile.per_vector, panel.rows.vectors.bytes
     if not panel.pairs:
         at = b.add(row, b.mul(first, I64(size)))

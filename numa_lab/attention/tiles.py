@@ -1,4 +1,4 @@
-"""Rows of sums and scalars for the decode kernel, as Numba intrinsics, and what its other intrinsics are made of.
+"""Numba intrinsics for the rows of sums and the scalars of the decode kernel, and what its other intrinsics are made of.
 
 Addresses are int64, strides between rows of K and V are in bytes, scores and sums are float32.
 """
@@ -13,30 +13,30 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from numa_lab.attention import simd
-from numa_lab.attention.simd import FLOAT, I8, I16, I32, I64, Kind, Rows
+from numa_lab.attention.simd import FLOAT, I8, I16, I32, I64
+from numa_lab.attention.vectors import Kind, Rows
 
-HEADROOM = 8.0  # binary orders by which weights may exceed 1: the reference of a softmax moves only when they would
-LOWEST = -3.4028234663852886e38  # the reference before the first score; -inf - -inf would be no number
+HEADROOM = 8.0  # weights may reach 2**HEADROOM: only a score that is higher than that moves the reference of a softmax
+LOWEST = -3.4028234663852886e38  # the reference before the first score; with -inf, -inf - -inf would be NaN
 
 Intrinsic = Any
 
 
 def as_pairs(b: Any, x: Any) -> Any:
-    """A vector of 512 bits as 32 bfloat16."""
+    """Return a vector of 512 bits as 32 bfloat16."""
     return b.bitcast(x, ir.VectorType(simd.BFLOAT, 32))
 
 
 def multiply_add(b: Any, pairs: bool, x: Any, y: Any, total: Any) -> Any:
-    """total + x * y of each lane; of pairs both products."""
+    """Return total + x * y of each lane; where a lane holds a pair, both products are added."""
     if pairs:
         x, y = as_pairs(b, x), as_pairs(b, y)
-    if pairs:
         return simd.call(b, "llvm.x86.avx512bf16.dpbf16ps.512", total.type, total, x, y)
     return simd.fma(b, x, y, total)
 
 
 def pair_up(b: Any, x: Any, y: Any) -> list[Any]:
-    """The even elements of two rows as pairs, and the odd ones."""
+    """Return pairs of the even elements of two rows, and pairs of the odd ones."""
     even, odd = ([lane + half for i in range(16) for lane in (2 * i, 2 * i + 32)] for half in (0, 1))
     return [as_pairs(b, simd.shuffle(b, x, y, lanes)) for lanes in (even, odd)]
 
@@ -46,7 +46,7 @@ def _vector(b: Any, address: Any, index: Any, size: int, type_: Any) -> Any:
 
 
 def pack(rows: Rows) -> Intrinsic:
-    """Make ``pack(query, packed)``: one query row as ``scores`` wants it, float32 unless pairs are multiplied."""
+    """Make ``pack(query, packed)``, which writes a row as vectors of float32, or as it is where pairs are multiplied."""
 
     def emit(b: Any, query: Any, packed: Any) -> None:
         parts = rows.query_bytes // rows.chunks // rows.vectors.bytes
@@ -64,7 +64,7 @@ def pack(rows: Rows) -> Intrinsic:
 
 
 def clear(rows: Rows) -> Intrinsic:
-    """Make ``clear(sums)``: a row of sums becomes zeros."""
+    """Make ``clear(sums)``, which sets a row of sums to zeros."""
     type_ = simd.floats(rows.vectors.lanes)
 
     def emit(b: Any, sums: Any) -> None:
@@ -79,7 +79,7 @@ def clear(rows: Rows) -> Intrinsic:
 
 
 def scale(rows: Rows) -> Intrinsic:
-    """Make ``scale(sums, factor)``: a row of sums, multiplied."""
+    """Make ``scale(sums, factor)``, which multiplies a row of sums."""
     type_ = simd.floats(rows.vectors.lanes)
 
     def emit(b: Any, sums: Any, factor: Any) -> None:
@@ -96,7 +96,7 @@ def scale(rows: Rows) -> Intrinsic:
 
 
 def blend(rows: Rows) -> Intrinsic:
-    """Make ``blend(sums, own, others, weight)``: a row of sums becomes sums * own + others * weight."""
+    """Make ``blend(sums, own, others, weight)``, which sets a row of sums to sums * own + others * weight."""
     type_ = simd.floats(rows.vectors.lanes)
 
     def emit(b: Any, sums: Any, own: Any, others: Any, weight: Any) -> None:
@@ -114,7 +114,7 @@ def blend(rows: Rows) -> Intrinsic:
 
 
 def write(rows: Rows) -> Intrinsic:
-    """Make ``write(sums, divisor, out)``: a row of sums, divided, rounded to the kind of the rows."""
+    """Make ``write(sums, divisor, out)``, which writes a row of sums, divided, and rounded to the kind of the rows."""
     type_ = simd.floats(rows.vectors.lanes)
 
     def emit(b: Any, sums: Any, divisor: Any, out: Any) -> None:
@@ -138,25 +138,25 @@ def write(rows: Rows) -> Intrinsic:
 
 @intrinsic
 def load_float(_context, address):  # type: ignore[no-untyped-def]
-    """The float32 at an address."""
+    """Return the float32 at an address."""
     return types.float32(types.int64), lambda _c, b, _s, a: b.load(simd.at(b, a[0]), typ=FLOAT, align=4)
 
 
 @intrinsic
 def load_word(_context, address):  # type: ignore[no-untyped-def]
-    """The int64 at an address."""
+    """Return the int64 at an address."""
     return types.int64(types.int64), lambda _c, b, _s, a: b.load(simd.at(b, a[0]), typ=I64)
 
 
 @intrinsic
 def store_word(_context, address, value):  # type: ignore[no-untyped-def]
-    """Write an int64."""
+    """Write an int64 to an address."""
     return no_result([types.int64, types.int64], lambda b, at, x: b.store(x, simd.at(b, at)))
 
 
 @intrinsic
 def load_half(_context, address):  # type: ignore[no-untyped-def]
-    """The float16 at an address, as float32."""
+    """Return the float16 at an address as a float32."""
     return types.float32(types.int64), lambda _c, b, _s, a: b.fpext(
         b.load(simd.at(b, a[0]), typ=simd.HALF, align=2), FLOAT
     )
@@ -164,7 +164,7 @@ def load_half(_context, address):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def load_bfloat(_context, address):  # type: ignore[no-untyped-def]
-    """The bfloat16 at an address, as float32."""
+    """Return the bfloat16 at an address as a float32."""
 
     def emit(_c: Any, b: Any, _s: Any, a: Any) -> Any:
         bits = b.zext(b.load(simd.at(b, a[0]), typ=I16, align=2), I32)
@@ -175,7 +175,7 @@ def load_bfloat(_context, address):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def load_bool(_context, address):  # type: ignore[no-untyped-def]
-    """The byte at an address is not 0."""
+    """Return whether the byte at an address is not 0."""
 
     def emit(_c: Any, b: Any, _s: Any, a: Any) -> Any:
         return b.icmp_unsigned("!=", b.load(simd.at(b, a[0]), typ=I8), I8(0))
@@ -185,13 +185,13 @@ def load_bool(_context, address):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def store_float(_context, address, value):  # type: ignore[no-untyped-def]
-    """Write a float32."""
+    """Write a float32 to an address."""
     return no_result([types.int64, types.float32], lambda b, at, x: b.store(x, simd.at(b, at), align=4))
 
 
 @intrinsic
 def exp2(_context, x):  # type: ignore[no-untyped-def]
-    """2**x, as ``simd.exp2`` has it."""
+    """Return 2**x as ``simd.exp2`` computes it."""
 
     def emit(_c: Any, b: Any, _s: Any, a: Any) -> Any:
         return b.extract_element(simd.exp2(b, simd.splat(b, a[0], 4), 5), I32(0))
@@ -201,13 +201,13 @@ def exp2(_context, x):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def fetch_add(_context, address):  # type: ignore[no-untyped-def]
-    """``simd.count_up``."""
+    """Add 1 to the int64 at an address, atomically among threads; return what it was before."""
     return types.int64(types.int64), lambda _c, b, _s, a: simd.count_up(b, a[0])
 
 
 @intrinsic
 def call_int(_context, address):  # type: ignore[no-untyped-def]
-    """Call ``int f(void)`` at an address that is known only when it runs, so that compiled code can be stored."""
+    """Call the ``int f(void)`` at an address, which is known only when the code runs, so that the code can be stored; return its result."""
 
     def emit(_c: Any, b: Any, _s: Any, a: Any) -> Any:
         function = b.inttoptr(a[0], ir.FunctionType(I32, []).as_pointer())
@@ -217,7 +217,7 @@ def call_int(_context, address):  # type: ignore[no-untyped-def]
 
 
 def _caller(parameters: int) -> Any:
-    """Call a ``void f(int64_t, ...)`` at an address, likewise."""
+    """Return the signature and the generator of an intrinsic that calls the ``void f(int64_t, ...)`` at an address."""
 
     def emit(b: Any, function: Any, *values: Any) -> None:
         signature = ir.FunctionType(ir.VoidType(), [I64] * parameters)
@@ -228,24 +228,24 @@ def _caller(parameters: int) -> Any:
 
 @intrinsic
 def call_with_one(_context, address, first):  # type: ignore[no-untyped-def]
-    """Call ``void f(int64_t)`` at an address."""
+    """Call the ``void f(int64_t)`` at an address."""
     return _caller(1)
 
 
 @intrinsic
 def call_with_two(_context, address, first, second):  # type: ignore[no-untyped-def]
-    """Call ``void f(int64_t, int64_t)`` at an address."""
+    """Call the ``void f(int64_t, int64_t)`` at an address."""
     return _caller(2)
 
 
 @intrinsic
 def call_with_three(_context, address, first, second, third):  # type: ignore[no-untyped-def]
-    """Call ``void f(int64_t, int64_t, int64_t)`` at an address."""
+    """Call the ``void f(int64_t, int64_t, int64_t)`` at an address."""
     return _caller(3)
 
 
 def no_result(parameters: list[Any], emit: Any) -> Any:
-    """The signature and the generator of an intrinsic that gives nothing."""
+    """Return the signature and the generator of an intrinsic without a result."""
 
     def generate(context: Any, builder: Any, _signature: Any, values: Any) -> Any:
         emit(builder, *values)

@@ -1,4 +1,4 @@
-"""The weighted sum of rows of V for some query rows of a panel, as a Numba intrinsic."""
+"""A Numba intrinsic that adds up weighted rows of V for some query rows of a panel."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from numa_lab.attention import simd
-from numa_lab.attention.panels import BLOCK, Panel
-from numa_lab.attention.simd import FLOAT, I32, I64, LINE_BYTES, Rows, Vectors
+from numa_lab.attention.panels import BLOCK_ROWS, Panel
+from numa_lab.attention.simd import FLOAT, I32, I64
 from numa_lab.attention.tiles import Intrinsic, multiply_add, no_result, pair_up
+from numa_lab.attention.vectors import LINE_BYTES, Rows, Vectors
 
-MOST_VECTORS = 8  # of a stripe
+MOST_VECTORS = 8  # the widest stripe, in vectors
 
 
 def heights(panel: Panel) -> list[int]:
-    """Query rows whose sums registers hold together: the panel's, in parts that differ by one at most."""
+    """Return how the query rows of a panel are divided into parts whose sums registers hold together; they differ by one row at most."""
     most = panel.rows.vectors.value_rows
     parts = -(-panel.height // most)
     return [panel.height * (n + 1) // parts - panel.height * n // parts for n in range(parts)]
@@ -28,20 +29,20 @@ def heights(panel: Panel) -> list[int]:
 def weighted_sum(panel: Panel, first: int, height: int, ahead: bool) -> Intrinsic:
     """Make ``weighted_sum(weights, value, value_stride, count, following, following_stride, out)``.
 
-    out[i] += sum over j < count of weights[first + i, j] * value[j] for `height` query rows, two KV rows at a time; where the
-    second is missing its weight has to be 0. V is taken in *stripes* as wide as the sums that registers hold, so that the loop
-    reads nothing but V and weights. With `ahead`, a block of rows from `following` on is asked for meanwhile, line by line in
-    the order of memory.
+    It adds the sum over j < count of weights[first + i, j] * value[j] to out[i], for `height` query rows i. It takes two KV rows at a time;
+    where the second one is missing, its weight has to be 0. V is read in *stripes* of columns, which are as wide as the sums that
+    registers hold, so that the loop reads nothing but V and weights. With `ahead`, the block of rows from `following` on is prefetched
+    meanwhile, line by line in the order of memory.
     """
     rows, pairs, per_vector = panel.rows, panel.pairs, panel.tile.per_vector
     type_, size = simd.floats(rows.vectors.lanes), rows.vectors.bytes
     bounds = _stripes(panel, height)
-    per_turn = -(-rows.row_bytes * BLOCK // LINE_BYTES // ((len(bounds) - 1) * BLOCK // 2)) if ahead else 0
+    per_turn = -(-rows.row_bytes * BLOCK_ROWS // LINE_BYTES // ((len(bounds) - 1) * BLOCK_ROWS // 2)) if ahead else 0
 
     def emit(
         b: Any, weights: Any, value: Any, stride: Any, count: Any, following: Any, next_stride: Any, out: Any
     ) -> None:
-        asker = _Asker.of(b, rows, following, next_stride) if ahead else None
+        prefetcher = _Prefetcher.of(b, rows, following, next_stride) if ahead else None
         for begin, end in pairwise(bounds):
             vectors = range(begin, end)
             cells = [[cgutils.alloca_once(b, type_) for _ in vectors] for _ in range(height)]
@@ -53,8 +54,8 @@ def weighted_sum(panel: Panel, first: int, height: int, ahead: bool) -> Intrinsi
                 row = b.add(value, b.mul(j, stride))
                 second = b.select(b.icmp_signed("<", b.add(j, I64(1)), count), b.add(row, stride), row)
                 at_weights = b.add(weights, b.mul(j, I64(per_vector * (2 if pairs else 4))))
-                if asker:
-                    asker.ask(b, rows.vectors, per_turn)
+                if prefetcher:
+                    prefetcher.ask(b, rows.vectors, per_turn)
 
                 def weight(i: int, step: int, at_weights: Any = at_weights) -> Any:
                     v, lane = divmod(first + i, per_vector)
@@ -63,7 +64,7 @@ def weighted_sum(panel: Panel, first: int, height: int, ahead: bool) -> Intrinsi
                     return x
 
                 for step, parts in enumerate(_loaded(b, rows, pairs, (row, second), vectors)):
-                    # The smaller side stays in registers, the other goes by.
+                    # Of weights and values, those that are fewer stay in registers while the others pass by.
                     if len(vectors) < height:
                         values = [part() for part in parts]
                         for i in range(height):
@@ -89,7 +90,7 @@ def weighted_sum(panel: Panel, first: int, height: int, ahead: bool) -> Intrinsi
 
 
 def _stripes(panel: Panel, height: int) -> list[int]:
-    """Where stripes begin and end, in vectors of a row; pairs come as whole chunks."""
+    """Return the bounds of the stripes, in vectors of a row; stripes of pairs consist of whole chunks."""
     unit = panel.rows.per_chunk if panel.pairs else 1
     total = panel.rows.chunks * panel.rows.per_chunk // unit
     most = max(1, min(MOST_VECTORS, panel.rows.vectors.accumulators // height) // unit)
@@ -98,7 +99,7 @@ def _stripes(panel: Panel, height: int) -> list[int]:
 
 
 def _loaded(b: Any, rows: Rows, pairs: bool, addresses: tuple[Any, Any], vectors: range) -> list[list[Any]]:
-    """For each multiply-add of two KV rows, what loads each vector of V that it takes: one for a pair, else two."""
+    """Return for each step over two KV rows the functions that load its vectors of V; pairs take one step, other kinds two."""
     if pairs:
         paired = []
         for chunk in range(vectors.start // rows.per_chunk, vectors.stop // rows.per_chunk):
@@ -115,7 +116,7 @@ def _loaded(b: Any, rows: Rows, pairs: bool, addresses: tuple[Any, Any], vectors
 
         return load
 
-    # The odd half of a chunk is loaded again where registers are few: kept from the even half on, it would take one.
+    # Where registers are few, the odd half of a chunk is loaded again: kept since the even half was used, it would take a register.
     twice = rows.per_chunk > 1 and rows.vectors.lanes == 8
     return [
         [loader(at, again, n) for n in vectors]
@@ -124,8 +125,8 @@ def _loaded(b: Any, rows: Rows, pairs: bool, addresses: tuple[Any, Any], vectors
 
 
 @dataclass(frozen=True)
-class _Asker:
-    """Asks for rows line by line: the next line, the end of its row, and what leads from there to the next row."""
+class _Prefetcher:
+    """A prefetcher that asks for rows line by line: it keeps the next line, the end of its row, and the way from there to the next row."""
 
     line: Any
     end: Any
@@ -133,18 +134,18 @@ class _Asker:
     stride: Any
 
     @classmethod
-    def of(cls, b: Any, rows: Rows, first: Any, stride: Any) -> _Asker:
-        """Begin at a row; rows that lie without gaps are one."""
-        asker = cls(
+    def of(cls, b: Any, rows: Rows, first: Any, stride: Any) -> _Prefetcher:
+        """Begin at a row; rows that lie in memory without gaps are taken for one long row."""
+        prefetcher = cls(
             cgutils.alloca_once(b, I64), cgutils.alloca_once(b, I64), simd.opaque(b, b.sub(stride, I64(rows.row_bytes))), stride
         )  # fmt: skip
         gapless = b.icmp_signed("==", stride, I64(rows.row_bytes))
-        b.store(first, asker.line)
-        b.store(b.select(gapless, I64(-1), b.add(first, I64(rows.row_bytes))), asker.end)
-        return asker
+        b.store(first, prefetcher.line)
+        b.store(b.select(gapless, I64(-1), b.add(first, I64(rows.row_bytes))), prefetcher.end)
+        return prefetcher
 
     def ask(self, b: Any, vectors: Vectors, lines: int) -> None:
-        """Ask for the next so many lines."""
+        """Prefetch the next `lines` lines."""
         for _ in range(lines):
             at, end = b.load(self.line, typ=I64), b.load(self.end, typ=I64)
             simd.prefetch(b, vectors, at, I64(0), 0)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from numa_lab.attention.simd import LINE_BYTES
+from numa_lab.attention.vectors import LINE_BYTES
 from numa_lab.bandwidth.node_bandwidths import Matrix, Measured
 from numa_lab.bandwidth.read_probe import LINE_WORDS, cycle_through, read_bandwidth, read_latency
 from numa_lab.errors import InvalidInput, NodeUnavailable, NumaLabError

@@ -22,8 +22,8 @@ from numba import cfunc, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from numa_lab.attention import simd
-from numa_lab.attention.simd import LINE_BYTES
+from numa_lab.attention import simd, vectors
+from numa_lab.attention.vectors import LINE_BYTES
 from numa_lab.errors import InvalidInput
 from numa_lab.placement import openmp
 
@@ -42,8 +42,8 @@ def _sum_lines(_context: Any, words: Any, first: Any, lines: Any) -> Any:
     One stream: two that lie far apart read a quarter less (Zen 4), where their addresses compete for the same ways of a cache.
     On a CPU whose vectors are not known it prefetches nothing.
     """
-    vectors = simd.host()
-    type_ = ir.VectorType(simd.I64, vectors.bytes // _WORD_BYTES if vectors else 2)
+    cpu_vectors = vectors.host()
+    type_ = ir.VectorType(simd.I64, cpu_vectors.bytes // _WORD_BYTES if cpu_vectors else 2)
     width = type_.count * _WORD_BYTES
 
     def generate(_c: Any, b: Any, _s: Any, arguments: Any) -> Any:
@@ -52,9 +52,9 @@ def _sum_lines(_context: Any, words: Any, first: Any, lines: Any) -> Any:
         begin = b.add(b.ptrtoint(address, simd.I64), b.mul(first, simd.I64(LINE_BYTES)))
         with cgutils.for_range(b, lines) as loop:
             line = b.add(begin, b.mul(loop.index, simd.I64(LINE_BYTES)))
-            if vectors:
+            if cpu_vectors:
                 for chance in range(simd.CHANCES, 0, -1):
-                    simd.prefetch(b, vectors, line, simd.I64(chance * simd.STEP_BYTES), 0)
+                    simd.prefetch(b, cpu_vectors, line, simd.I64(chance * simd.STEP_BYTES), 0)
             for i, cell in enumerate(sums):
                 x = b.load(simd.at(b, line, i * width), typ=type_, align=_WORD_BYTES)
                 b.store(b.add(b.load(cell, typ=type_), x), cell)

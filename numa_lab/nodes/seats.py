@@ -25,8 +25,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from numa_lab.attention import kernel_cache, openmp_regions, simd
-from numa_lab.attention.kernel_plan import Room
+from numa_lab.attention import kernel_cache, openmp_regions, vectors
+from numa_lab.attention.kernel_plan import Workspace
 from numa_lab.errors import NodeUnavailable, NumaLabError
 from numa_lab.machine import libnuma
 from numa_lab.machine.sysfs import format_cpulist
@@ -96,10 +96,10 @@ class Seats:
     """The seats of some places, and working memory, for the team of one Python thread."""
 
     def __init__(self, places: tuple[Place, ...]) -> None:
-        self.room = Room()
+        self.workspace = Workspace()
         # The counter of threads that are done has a cache line of its own.
-        self._counter = np.zeros(2 * simd.LINE_BYTES // openmp_regions.WORD, np.int64)
-        self._region = kernel_cache.address(openmp_regions.Seated())
+        self._counter = np.zeros(2 * vectors.LINE_BYTES // openmp_regions.WORD, np.int64)
+        self._region = kernel_cache.address(openmp_regions.SeatedRegion())
         self._parallel = openmp.require().library.GOMP_parallel
         self._now = self._seating(places)
 
@@ -122,7 +122,7 @@ class Seats:
         table[openmp_regions.CURRENT_CPU], table[openmp_regions.EXCHANGE] = _current_cpu(), exchange.function
         table[openmp_regions.THERE], table[openmp_regions.BACK] = exchange.there_address, exchange.back_address
         table[openmp_regions.SEAT_OF_CPU], table[openmp_regions.CPUS] = ctypes.addressof(seat_of_cpu), len(nearest)
-        table[openmp_regions.ARRIVED] = -(-self._counter.ctypes.data // simd.LINE_BYTES) * simd.LINE_BYTES
+        table[openmp_regions.ARRIVED] = -(-self._counter.ctypes.data // vectors.LINE_BYTES) * vectors.LINE_BYTES
         table[openmp_regions.HEAD :] = [word for seat in seats for word in seat]
         return _Seating(places, pinned, with_leader, exchange, table, seat_of_cpu, len(seats))
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from numa_lab.attention import addresses, autocast, decode
 from numa_lab.attention.call import AttentionCall
-from numa_lab.attention.kernel_plan import KV_LEN, OUT, QUERY, Arguments, KernelPlan, Merge
+from numa_lab.attention.kernel_plan import KV_LEN, OUT, QUERY, KernelArguments, KernelPlan, Merge
 from numa_lab.attention.partial import merge, partial_attention
 from numa_lab.machine.page_maps import PAGE_BYTES
 from numa_lab.nodes.seats import Place, seats_of
@@ -90,7 +90,7 @@ def prepare(
 class _Job(NamedTuple):
     """The kernel's work over one piece."""
 
-    arguments: Arguments
+    arguments: KernelArguments
     plan: KernelPlan
     query_begin: int  # bytes from the beginning of all queries to that of its first sequence
     out_begin: int  # the same of the outputs
@@ -113,19 +113,19 @@ class Step:
         sizes = [slots * query.nbytes, slots * rows * _FLOAT_BYTES]
         sizes += [len(piece.place.cpus) * plan.workspace_bytes for piece, plan in zip(pieces, plans, strict=True)]
         *begins, end = accumulate((-(-size // PAGE_BYTES) * PAGE_BYTES for size in sizes), initial=0)
-        self._room = self._seats.room.at_least(end)
-        outputs, log_sum_exps, *workspaces = (self._room + begin for begin in begins)
+        self._workspace = self._seats.workspace.at_least(end)
+        outputs, lse, *workspaces = (self._workspace + begin for begin in begins)
 
         self._jobs = []
         for piece, plan, workspace in zip(pieces, plans, workspaces, strict=True):
-            start, arguments = piece.rows.start, Arguments()
+            start, arguments = piece.rows.start, KernelArguments()
             earlier_rows = rows // len(query) * start  # rows of outputs in front of the first sequence's
             out_begin = earlier_rows * query.size(-1) * query.element_size()
             plan.pack(
                 arguments, workspace, 0,
                 _at(piece.key, start, 0, piece.first), _at(piece.value, start, 0, piece.first),
                 outputs + piece.slot * query.nbytes + out_begin,
-                log_sum_exps + (piece.slot * rows + earlier_rows) * _FLOAT_BYTES,
+                lse + (piece.slot * rows + earlier_rows) * _FLOAT_BYTES,
                 0 if piece.mask is None else piece.mask.data_ptr(), piece.last - piece.first,
             )  # fmt: skip
             self._jobs.append(_Job(arguments, plan, _at(query, start) - query.data_ptr(), out_begin))
@@ -136,10 +136,10 @@ class Step:
             table += [ctypes.addressof(self._of_places[-1]), len(own)]
         self._table = (ctypes.c_int64 * len(table))(*table)
         self._table_address = ctypes.addressof(self._table)
-        self._merge = Merge(query.dtype, query.size(-1), outputs, log_sum_exps, slots, rows) if slots > 1 else None
+        self._merge = Merge(query.dtype, query.size(-1), outputs, lse, slots, rows) if slots > 1 else None
         # A sequence with fewer pieces than others has nothing in some slots, where weights of 0 then belong.
         full = sum(piece.rows.stop - piece.rows.start for piece in pieces) == slots * len(query)
-        self._to_clear = None if full else (outputs, slots * query.nbytes, _floats(log_sum_exps, slots * rows))
+        self._to_clear = None if full else (outputs, slots * query.nbytes, _floats(lse, slots * rows))
 
     @property
     def count(self) -> int:
@@ -156,7 +156,7 @@ class Step:
             and self._same(query)
             and autocast.dtype() in (None, self._dtype)
             and seats_of(self._places) is self._seats
-            and self._seats.room.address == self._room
+            and self._seats.workspace.address == self._workspace
         )
 
     def run(self, query: Tensor, counts: Sequence[int] = ()) -> Tensor:
@@ -182,18 +182,18 @@ class Step:
         out = torch.empty(self._shape, dtype=self._dtype, device="cpu")
         query_at, out_at = query.data_ptr(), out.data_ptr()
         for job in self._jobs:
-            job.arguments.words[QUERY] = query_at + job.query_begin
+            job.arguments.fields[QUERY] = query_at + job.query_begin
             if not self._merge:
-                job.arguments.words[OUT] = out_at + job.out_begin
+                job.arguments.fields[OUT] = out_at + job.out_begin
         for job, count in zip(self._jobs, counts, strict=False):
-            job.arguments.words[KV_LEN] = count
+            job.arguments.fields[KV_LEN] = count
         # Where there is less to compute than a team is worth waking for, the calling thread computes alone.
-        tokens = sum(job.arguments.words[KV_LEN] for job in self._jobs)
+        tokens = sum(job.arguments.fields[KV_LEN] for job in self._jobs)
         alone = tokens < min(job.plan.least_shared for job in self._jobs)
         if self._to_clear:
-            address, nbytes, log_sum_exps = self._to_clear
+            address, nbytes, lse = self._to_clear
             ctypes.memset(address, 0, nbytes)
-            log_sum_exps.fill(-np.inf)
+            lse.fill(-np.inf)
         if self._merge:
             self._merge.into(out_at)
             self._seats.run(self._table_address, self._merge.kernel, self._merge.address, alone=alone)
@@ -218,8 +218,8 @@ def by_torch(query: Tensor, pieces: Sequence[Piece], scale: float | None) -> Ten
             of_rows[piece.rows.start, piece.rows.stop].append(part)
         merged = {}
         for rows, parts in of_rows.items():
-            outputs, log_sum_exps = zip(*parts, strict=True)
-            merged[rows] = merge(torch.stack(outputs), torch.stack(log_sum_exps))
+            outputs, lse = zip(*parts, strict=True)
+            merged[rows] = merge(torch.stack(outputs), torch.stack(lse))
         output = torch.cat([merged[rows] for rows in sorted(merged)])
     return output.to(query.dtype)
 

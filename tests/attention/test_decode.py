@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from numa_lab.attention import decode, decode_kernel, kernel_plan, simd
+from numa_lab.attention import decode, decode_kernel, kernel_plan, vectors
+from numa_lab.attention.call import AttentionCall
 from numa_lab.attention.gqa import choose_backend, gqa_attention
 from numa_lab.attention.reference import attention as reference
 from numa_lab.errors import InvalidInput
@@ -161,7 +162,7 @@ def test_without_what_it_needs_torch_computes_and_one_warning_says_why(monkeypat
     from numa_lab.attention import gqa
 
     query, key = torch.randn(1, 4, 1, 64), torch.randn(1, 2, 9, 64)
-    monkeypatch.setattr(simd, "host", lambda: None)
+    monkeypatch.setattr(vectors, "host", lambda: None)
     decode.unavailable.cache_clear()
     gqa._warn_once.cache_clear()
     try:
@@ -176,11 +177,23 @@ def test_without_what_it_needs_torch_computes_and_one_warning_says_why(monkeypat
 @pytest.mark.parametrize("page", [4096, 16384, 65536])
 def test_threads_share_no_page_of_their_workspace_whatever_its_size(monkeypatch, page):
     monkeypatch.setattr(mmap, "PAGESIZE", page)
-    spec = decode_kernel.Spec.of(simd.Rows(simd.AVX2, simd.Kind.FLOAT32, 128), 4)
-    room = kernel_plan.Room()
-    begin = room.at_least(3 * spec.workspace_bytes(4))
+    spec = decode_kernel.DecodeSpec.of(vectors.Rows(vectors.AVX2, vectors.Kind.FLOAT32, 128), 4)
+    workspace = kernel_plan.Workspace()
+    begin = workspace.at_least(3 * spec.workspace_bytes(4))
     assert begin % page == spec.workspace_bytes(4) % page == 0
-    assert begin + 3 * spec.workspace_bytes(4) <= room._buffer.data_ptr() + room._buffer.nbytes
+    assert begin + 3 * spec.workspace_bytes(4) <= workspace._buffer.data_ptr() + workspace._buffer.nbytes
+
+
+def test_a_plan_serves_a_longer_cache_and_compiles_nothing_before_it_runs(monkeypatch):
+    query, key, value = torch.randn(1, 4, 1, 64), *torch.randn(2, 1, 2, 40, 64)
+    call = AttentionCall(query, key[:, :, :9], value[:, :, :9], enable_gqa=True)
+    kernel_plan._compiled_kernel.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(kernel_plan.kernel_cache, "address", lambda _: pytest.fail("a kernel was loaded"))
+        plan = decode.plan_for(call)
+    longer = call._replace(key=key, value=value)
+    assert torch.equal(plan.attend(longer), decode.decode_attention(query, key, value))
+    assert decode.plan_for(call._replace(dropout_p=0.1)) == "dropout_p=0.1"
 
 
 BY_ANOTHER_PROCESS = """
@@ -221,17 +234,16 @@ NUMBA_ON_X86 = pytest.mark.skipif(
 FOR_ANOTHER_CPU = """
 import dataclasses, sys
 import llvmlite.binding as llvm
-from numa_lab.attention import simd
-from numa_lab.attention import kernel_cache, decode_kernel
+from numa_lab.attention import decode_kernel, kernel_cache, vectors
 llvm.initialize_all_targets()
 llvm.initialize_all_asmprinters()
 name, kind, cpu, triple = sys.argv[1:]
-vectors = getattr(simd, name)
+cpu_vectors = getattr(vectors, name)
 if name == "NEON":  # Numba compiles for this CPU too, which does not know that instruction
-    vectors = dataclasses.replace(vectors, prefetch="")
-rows = simd.Rows(vectors, simd.Kind[kind], 72)
+    cpu_vectors = dataclasses.replace(cpu_vectors, prefetch="")
+rows = vectors.Rows(cpu_vectors, vectors.Kind[kind], 72)
 target = llvm.Target.from_triple(triple).create_target_machine(cpu=cpu, opt=3)
-print(kernel_cache.assembly(decode_kernel.Spec.of(rows, 4), target))
+print(kernel_cache.assembly(decode_kernel.DecodeSpec.of(rows, 4), target))
 """
 
 

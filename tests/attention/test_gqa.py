@@ -81,7 +81,7 @@ def test_every_backend_agrees_with_float64_and_with_torch(call):
     assert [tensor._version for tensor in (query, key, value)] == versions, "an input was changed in place"
 
 
-def test_log_sum_exp_of_the_reference():
+def test_lse_of_the_reference():
     query, key = torch.randn(1, 2, 3, 8), torch.randn(1, 2, 5, 8)
     scores = query.double() @ key.double().transpose(-1, -2) / 8**0.5
     torch.testing.assert_close(reference(query, key, key)[1], scores.exp().sum(-1).log())
@@ -95,9 +95,9 @@ def test_a_row_masked_by_the_least_number_is_an_average_as_in_torch(backend):
     mask[1] = torch.finfo(torch.float32).min  # how Hugging Face models mask
     output = gqa_attention(query, key, value, mask, enable_gqa=True, backend=backend)
     torch.testing.assert_close(output[:, :, 1], value.mean(-2).repeat_interleave(2, 1))
-    expected, log_sum_exp = reference(query, key, value, mask, enable_gqa=True)
+    expected, lse = reference(query, key, value, mask, enable_gqa=True)
     torch.testing.assert_close(output.double(), expected, rtol=0, atol=1e-5)
-    assert log_sum_exp[:, :, 1].eq(torch.finfo(torch.float32).min).all()
+    assert lse[:, :, 1].eq(torch.finfo(torch.float32).min).all()
 
 
 def test_scores_beside_which_the_number_of_keys_vanishes_are_averaged():

@@ -18,14 +18,14 @@ ERROR = {
 LEAST = torch.finfo(torch.float32).min
 
 
-def by_torch(outputs, log_sum_exps):
-    return partial.merge(outputs, log_sum_exps).to(outputs.dtype)
+def by_torch(outputs, lse):
+    return partial.merge(outputs, lse).to(outputs.dtype)
 
 
-def compiled(outputs, log_sum_exps):
+def compiled(outputs, lse):
     out = torch.full(outputs.shape[1:], math.nan, dtype=outputs.dtype)
-    rows = log_sum_exps.numel() // len(outputs)
-    merge = Merge(outputs.dtype, outputs.size(-1), outputs.data_ptr(), log_sum_exps.data_ptr(), len(outputs), rows)
+    rows = lse.numel() // len(outputs)
+    merge = Merge(outputs.dtype, outputs.size(-1), outputs.data_ptr(), lse.data_ptr(), len(outputs), rows)
     merge.into(out.data_ptr())
     run_on_team(merge.kernel, merge.address, 1)
     return out
@@ -45,14 +45,14 @@ def test_parts_make_the_whole(merge, dtype, head_dim, ends):
         reference(query, key[:, :, begin:end], value[:, :, begin:end], mask[:, begin:end])
         for begin, end in zip((0, *ends), ends, strict=False)
     ]
-    outputs, log_sum_exps = (torch.stack(each) for each in zip(*parts, strict=True))
-    merged = merge(outputs.to(dtype), log_sum_exps.float())
+    outputs, lse = (torch.stack(each) for each in zip(*parts, strict=True))
+    merged = merge(outputs.to(dtype), lse.float())
     torch.testing.assert_close(merged.double(), expected, rtol=0, atol=ERROR[dtype])
 
 
 @pytest.mark.parametrize("merge", [by_torch, compiled])
 @pytest.mark.parametrize(
-    ("log_sum_exps", "expected"),
+    ("lse", "expected"),
     [
         ((-math.inf, -math.inf), 0),  # no part has a key
         ((LEAST, -math.inf), 1),  # the first has keys, masked by the least number throughout
@@ -62,8 +62,8 @@ def test_parts_make_the_whole(merge, dtype, head_dim, ends):
         ((-1e31, -1e31), 2),
     ],
 )
-def test_a_part_without_keys_weighs_nothing_beside_the_smallest_that_has_some(merge, log_sum_exps, expected):
-    has_keys = torch.tensor(log_sum_exps).view(2, 1, 1, 1).expand(2, 1, 1, 64) > -math.inf
+def test_a_part_without_keys_weighs_nothing_beside_the_smallest_that_has_some(merge, lse, expected):
+    has_keys = torch.tensor(lse).view(2, 1, 1, 1).expand(2, 1, 1, 64) > -math.inf
     outputs = torch.tensor([1.0, 3.0]).view(2, 1, 1, 1) * has_keys
-    merged = merge(outputs, torch.tensor(log_sum_exps, dtype=torch.float32).view(2, 1, 1))
+    merged = merge(outputs, torch.tensor(lse, dtype=torch.float32).view(2, 1, 1))
     assert merged.eq(expected).all()

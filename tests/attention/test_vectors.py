@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from numa_lab.attention import simd
+from numa_lab.attention import vectors
 from numa_lab.errors import InvalidInput
 
 # One of each way to read K: widened into registers, as it lies in memory, and widened into working memory, with two panels.
@@ -27,15 +27,15 @@ for dtype, group, head_dim, tolerance in (
 """
 
 
-@pytest.mark.parametrize("name", simd.available())
+@pytest.mark.parametrize("name", vectors.available())
 def test_each_kind_of_vectors_is_right(name):
     done = subprocess.run(
-        [sys.executable, "-c", CASES], env={**os.environ, simd.VARIABLE: name}, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", CASES], env={**os.environ, vectors.VARIABLE: name}, stderr=subprocess.PIPE, text=True
     )
     assert done.returncode == 0, done.stderr
 
 
 def test_vectors_that_are_not_there_are_refused(monkeypatch):
-    monkeypatch.setenv(simd.VARIABLE, "mmx")
+    monkeypatch.setenv(vectors.VARIABLE, "mmx")
     with pytest.raises(InvalidInput, match=r"NUMA_LAB_VECTORS=mmx: expected one that this CPU has \("):
-        simd.chosen()
+        vectors.chosen()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from numa_lab.attention import simd
+from numa_lab.attention import vectors
 from numa_lab.bandwidth import node_probes, read_probe
 from numa_lab.errors import InvalidInput, NumaLabError
 from numa_lab.machine.control_groups import MemoryLimit
@@ -27,7 +27,7 @@ def test_every_byte_is_read_exactly_once(threads, words):
 
 
 def test_the_read_loop_serves_a_cpu_whose_vectors_are_not_known(monkeypatch):
-    monkeypatch.setattr(simd, "host", lambda: None)
+    monkeypatch.setattr(vectors, "host", lambda: None)
     monkeypatch.setattr(read_probe, "_team_body", functools.cache(read_probe._team_body.__wrapped__))
     test_every_byte_is_read_exactly_once(8001, 2)
 

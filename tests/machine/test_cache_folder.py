@@ -31,7 +31,7 @@ def homeless(monkeypatch):
 
 
 def address():
-    return kernel_cache.address.__wrapped__(openmp_regions.Alone())
+    return kernel_cache.address.__wrapped__(openmp_regions.TeamRegion())
 
 
 def kept(tmp_path):
@@ -44,7 +44,7 @@ def test_without_a_home_kernels_stay_in_memory(monkeypatch, built, tmp_path):
     assert cache_folder.path() is None
     assert "no HOME" in cache_folder.unusable()
     assert address() == len(CODE)
-    assert built == [openmp_regions.Alone()]
+    assert built == [openmp_regions.TeamRegion()]
     assert not kept(tmp_path), "a folder with the name ~ was made"
 
 
@@ -55,7 +55,7 @@ def test_a_folder_that_cannot_be_made_is_no_error(monkeypatch, built, tmp_path, 
     places = {"under a file": tmp_path / "a file/below", "/proc/nowhere": Path(place)}
     monkeypatch.setenv("XDG_CACHE_HOME", str(places.get(place, tmp_path / place)))
     assert address() == len(CODE)
-    assert built == [openmp_regions.Alone()]
+    assert built == [openmp_regions.TeamRegion()]
     if place != "/proc/nowhere":  # where root may write, as far as access(2) knows
         assert cache_folder.unusable()
 
@@ -64,12 +64,12 @@ def test_what_is_kept_is_read_back(monkeypatch, built, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_folder.unusable() == ""
     assert [address(), address()] == [len(CODE)] * 2
-    assert built == [openmp_regions.Alone()]
+    assert built == [openmp_regions.TeamRegion()]
     (stored,) = kept(tmp_path)
     about = os.stat(stored)
     monkeypatch.setattr(os, "fstat", lambda _fd: os.stat_result((*about[:4], about.st_uid + 1, *about[5:])))
     address()
-    assert built == [openmp_regions.Alone()] * 2, "machine code of another user was run"
+    assert built == [openmp_regions.TeamRegion()] * 2, "machine code of another user was run"
 
 
 @pytest.mark.parametrize("what", ["empty", "cut", "pipe", "folder"])
@@ -86,7 +86,7 @@ def test_a_damaged_one_is_made_anew(monkeypatch, built, tmp_path, what):
     else:
         stored.write_bytes({"empty": b"", "cut": whole[:-1]}[what])
     assert address() == len(CODE)
-    assert built == [openmp_regions.Alone()] * 2
+    assert built == [openmp_regions.TeamRegion()] * 2
     assert what == "folder" or stored.read_bytes() == whole
 
 
