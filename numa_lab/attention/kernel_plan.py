@@ -35,6 +35,7 @@ _MASK_KINDS = {
 _NO_MASK = (0, 0, 0, 0, decode_kernel.MASK_NONE)
 _CALL = struct.Struct(f"{len(CALL)}q")
 _LAYOUT = struct.Struct(f"{len(FIELDS) - len(CALL)}qd")
+_BEHIND_CALL = slice(_CALL.size, None)
 ARGUMENT_BYTES = _CALL.size + _LAYOUT.size
 QUERY, OUT, KV_LEN = map(CALL.index, ("query", "out", "kv_len"))  # places of these fields in the arguments
 
@@ -186,7 +187,7 @@ class KernelPlan:
         kernel = self.kernel
         assert kernel is not None  # who has nothing to compute packs nothing
         _CALL.pack_into(arguments.packed, 0, arguments.counter, *call, kernel.address or kernel.load())
-        arguments.packed[_CALL.size :] = self.layout
+        arguments.packed[_BEHIND_CALL] = self.layout
 
 
 def empty_output(query: Tensor) -> Tensor:
