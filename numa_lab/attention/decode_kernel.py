@@ -150,7 +150,7 @@ def _pack(panel: Panel) -> Any:
 
     @jit
     def pack(query, i, packed, row):  # type: ignore[no-untyped-def]
-        widen(query, row, 0)
+        widen(query, 0, row, 0)
         first = packed + 4 * (i // per_vector * lanes + i % per_vector * spread)
         for step in range(units // spread):
             for unit in range(spread):
@@ -181,7 +181,7 @@ def _score(panel: Panel, ahead: bool) -> Any:
             # The last row stands in for rows behind it: what memory held before may be denormal, which is slow.
             for i in range(wide):
                 row = min(j + i, count - 1)
-                widen(key + row * stride, scratch + i * pitch, following + row * following_stride)
+                widen(key + row * stride, stride, scratch + i * pitch, following + row * following_stride)
             tile(query, scratch, 0, 0, 0, out + step * j)
 
     return score_widened

@@ -23,11 +23,31 @@ import llvmlite
 import llvmlite.binding as llvm
 import numba
 
-from numa_lab.attention import decode_kernel, panels, score_tile, simd, softmax_step, tiles, value_tile, vectors
+from numa_lab.attention import (
+    decode_kernel,
+    panels,
+    processors,
+    score_tile,
+    simd,
+    softmax_step,
+    tiles,
+    value_tile,
+    vectors,
+)
 from numa_lab.machine import cache_folder
 
 _ENTRY = "numa_lab_kernel"
-_SOURCES = (vectors, simd, panels, tiles, score_tile, softmax_step, value_tile, decode_kernel)  # of all kernels
+_SOURCES = (
+    processors,
+    vectors,
+    simd,
+    panels,
+    tiles,
+    score_tile,
+    softmax_step,
+    value_tile,
+    decode_kernel,
+)  # of all kernels
 _DIGEST_BYTES = hashlib.sha256().digest_size
 _engines: list[Any] = []  # they own the machine code
 

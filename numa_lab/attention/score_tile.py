@@ -19,15 +19,13 @@ from numa_lab.attention.simd import FLOAT, I32, I64
 from numa_lab.attention.tiles import Intrinsic, multiply_add, no_result
 from numa_lab.attention.vectors import LINE_BYTES
 
-_STEPS = 4  # of one turn of the loop over a row
-
 
 def scores(panel: Panel, ahead: bool) -> Intrinsic:
     """Make ``scores(query, key, key_stride, last, distance, out)``, which computes a tile of scores.
 
     The score of query row i and KV row j of the tile is the dot product of query[i] and key[min(j, last)], so that nothing is read
-    behind the last row. With `ahead`, a line `distance` bytes further on is prefetched for each line of the tile: there lies what is
-    needed next.
+    behind the last row. With `ahead`, what comes later is prefetched for each line of the tile, as suits the processor: lines further on
+    in K, and one that is `distance` bytes further on, where the next step reads.
     """
     rows, tile, vectors = panel.rows, panel.tile, panel.vectors
     lanes, size = rows.vectors.lanes, rows.vectors.bytes
@@ -43,7 +41,10 @@ def scores(panel: Panel, ahead: bool) -> Intrinsic:
         for cell in (cell for row in sums for vector in row for cell in vector):
             b.store(zero, cell)
         at_rows = _rows_in_place(b, panel, key, stride, last) if panel.in_place else _rows_in_scratch(b, panel, key)
-        query, distance = simd.opaque(b, query), simd.opaque(b, distance) if asked else None
+        query = simd.opaque(b, query)
+        distances = simd.stream_distances(b, rows, stride) if asked else []
+        if asked and rows.vectors.processor.next_step_ahead:
+            distances.append(simd.opaque(b, distance))
         load, step_bytes, steps = _loader(panel)
 
         def turn(offset: Any, query_offset: Any, first: int, count: int) -> None:
@@ -60,11 +61,11 @@ def scores(panel: Panel, ahead: bool) -> Intrinsic:
                     for v in range(vectors):
                         cell = sums[j][v][step % panel.splits]
                         b.store(multiply_add(b, panel.pairs, queries[v], x, b.load(cell, typ=type_)), cell)
-                    if asked:
-                        for line in _lines_begun(step, step_bytes):
-                            simd.prefetch(b, rows.vectors, base, b.add(offset, distance), line)
+                    for line in _lines_begun(step, step_bytes):
+                        for further in distances:
+                            simd.prefetch(b, rows.vectors, base, b.add(offset, further), line)
 
-        per_turn = _STEPS
+        per_turn = rows.vectors.processor.score_steps
         whole = steps // per_turn
         if whole > 1:
             turn_bytes = per_turn * step_bytes
@@ -175,18 +176,20 @@ def _sum_spread(b: Any, vectors: Sequence[Any], per_vector: int) -> Any:
 
 
 def widen(panel: Panel, ahead: bool) -> Intrinsic:
-    """Make ``widen(row, out, following)``, which writes the units of a row as they are multiplied, with zeros behind its end.
+    """Make ``widen(row, stride, out, following)``, which writes the units of a row as they are multiplied, with zeros behind its end.
 
-    With `ahead`, the lines of the row at `following` are prefetched meanwhile.
+    With `ahead`, what comes later is prefetched meanwhile, as suits the processor: rows of K further on, which are `stride` bytes
+    apart, and the row at `following`, which the next step reads.
     """
     rows, size = panel.rows, panel.rows.vectors.bytes
 
-    def emit(b: Any, row: Any, out: Any, following: Any) -> None:
+    def emit(b: Any, row: Any, stride: Any, out: Any, following: Any) -> None:
+        distances = simd.stream_distances(b, rows, stride) if ahead else []
         for chunk in range(rows.chunks):
-            if ahead:
-                for line in range(
-                    -(-rows.offset(chunk) // LINE_BYTES) * LINE_BYTES, rows.offset(chunk + 1), LINE_BYTES
-                ):
+            for line in range(-(-rows.offset(chunk) // LINE_BYTES) * LINE_BYTES, rows.offset(chunk + 1), LINE_BYTES):
+                for further in distances:
+                    simd.prefetch(b, rows.vectors, row, further, line)
+                if ahead and rows.vectors.processor.next_step_ahead:
                     simd.prefetch(b, rows.vectors, following, I64(0), line)
             raw = simd.load_raw(b, rows, row, rows.offset(chunk), chunk)
             parts = [raw] if panel.pairs else simd.widen(b, rows, raw)
@@ -194,7 +197,7 @@ def widen(panel: Panel, ahead: bool) -> Intrinsic:
                 b.store(x, simd.at(b, out, (chunk * len(parts) + part) * size), align=4)
 
     @intrinsic
-    def copy(_context, row, out, following):  # type: ignore[no-untyped-def]
-        return no_result([types.int64] * 3, emit)
+    def copy(_context, row, stride, out, following):  # type: ignore[no-untyped-def]
+        return no_result([types.int64] * 4, emit)
 
     return copy

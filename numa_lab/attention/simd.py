@@ -184,6 +184,11 @@ def prefetch(b: Any, vectors: Vectors, address: Any, distance: Any, offset: int)
     b.call(instruction, [address, distance])
 
 
+def stream_distances(b: Any, rows: Rows, stride: Any) -> list[Any]:
+    """Return how far ahead in a stream of rows each line is prefetched, in bytes: whole rows, since between rows there may be others."""
+    return [opaque(b, b.mul(stride, I64(max(1, n // rows.row_bytes)))) for n in rows.vectors.processor.stream_ahead]
+
+
 def count_up(b: Any, address: Any) -> Any:
     """Add 1 to the int64 at an address, atomically among threads; return what it was before."""
     return b.atomic_rmw("add", at(b, address), I64(1), "acq_rel")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -31,18 +32,21 @@ def weighted_sum(panel: Panel, first: int, height: int, ahead: bool) -> Intrinsi
 
     It adds the sum over j < count of weights[first + i, j] * value[j] to out[i], for `height` query rows i. It takes two KV rows at a time;
     where the second one is missing, its weight has to be 0. V is read in *stripes* of columns, which are as wide as the sums that
-    registers hold, so that the loop reads nothing but V and weights. With `ahead`, the block of rows from `following` on is prefetched
-    meanwhile, line by line in the order of memory.
+    registers hold, so that the loop reads nothing but V and weights. With `ahead`, what comes later is prefetched meanwhile, as suits the
+    processor: lines further on in V, by each stripe its own, and the block of rows from `following` on, line by line in the order of
+    memory.
     """
     rows, pairs, per_vector = panel.rows, panel.pairs, panel.tile.per_vector
     type_, size = simd.floats(rows.vectors.lanes), rows.vectors.bytes
     bounds = _stripes(panel, height)
-    per_turn = -(-rows.row_bytes * BLOCK_ROWS // LINE_BYTES // ((len(bounds) - 1) * BLOCK_ROWS // 2)) if ahead else 0
+    per_turn = -(-rows.row_bytes * BLOCK_ROWS // LINE_BYTES // ((len(bounds) - 1) * BLOCK_ROWS // 2))
+    next_step = ahead and rows.vectors.processor.next_step_ahead
 
     def emit(
         b: Any, weights: Any, value: Any, stride: Any, count: Any, following: Any, next_stride: Any, out: Any
     ) -> None:
-        prefetcher = _Prefetcher.of(b, rows, following, next_stride) if ahead else None
+        prefetcher = _Prefetcher.of(b, rows, following, next_stride) if next_step else None
+        distances = simd.stream_distances(b, rows, stride) if ahead else []
         for begin, end in pairwise(bounds):
             vectors = range(begin, end)
             cells = [[cgutils.alloca_once(b, type_) for _ in vectors] for _ in range(height)]
@@ -63,7 +67,7 @@ def weighted_sum(panel: Panel, first: int, height: int, ahead: bool) -> Intrinsi
                     x = simd.splat(b, b.load(pointer, typ=I32 if pairs else FLOAT, align=4), rows.vectors.lanes)
                     return x
 
-                for step, parts in enumerate(_loaded(b, rows, pairs, (row, second), vectors)):
+                for step, parts in enumerate(_loaded(b, rows, pairs, (row, second), vectors, distances)):
                     # Of weights and values, those that are fewer stay in registers while the others pass by.
                     if len(vectors) < height:
                         values = [part() for part in parts]
@@ -98,12 +102,24 @@ def _stripes(panel: Panel, height: int) -> list[int]:
     return [total * n // count * unit for n in range(count + 1)]
 
 
-def _loaded(b: Any, rows: Rows, pairs: bool, addresses: tuple[Any, Any], vectors: range) -> list[list[Any]]:
-    """Return for each step over two KV rows the functions that load its vectors of V; pairs take one step, other kinds two."""
+def _loaded(
+    b: Any, rows: Rows, pairs: bool, addresses: tuple[Any, Any], vectors: range, distances: Sequence[Any]
+) -> list[list[Any]]:
+    """Return for each step over two KV rows the functions that load its vectors of V; pairs take one step, other kinds two.
+
+    For each line that is loaded, those so many bytes further on are prefetched.
+    """
+
+    def load_chunk(address: Any, chunk: int, distances: Sequence[Any] = distances) -> Any:
+        if rows.offset(chunk) % LINE_BYTES < min(LINE_BYTES, rows.offset(1)):  # a line begins in it
+            for distance in distances:
+                simd.prefetch(b, rows.vectors, address, distance, rows.offset(chunk))
+        return simd.load_raw(b, rows, address, rows.offset(chunk), chunk)
+
     if pairs:
         paired = []
         for chunk in range(vectors.start // rows.per_chunk, vectors.stop // rows.per_chunk):
-            x, y = (simd.load_raw(b, rows, at, rows.offset(chunk), chunk) for at in addresses)
+            x, y = (load_chunk(at, chunk) for at in addresses)
             paired += pair_up(b, x, y)
         return [[lambda x=x: x for x in paired]]
 
@@ -111,7 +127,7 @@ def _loaded(b: Any, rows: Rows, pairs: bool, addresses: tuple[Any, Any], vectors
         chunk, part = divmod(n, rows.per_chunk)
 
         def load() -> Any:
-            raw = simd.load_raw(b, rows, again if part else address, rows.offset(chunk), chunk)
+            raw = load_chunk(again, chunk, ()) if part else load_chunk(address, chunk)
             return simd.widen(b, rows, raw)[part]
 
         return load

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import os
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import cache
 
 import llvmlite.binding as llvm
 
+from numa_lab.attention.processors import DEFAULTS, Processor, processor
 from numa_lab.errors import InvalidInput
 
 LINE_BYTES = 64  # of a cache line
@@ -41,6 +42,7 @@ class Vectors:
     value_rows: int  # of how many query rows the registers hold weighted sums at the same time
     prefetch: str  # the instruction that asks for the line at $0 + $1 + {offset}, to be put into the second-level cache
     pairs: bool = False  # whether the CPU has AVX512_BF16
+    processor: Processor = DEFAULTS
 
     @property
     def bytes(self) -> int:
@@ -74,11 +76,13 @@ def available() -> dict[str, Vectors]:
     """Return the vectors that this CPU has by the names that ``NUMA_LAB_VECTORS`` takes, the fastest first."""
     if platform.machine() in ("aarch64", "arm64"):
         return {"neon": NEON}
-    has = llvm.get_host_cpu_features()
-    # AMD's processors multiply pairs of bfloat16 as fast as single numbers. Intel's take four times as long for that instruction
+    has, own = llvm.get_host_cpu_features(), processor(llvm.get_host_cpu_name())
+    # Zen 4 multiplies pairs of bfloat16 as fast as single numbers. Intel's processors take four times as long for that instruction
     # (a Xeon with AMX did 1.05 in a nanosecond, and 4.1 of the other), so that widening to float32 is faster there.
-    names = list(_X86) if llvm.get_host_cpu_name().startswith("znver") else ["avx512", "avx512-bf16", "avx2"]
-    return {name: _X86[name] for name in names if all(has.get(feature) for feature in _NEEDED[name])}
+    names = list(_X86) if own.pairs_first else ["avx512", "avx512-bf16", "avx2"]
+    return {
+        name: replace(_X86[name], processor=own) for name in names if all(has.get(feature) for feature in _NEEDED[name])
+    }
 
 
 def chosen() -> str | None:

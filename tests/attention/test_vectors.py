@@ -11,6 +11,11 @@ from numa_lab.errors import InvalidInput
 
 # One of each way to read K: widened into registers, as it lies in memory, and widened into working memory, with two panels.
 CASES = """
+import sys
+from numa_lab.attention import processors
+if sys.argv[1:]:
+    plan = processors.processor(sys.argv[1])
+    processors.processor = lambda name: plan
 import torch
 from numa_lab.attention import decode
 from numa_lab.attention.reference import attention
@@ -32,6 +37,12 @@ def test_each_kind_of_vectors_is_right(name):
     done = subprocess.run(
         [sys.executable, "-c", CASES], env={**os.environ, vectors.VARIABLE: name}, stderr=subprocess.PIPE, text=True
     )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", ["znver4", "unknown"])
+def test_the_plan_of_another_processor_is_right(name):
+    done = subprocess.run([sys.executable, "-c", CASES, name], stderr=subprocess.PIPE, text=True)
     assert done.returncode == 0, done.stderr
 
 
