@@ -11,7 +11,7 @@ import pytest
 
 from numa_lab.attention.shapes import preset
 from numa_lab.bandwidth import advisor
-from numa_lab.bandwidth.node_bandwidths import Measured
+from numa_lab.bandwidth.node_bandwidths import NodeBandwidths
 from numa_lab.experiments import notebook_files, sweep_plan
 from numa_lab.machine.overview import overview
 from numa_lab.machine.sysfs import format_cpulist
@@ -99,7 +99,7 @@ def test_72_nodes_with_4608_cpus_are_read_and_planned(largest, monkeypatch):
     planned = time.process_time() - begin - read
     assert len(made.executions) == 5 * (NODES * NODES + 1)
     rows = tuple(tuple(9e10 if cpu == mem else 2e10 + cpu for mem in range(NODES)) for cpu in range(NODES))
-    measured = Measured(topology.node_ids, rows, None, None)
+    measured = NodeBandwidths(topology.node_ids, rows, None, None)
     shape = preset("llama-3-8b")
     predicted = advisor.predict_bindings([(binding, shape) for binding in chosen for _ in range(9)], topology, measured)
     assert predicted[0].limit == "memory of node 0, 90.0 GB/s"

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from numa_lab.attention.shapes import AttentionShape
-from numa_lab.bandwidth.contention import Limits
-from numa_lab.bandwidth.node_bandwidths import PROBES, Groups, Measured, socket_groups
+from numa_lab.bandwidth.contention import Contention
+from numa_lab.bandwidth.node_bandwidths import PROBES, Groups, NodeBandwidths, socket_groups
 from numa_lab.bandwidth.roofline import Strategy, predict, predict_binding, predict_interleaved
 from numa_lab.errors import InvalidInput, RunDirectoryError
 from numa_lab.machine.shell_commands import to_paste
@@ -32,11 +32,11 @@ _SIMPLEST = ("single", "instances", "sharded", "remote")  # instances need no me
 
 
 @dataclass(frozen=True)
-class Plan:
+class Advice:
     """Predicted placements of one shape, the fastest first."""
 
     shape: AttentionShape
-    measured: Measured
+    measured: NodeBandwidths
     sockets: Groups
     strategies: tuple[Strategy, ...]
     interleaved: Strategy | None  # to compare with; None with a single memory node
@@ -59,7 +59,7 @@ class Plan:
         return min(self.tied, key=lambda one: (len(one.nodes), _SIMPLEST.index(one.kind), one.nodes))
 
     def sentence(self) -> str:
-        """What the plan says, in words."""
+        """What is advised, in words."""
         one = self.choice
         time = f"{one.seconds * 1e3:.3g} ms" if one.seconds >= 1e-4 else f"{one.seconds * 1e6:.3g} us"
         if len(self.strategies) == 1:
@@ -105,7 +105,9 @@ def _plain(strategy: Strategy) -> dict[str, Any]:
     return asdict(strategy) | {"nodes": list(strategy.nodes), "parts": list(strategy.parts)}
 
 
-def plan_placement(shape: AttentionShape, topology: Topology | Mapping[str, Any] | None, measured: Measured) -> Plan:
+def plan_placement(
+    shape: AttentionShape, topology: Topology | Mapping[str, Any] | None, measured: NodeBandwidths
+) -> Advice:
     """Choose where a decode step runs.
 
     Limits: those of ``numa_lab.bandwidth.roofline``. K and V are those of one layer; a model needs room for all of them.
@@ -141,7 +143,7 @@ def plan_placement(shape: AttentionShape, topology: Topology | Mapping[str, Any]
     if several and strategies[0].seconds < WAKING_SECONDS:
         notes.append("Waking threads takes microseconds, which are not counted: for steps as short as this, measure.")
     interleaved = predict_interleaved(shape, measured, **known)
-    return Plan(
+    return Advice(
         shape,
         measured,
         socket_groups(measured, socket_of),
@@ -154,7 +156,7 @@ def plan_placement(shape: AttentionShape, topology: Topology | Mapping[str, Any]
 def predict_bindings(
     wanted: Iterable[tuple[Binding, AttentionShape]],
     topology: Topology | Mapping[str, Any],
-    measured: Measured,
+    measured: NodeBandwidths,
     weights: Mapping[int, int] | None = None,
 ) -> list[Strategy | None]:
     """Predict decode steps under bindings, in their order; None for a binding of which it can't be said where its pages lie.
@@ -164,7 +166,7 @@ def predict_bindings(
     """
     facts = topology.to_json() if isinstance(topology, Topology) else topology
     measured, socket_of, memory_bytes = usable(facts, measured)
-    limits, limit_bytes = Limits(measured, socket_groups(measured, socket_of)), _limit_bytes(facts)
+    contention, limit_bytes = Contention(measured, socket_groups(measured, socket_of)), _limit_bytes(facts)
     found: list[Strategy | None] = []
     for binding, shape in wanted:
         mems = binding.mem_nodes or binding.cpu_nodes
@@ -183,15 +185,15 @@ def predict_bindings(
                 memory_bytes=memory_bytes,
                 limit_bytes=limit_bytes,
                 weights=by_weight,
-                limits=limits,
+                contention=contention,
             )
         )
     return found
 
 
 def usable(
-    facts: Mapping[str, Any] | None, measured: Measured
-) -> tuple[Measured, dict[int, int] | None, dict[int, int]]:
+    facts: Mapping[str, Any] | None, measured: NodeBandwidths
+) -> tuple[NodeBandwidths, dict[int, int] | None, dict[int, int]]:
     """What was measured of nodes that this process may use, the socket of each node if it is told, and the bytes that it holds.
 
     Raises
@@ -226,7 +228,7 @@ def sockets_told(cpus: list[dict[str, Any]]) -> dict[int, int] | None:
     return None if len(nodes) < len(found) or -1 in nodes.values() else nodes
 
 
-def _notes(measured: Measured, facts: Mapping[str, Any] | None, *, told: bool) -> list[str]:
+def _notes(measured: NodeBandwidths, facts: Mapping[str, Any] | None, *, told: bool) -> list[str]:
     notes = []
     if facts and facts["emulated"]:
         notes.append("The machine is emulated: its bandwidths, and these times, mean nothing.")
@@ -243,7 +245,7 @@ def _notes(measured: Measured, facts: Mapping[str, Any] | None, *, told: bool) -
     return notes
 
 
-def read_run(run_dir: Path) -> tuple[Mapping[str, Any], Measured]:
+def read_run(run_dir: Path) -> tuple[Mapping[str, Any], NodeBandwidths]:
     """The topology of a run's machine, as JSON, and what notebook 01 measured there.
 
     Raises
@@ -258,20 +260,20 @@ def read_run(run_dir: Path) -> tuple[Mapping[str, Any], Measured]:
             f"add it with `{to_paste('numa-lab', 'sweep', '--resume', run_dir)}` on that machine"
         )
     try:
-        return facts, Measured.from_json(read_json(run_dir / PROBES))
+        return facts, NodeBandwidths.from_json(read_json(run_dir / PROBES))
     except InvalidInput as error:
         raise RunDirectoryError(f"{run_dir / PROBES} is damaged, {error}: measure again") from error
 
 
-def render(plan: Plan, source: str) -> str:
+def render(advice: Advice, source: str) -> str:
     """A table for a terminal, the fastest first, and what it says; `source` names what was measured."""
-    shape, best = plan.shape, plan.best.seconds
-    rows = [strategy for strategy in (*plan.strategies, plan.interleaved) if strategy]
-    remote = [strategy for strategy in plan.strategies if strategy.kind == "remote"]
+    shape, best = advice.shape, advice.best.seconds
+    rows = [strategy for strategy in (*advice.strategies, advice.interleaved) if strategy]
+    remote = [strategy for strategy in advice.strategies if strategy.kind == "remote"]
     left_out = remote[1:-1] if len(remote) > MOST_REMOTE else []
     shown = sorted((row for row in rows if row not in left_out), key=lambda row: row.seconds)
     width = max(len(row.label) for row in shown)
-    groups = "; ".join(format_cpulist(group) for group in plan.sockets)
+    groups = "; ".join(format_cpulist(group) for group in advice.sockets)
     lines = [
         f"measured: {source}",
         f"one decode step of one layer: batch {shape.batch}, {shape.q_heads} query and {shape.kv_heads} KV heads, "
@@ -282,4 +284,4 @@ def render(plan: Plan, source: str) -> str:
         *(f"{row.label:<{width}}  {row.seconds * 1e3:>9.4g}  {row.seconds / best:>7.2f}  {row.limit}" for row in shown),
     ]
     lines += [f"and {len(left_out)} remote placements between these; --json has all"] if left_out else []
-    return "\n".join([*lines, "", plan.sentence(), *plan.notes])
+    return "\n".join([*lines, "", advice.sentence(), *advice.notes])

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from statistics import median
 
-from numa_lab.bandwidth.node_bandwidths import Groups, Measured
+from numa_lab.bandwidth.node_bandwidths import Groups, NodeBandwidths
 from numa_lab.machine.sysfs import format_cpulist
 
 Traffic = Mapping[tuple[int, int], float]  # bytes, by node of the CPUs and node of the memory
@@ -20,7 +20,7 @@ _Limit = tuple[str, int, int]  # what limits, and whose: nodes of a path, a node
 
 
 @dataclass(frozen=True)
-class Limits:
+class Contention:
     """The limits of a machine.
 
     Parameters
@@ -31,7 +31,7 @@ class Limits:
         The nodes of each socket, as ``measured.socket_groups`` finds them.
     """
 
-    measured: Measured
+    measured: NodeBandwidths
     groups: Groups
 
     def seconds(self, traffic: Traffic) -> float:

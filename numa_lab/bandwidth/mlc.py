@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from numa_lab.bandwidth.node_bandwidths import Matrix, Measured
+from numa_lab.bandwidth.node_bandwidths import Matrix, NodeBandwidths
 from numa_lab.errors import InvalidInput
 
 FOLDER = Path(__file__).parent / "published"
@@ -39,7 +39,7 @@ _AGAIN = "run `mlc` again and keep all that it prints"
 _READS_AGAIN = "run `mlc --bandwidth_matrix` without -W and keep all that it prints"
 
 
-def published(name: str) -> Measured:
+def published(name: str) -> NodeBandwidths:
     """Measurements of one of the machines ``PUBLISHED``; see numa_lab/bandwidth/published/README.md for their source.
 
     Raises
@@ -52,7 +52,7 @@ def published(name: str) -> Measured:
     return read_mlc(FOLDER / f"{name}_mlc.txt")
 
 
-def read_mlc(path: str | os.PathLike[str]) -> Measured:
+def read_mlc(path: str | os.PathLike[str]) -> NodeBandwidths:
     """Read a file with MLC's output; see ``parse_mlc``.
 
     Raises
@@ -73,7 +73,7 @@ def read_mlc(path: str | os.PathLike[str]) -> Measured:
     return parse_mlc(text, str(path))
 
 
-def parse_mlc(text: str, source: str = "MLC output") -> Measured:
+def parse_mlc(text: str, source: str = "MLC output") -> NodeBandwidths:
     """Read MLC's matrices of bandwidth and latency, and its peak bandwidth of reads.
 
     Outputs of ``mlc``, or of ``mlc --bandwidth_matrix``, ``--latency_matrix`` and ``--peak_injection_bandwidth`` one after
@@ -103,7 +103,7 @@ def parse_mlc(text: str, source: str = "MLC output") -> Measured:
         rows = [", ".join(map(str, sorted(matrix))) for matrix in (bandwidth, latency)]
         raise InvalidInput(f"{source} has bandwidths of nodes {rows[0]} and latencies of nodes {rows[1]}: {_AGAIN}")
     nodes = tuple(sorted({node for row in bandwidth.values() for node in row}))
-    return Measured(
+    return NodeBandwidths(
         nodes,
         _square(bandwidth, nodes, 1e6),
         None if latency is None else _square(latency, nodes, 1.0),

@@ -22,7 +22,7 @@ ONE_SOCKET = 1.4  # remote over local latency below which alike nodes are one so
 
 
 @dataclass(frozen=True)
-class Measured:
+class NodeBandwidths:
     """Read bandwidths and latencies: matrices have a row per CPU node and a column per memory node.
 
     A node without CPUs has a row of None, one without memory a column of None; None elsewhere was not measured.
@@ -56,7 +56,7 @@ class Measured:
         _require_positive("all_nodes_bytes_per_s", self.all_nodes_bytes_per_s)
 
     @classmethod
-    def from_json(cls, value: Any) -> Measured:
+    def from_json(cls, value: Any) -> NodeBandwidths:
         """Read what ``numa-lab probe --json`` prints; further keys are left alone.
 
         Raises
@@ -64,7 +64,7 @@ class Measured:
         InvalidInput
             It is something else; the message says what is wrong.
         """
-        names = [field.name for field in fields(Measured)]
+        names = [field.name for field in fields(NodeBandwidths)]
         if not isinstance(value, Mapping) or not value.keys() >= set(names):
             missing = sorted(set(names) - set(value)) if isinstance(value, Mapping) else names
             raise InvalidInput(f"probes without {', '.join(missing)}: expected what `numa-lab probe --json` prints")
@@ -102,7 +102,7 @@ class Measured:
         """CPU and memory node of each pair that was left out although both were measured with others."""
         return tuple((c, m) for c in self.cpu_nodes for m in self.mem_nodes if self.bandwidth(c, m) is None)
 
-    def only(self, cpu_nodes: Iterable[int], mem_nodes: Iterable[int]) -> Measured:
+    def only(self, cpu_nodes: Iterable[int], mem_nodes: Iterable[int]) -> NodeBandwidths:
         """The same without the bandwidths of CPUs and memory that may not be used."""
         cpus, mems = set(cpu_nodes), set(mem_nodes)
         kept = tuple(
@@ -119,7 +119,7 @@ def _require_positive(name: str, value: object) -> None:
         raise InvalidInput(f"{name} of {value!r}: expected a positive number, or null where nothing was measured")
 
 
-def socket_groups(measured: Measured, socket_of: Mapping[int, int] | None = None) -> Groups:
+def socket_groups(measured: NodeBandwidths, socket_of: Mapping[int, int] | None = None) -> Groups:
     """The nodes of each socket.
 
     Where the kernel does not tell, the latencies do. Two nodes are near where the mean of their two latencies lies below
@@ -155,7 +155,7 @@ def socket_groups(measured: Measured, socket_of: Mapping[int, int] | None = None
     return tuple(sorted(tuple(sorted(group)) for group in groups))
 
 
-def _by_latency(measured: Measured, nodes: tuple[int, ...]) -> list[set[int]]:
+def _by_latency(measured: NodeBandwidths, nodes: tuple[int, ...]) -> list[set[int]]:
     alone = [{node} for node in nodes]
     pairs: dict[frozenset[int], float] = {}
     for a, b in combinations(nodes, 2):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from numa_lab.attention.simd import LINE_BYTES
-from numa_lab.bandwidth.node_bandwidths import Matrix, Measured
+from numa_lab.bandwidth.node_bandwidths import Matrix, NodeBandwidths
 from numa_lab.bandwidth.read_probe import LINE_WORDS, cycle_through, read_bandwidth, read_latency
 from numa_lab.errors import InvalidInput, NodeUnavailable, NumaLabError
 from numa_lab.machine import new_threads
@@ -35,7 +35,7 @@ Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
-class NodeProbes(Measured):
+class NodeProbes(NodeBandwidths):
     """Limits measured on this machine: latencies are those from the first core of a CPU node.
 
     With one node, ``all_nodes_bytes_per_s`` is that node, measured again.

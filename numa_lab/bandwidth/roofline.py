@@ -29,8 +29,8 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 from numa_lab.attention.shapes import AttentionShape
-from numa_lab.bandwidth.contention import Limits, Traffic, gb
-from numa_lab.bandwidth.node_bandwidths import Measured, socket_groups
+from numa_lab.bandwidth.contention import Contention, Traffic, gb
+from numa_lab.bandwidth.node_bandwidths import NodeBandwidths, socket_groups
 from numa_lab.errors import InvalidInput
 from numa_lab.machine.shell_commands import to_paste
 from numa_lab.machine.sysfs import format_cpulist
@@ -54,7 +54,7 @@ class Strategy:
 
 def predict(
     shape: AttentionShape,
-    measured: Measured,
+    measured: NodeBandwidths,
     *,
     socket_of: Mapping[int, int] | None = None,
     memory_bytes: Mapping[int, int] | None = None,
@@ -90,7 +90,7 @@ def predict(
     local = tuple(node for node in measured.cpu_nodes if node in measured.mem_nodes)
     found = [roofline.pair(cpu, mem) for cpu in measured.cpu_nodes for mem in measured.mem_nodes]
     if len(local) > 1:
-        teams = {tuple(node for node in group if node in local) for group in (*roofline.limits.groups, local)}
+        teams = {tuple(node for node in group if node in local) for group in (*roofline.contention.groups, local)}
         found += [roofline.sharded(nodes) for nodes in sorted(teams) if len(nodes) > 1]
         found.append(roofline.instances(local))
     return sorted(found, key=lambda strategy: strategy.seconds)
@@ -98,7 +98,7 @@ def predict(
 
 def predict_interleaved(
     shape: AttentionShape,
-    measured: Measured,
+    measured: NodeBandwidths,
     *,
     socket_of: Mapping[int, int] | None = None,
     memory_bytes: Mapping[int, int] | None = None,
@@ -113,7 +113,7 @@ def predict_interleaved(
 
 def predict_binding(
     shape: AttentionShape,
-    measured: Measured,
+    measured: NodeBandwidths,
     cpu_nodes: Sequence[int],
     mem_nodes: Sequence[int],
     *,
@@ -121,14 +121,14 @@ def predict_binding(
     memory_bytes: Mapping[int, int] | None = None,
     limit_bytes: float = math.inf,
     weights: Mapping[int, float] | None = None,
-    limits: Limits | None = None,
+    contention: Contention | None = None,
 ) -> Strategy | None:
     """Predict a binding: the CPUs of some nodes share the work evenly, and pages lie on some memory nodes in turn.
 
-    `weights` say how many pages in turn a node gets, where that is not one, and `limits` those of the machine, for who asks for
+    `weights` say how many pages in turn a node gets, where that is not one, and `contention` is that of the machine, for who asks for
     many bindings. None where a node's CPUs or memory were not measured. Other parameters and errors are those of ``predict``.
     """
-    roofline = _roofline(shape, measured, socket_of, memory_bytes, limit_bytes, limits)
+    roofline = _roofline(shape, measured, socket_of, memory_bytes, limit_bytes, contention)
     if not set(cpu_nodes) <= set(measured.cpu_nodes) or not set(mem_nodes) <= set(measured.mem_nodes):
         return None
     return roofline.spread(tuple(cpu_nodes), {node: weights[node] if weights else 1.0 for node in mem_nodes})
@@ -136,7 +136,7 @@ def predict_binding(
 
 def predict_split(
     shape: AttentionShape,
-    measured: Measured,
+    measured: NodeBandwidths,
     kind: str,
     shares: Mapping[int, int],
     *,
@@ -163,11 +163,11 @@ def predict_split(
 
 def _roofline(
     shape: AttentionShape,
-    measured: Measured,
+    measured: NodeBandwidths,
     socket_of: Mapping[int, int] | None,
     memory_bytes: Mapping[int, int] | None,
     limit_bytes: float = math.inf,
-    limits: Limits | None = None,
+    contention: Contention | None = None,
 ) -> _Roofline:
     if shape.phase != "decode":
         raise InvalidInput(
@@ -177,8 +177,8 @@ def _roofline(
         raise InvalidInput(
             f"no bandwidth was measured between nodes that may be used: see the notes of `{to_paste('numa-lab', 'probe')}`"
         )
-    limits = limits or Limits(measured, socket_groups(measured, socket_of))
-    return _Roofline(shape, limits, memory_bytes or {}, limit_bytes)
+    contention = contention or Contention(measured, socket_groups(measured, socket_of))
+    return _Roofline(shape, contention, memory_bytes or {}, limit_bytes)
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ class _Roofline:
     """The strategies of a machine for one shape."""
 
     shape: AttentionShape
-    limits: Limits
+    contention: Contention
     memory_bytes: Mapping[int, int]
     limit_bytes: float  # of control groups, for all nodes together
 
@@ -195,7 +195,7 @@ class _Roofline:
         parts: tuple[int, ...] = (), merge_seconds: float = 0.0, remark: str = "",
     ) -> Strategy:  # fmt: skip
         """The strategy that causes this traffic: the slowest of all limits, and what it is."""
-        seconds, limit = self.limits.slowest(traffic)
+        seconds, limit = self.contention.slowest(traffic)
         held: dict[int, float] = defaultdict(float)
         for (_, mem), count in traffic.items():
             held[mem] += count
@@ -220,7 +220,7 @@ class _Roofline:
 
     def sharded(self, nodes: tuple[int, ...]) -> Strategy:
         """Each node owns a range of the tokens of every sequence, as long as its memory is fast."""
-        upto = list(accumulate((self.limits.rate(node, node) for node in nodes), initial=0.0))
+        upto = list(accumulate((self.contention.rate(node, node) for node in nodes), initial=0.0))
         bounds = [round(self.shape.kv_len * part / upto[-1]) for part in upto]
         tokens = [end - begin for begin, end in pairwise(bounds)]
         return self.split("sharded", dict(zip(nodes, tokens, strict=True)))
@@ -239,14 +239,15 @@ class _Roofline:
     def _merge_seconds(self, collector: int, owners: Sequence[int]) -> float:
         partial = self.shape.batch * self.shape.q_heads * self.shape.q_len * (self.shape.head_dim + 1) * PARTIAL_BYTES
         return sum(
-            1e-9 * (self.limits.measured.latency(collector, node) or 0.0) + partial / self.limits.rate(collector, node)
+            1e-9 * (self.contention.measured.latency(collector, node) or 0.0)
+            + partial / self.contention.rate(collector, node)
             for node in owners
             if node != collector
         )
 
     def instances(self, nodes: tuple[int, ...]) -> Strategy:
         """Each node computes whole sequences: so many that the last node is done as early as can be."""
-        rates = {node: self.limits.rate(node, node) for node in nodes}
+        rates = {node: self.contention.rate(node, node) for node in nodes}
         counts = {node: int(self.shape.batch * rate / sum(rates.values())) for node, rate in rates.items()}
         for _ in range(self.shape.batch - sum(counts.values())):
             counts[min(nodes, key=lambda node: (counts[node] + 1) / rates[node])] += 1
@@ -254,7 +255,7 @@ class _Roofline:
 
     def interleaved(self) -> Strategy:
         """All CPU nodes, and each page of K and V on the next memory node."""
-        return self.spread(self.limits.measured.cpu_nodes, dict.fromkeys(self.limits.measured.mem_nodes, 1.0))
+        return self.spread(self.contention.measured.cpu_nodes, dict.fromkeys(self.contention.measured.mem_nodes, 1.0))
 
     def spread(self, cpus: tuple[int, ...], weights: Mapping[int, float]) -> Strategy:
         """Some CPU nodes share the work evenly, and each memory node holds its part of the pages of K and V by weight."""

@@ -125,8 +125,8 @@ def predict(
         source, measured = mlc, mlc_output.read_mlc(mlc)
     else:
         source, measured = f"{machine}, {mlc_output.SOURCE}", mlc_output.published(str(machine))
-    plan = advisor.plan_placement(shape, facts, measured)
+    advice = advisor.plan_placement(shape, facts, measured)
     if as_json:
-        print_json({"source": source, **plan.to_json()})
+        print_json({"source": source, **advice.to_json()})
     else:
-        click.echo(advisor.render(plan, source))
+        click.echo(advisor.render(advice, source))

@@ -25,7 +25,7 @@ from torch import Tensor
 from numa_lab.attention.gqa import gqa_attention
 from numa_lab.attention.shapes import AttentionShape
 from numa_lab.bandwidth.advisor import sockets_told
-from numa_lab.bandwidth.node_bandwidths import Measured
+from numa_lab.bandwidth.node_bandwidths import NodeBandwidths
 from numa_lab.bandwidth.read_probe import read_once
 from numa_lab.bandwidth.roofline import predict_split
 from numa_lab.errors import InvalidInput, UntrustedResult
@@ -70,7 +70,7 @@ class Visit:
 
 
 def measure(
-    shape: AttentionShape, *, inputs_per_node: int = 4, seconds: float = 20.0, measured: Measured | None = None
+    shape: AttentionShape, *, inputs_per_node: int = 4, seconds: float = 20.0, measured: NodeBandwidths | None = None
 ) -> pd.DataFrame:
     """Compute a batch of separate inputs, and one sequence of all their tokens, on 1, 2, ... all nodes.
 
@@ -206,7 +206,7 @@ class _Work:
                 ]
         return found
 
-    def predict(self, arm: Arm, shares: dict[int, int], measured: Measured | None, all_nodes: int) -> float:
+    def predict(self, arm: Arm, shares: dict[int, int], measured: NodeBandwidths | None, all_nodes: int) -> float:
         """Seconds that bandwidths let expect for an arm; NaN where nothing is known, or nothing is placed."""
         if not measured or not shares:
             return math.nan

@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 
 from numa_lab.bandwidth.advisor import predict_bindings
-from numa_lab.bandwidth.node_bandwidths import PROBES, Measured
+from numa_lab.bandwidth.node_bandwidths import PROBES, NodeBandwidths
 from numa_lab.errors import InvalidInput, NumaLabError, UntrustedResult
 from numa_lab.experiments import notebook_files, notebook_runner
 from numa_lab.experiments.sweep_lock import alone as alone
@@ -193,7 +193,7 @@ def predict(plan: Plan, run_dir: Path, measured: Path, topology: Topology) -> li
         if case.shape.phase == "decode" and case.threads == max(case.threads for case in cases)
     ]
     try:
-        probes = Measured.from_json(read_json(run_dir / PROBES))
+        probes = NodeBandwidths.from_json(read_json(run_dir / PROBES))
         by_weight = {node for one in bindings if one.policy is MemPolicy.WEIGHTED_INTERLEAVE for node in one.mem_nodes}
         weights = interleave_weights(by_weight) if by_weight else None
         found = predict_bindings([(binding, case.shape) for binding, case in cases], topology, probes, weights)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from numa_lab.attention.shapes import preset
 from numa_lab.bandwidth import advisor, mlc
-from numa_lab.bandwidth.node_bandwidths import Measured
+from numa_lab.bandwidth.node_bandwidths import NodeBandwidths
 from numa_lab.bandwidth.roofline import predict, predict_interleaved
 from numa_lab.errors import InvalidInput, RunDirectoryError
 from numa_lab.machine.control_groups import MemoryLimit
@@ -27,23 +27,23 @@ def machine(bandwidth, together=None, latency=None):
     count = len(bandwidth)
     far = [[90.0 if c == m else 200.0 for m in range(count)] for c in range(count)]
     rows = tuple(tuple(None if cell is None else cell * GB for cell in row) for row in bandwidth)
-    return Measured(tuple(range(count)), rows, tuple(map(tuple, latency or far)), together and together * GB)
+    return NodeBandwidths(tuple(range(count)), rows, tuple(map(tuple, latency or far)), together and together * GB)
 
 
 @pytest.mark.parametrize("name", mlc.PUBLISHED)
 def test_every_pair_of_a_published_machine_has_a_strategy_and_best_comes_first(name):
     measured = mlc.published(name)
-    plan = advisor.plan_placement(LONG, None, measured)
+    advice = advisor.plan_placement(LONG, None, measured)
     pairs = {f"c{c}m{m}" for c in measured.nodes for m in measured.nodes}
-    labels = [strategy.label for strategy in plan.strategies]
+    labels = [strategy.label for strategy in advice.strategies]
     assert pairs < set(labels)
     assert len(labels) == len(set(labels))
-    seconds = [strategy.seconds for strategy in plan.strategies]
+    seconds = [strategy.seconds for strategy in advice.strategies]
     assert seconds == sorted(seconds)
     everywhere = f"sharded 0-{measured.nodes[-1]}"
-    assert plan.best.label == plan.choice.label == everywhere
-    assert (plan.best.kind, plan.best.nodes, sum(plan.best.parts)) == ("sharded", measured.nodes, LONG.kv_len)
-    told = plan.to_json()
+    assert advice.best.label == advice.choice.label == everywhere
+    assert (advice.best.kind, advice.best.nodes, sum(advice.best.parts)) == ("sharded", measured.nodes, LONG.kv_len)
+    told = advice.to_json()
     assert json.loads(json.dumps(told, allow_nan=False)) == told
     assert {strategy["kind"] for strategy in told["strategies"]} == {"single", "remote", "sharded", "instances"}
 
@@ -135,12 +135,12 @@ def test_merging_makes_short_contexts_faster_on_one_node():
 
 def test_a_tie_is_said_and_the_simplest_is_taken():
     measured = machine([[100, 98], [97, 101]])
-    plan = advisor.plan_placement(preset("llama-3-8b", kv_len=16), None, measured)
-    assert plan.best.label == "c1m1"
-    assert plan.choice.label == "c0m0"  # of nodes that tie, none is the winner
-    assert {strategy.label for strategy in plan.tied} >= {"c0m0", "c1m1", "c0m1"}
-    assert plan.sentence().startswith("A tie within 5%: c0m0, c1m1")
-    assert "for steps as short as this, measure" in " ".join(plan.notes)
+    advice = advisor.plan_placement(preset("llama-3-8b", kv_len=16), None, measured)
+    assert advice.best.label == "c1m1"
+    assert advice.choice.label == "c0m0"  # of nodes that tie, none is the winner
+    assert {strategy.label for strategy in advice.tied} >= {"c0m0", "c1m1", "c0m1"}
+    assert advice.sentence().startswith("A tie within 5%: c0m0, c1m1")
+    assert "for steps as short as this, measure" in " ".join(advice.notes)
     clear = advisor.plan_placement(preset("llama-3-8b", kv_len=16), None, machine([[100, 50], [50, 106]]))
     assert [strategy.label for strategy in clear.tied if strategy.kind == "single"] == ["c1m1"]
     batch = advisor.plan_placement(LONG.replace(batch=8), None, mlc.published("broadwell"))
@@ -169,38 +169,38 @@ def test_pages_by_weight_are_predicted_where_the_weights_are_known(four_nodes):
 
 
 def test_one_node_has_nothing_to_choose():
-    plan = advisor.plan_placement(LONG, None, machine([[20]], 21))
-    assert [strategy.label for strategy in plan.strategies] == ["c0m0"]
-    assert plan.sentence().startswith("One node: nothing to choose. c0m0")
-    assert (plan.interleaved, plan.notes) == (None, ())
+    advice = advisor.plan_placement(LONG, None, machine([[20]], 21))
+    assert [strategy.label for strategy in advice.strategies] == ["c0m0"]
+    assert advice.sentence().startswith("One node: nothing to choose. c0m0")
+    assert (advice.interleaved, advice.notes) == (None, ())
 
 
 def test_nodes_without_cpus_or_memory_leave_others_to_choose():
     # Node 1 has CPUs alone, node 2 memory alone.
     measured = machine([[50, None, 10], [20, None, 8], [None, None, None]])
-    plan = advisor.plan_placement(LONG, None, measured)
-    assert {strategy.label for strategy in plan.strategies} == {"c0m0", "c0m2", "c1m0", "c1m2"}
-    assert plan.choice.label == "c0m0"
-    assert plan.interleaved.label == "c0-1i0,2"
-    assert "No CPUs read from node 2" in " ".join(plan.notes)
+    advice = advisor.plan_placement(LONG, None, measured)
+    assert {strategy.label for strategy in advice.strategies} == {"c0m0", "c0m2", "c1m0", "c1m2"}
+    assert advice.choice.label == "c0m0"
+    assert advice.interleaved.label == "c0-1i0,2"
+    assert "No CPUs read from node 2" in " ".join(advice.notes)
     with pytest.raises(InvalidInput, match="no bandwidth was measured"):
         predict(LONG, machine([[None]]))
 
 
 def test_a_topology_gives_sockets_and_room_and_what_may_be_used(four_nodes):
     measured = machine([[50, 40, 30, 20]] * 3 + [[None] * 4], 150)
-    plan = advisor.plan_placement(LONG, four_nodes, measured)
-    assert plan.sockets == ((0, 1, 2, 3),)  # all its CPUs are of one
-    assert "sharded 0-2" in by_label(plan.strategies)
+    advice = advisor.plan_placement(LONG, four_nodes, measured)
+    assert advice.sockets == ((0, 1, 2, 3),)  # all its CPUs are of one
+    assert "sharded 0-2" in by_label(advice.strategies)
     narrow = dataclasses.replace(four_nodes, allowed_cpus=(0, 1), allowed_nodes=(0, 3))
-    plan = advisor.plan_placement(LONG, narrow, measured)
-    assert {strategy.label for strategy in plan.strategies} == {"c0m0", "c0m3"}
+    advice = advisor.plan_placement(LONG, narrow, measured)
+    assert {strategy.label for strategy in advice.strategies} == {"c0m0", "c0m3"}
     wide = LONG.replace(batch=4)  # 2 GiB, and each node holds 1
-    plan = advisor.plan_placement(wide, four_nodes, measured)
-    found = by_label(plan.strategies)
+    advice = advisor.plan_placement(wide, four_nodes, measured)
+    found = by_label(advice.strategies)
     assert not found["c0m0"].fits
     assert found["c0m0"].limit == "does not fit: 2.1 GB into the 1.1 GB of node 0"
-    assert plan.choice.label == "sharded 0-2"
+    assert advice.choice.label == "sharded 0-2"
     limits = (MemoryLimit("/sys/fs/cgroup/memory.max", 2 << 30, 0), MemoryLimit("/memory.high", 3 << 29, 0, True))
     limited = dataclasses.replace(four_nodes, memory_limits=limits)
     assert by_label(advisor.plan_placement(LONG, limited, measured).strategies)["c0m0"].fits
