@@ -21,9 +21,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from numa_lab.attention.gqa import gqa_attention
 from numa_lab.attention.shapes import AttentionShape, fit, preset
-from numa_lab.errors import NodeUnavailable
 from numa_lab.machine import libnuma
-from numa_lab.machine.sysfs import format_cpulist
 from numa_lab.machine.topology import Topology, read_topology
 from numa_lab.measurement import comparison, timing
 from numa_lab.measurement.blocks import randomized_blocks
@@ -72,13 +70,14 @@ def guide_shape(topology: Topology, *, full: bool = False) -> tuple[AttentionSha
 
 
 def cells(topology: Topology, shape: AttentionShape) -> list[Cell]:
-    """All configurations of the four analyses on this machine."""
-    nodes = topology.effective_nodes
-    if not nodes:
-        raise NodeUnavailable(
-            "no node has both CPUs and memory that this process may use: allowed CPUs "
-            f"{format_cpulist(topology.allowed_cpus) or 'none'}; widen the cpuset"
-        )
+    """All configurations of the four analyses on this machine.
+
+    Raises
+    ------
+    NodeUnavailable
+        No node has both CPUs and memory that this process may use.
+    """
+    nodes = topology.require_effective_nodes()
     cores = {node: len(topology.cpus_for([node])) for node in nodes}
     standard = shape.replace(kv_heads=shape.q_heads)
     found = []

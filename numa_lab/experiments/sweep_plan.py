@@ -62,10 +62,10 @@ def choose_bindings(spec: str, topology: Topology) -> list[Binding]:
     else:
         bindings = [Binding.parse(label) for label in _labels(spec)]
     if not bindings:
-        raise NodeUnavailable(
-            f"bindings {spec!r}: no node has both CPUs and memory that this process may use (CPUs on nodes "
-            f"{format_cpulist(cpu_nodes)}, memory on {format_cpulist(mem_nodes)}); try matrix, or name labels"
-        )
+        try:
+            topology.require_effective_nodes()
+        except NodeUnavailable as error:
+            raise NodeUnavailable(f"bindings {spec!r}: {error}, or try matrix, or name labels") from error
     for binding in bindings:
         binding.require(topology)
     return list(dict.fromkeys(bindings))

@@ -242,7 +242,7 @@ class Topology:
             raise NodeUnavailable(
                 "no node has both CPUs and memory that this process may use: allowed are CPUs "
                 f"{format_cpulist(self.allowed_cpus) or 'none'} and memory of nodes "
-                f"{format_cpulist(self.allowed_nodes) or 'none'}"
+                f"{format_cpulist(self.allowed_nodes) or 'none'}; widen the cpuset"
                 if nodes is None
                 else "nodes=(): expected at least one node"
             )
