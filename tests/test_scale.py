@@ -113,8 +113,7 @@ def test_a_run_on_16_nodes_is_judged_and_drawn(synthetic_rows, synthetic_run):
     remote = {label: 1.3 for label in labels if Binding.parse(label).cpu_nodes != Binding.parse(label).mem_nodes}
     run_dir = synthetic_run(synthetic_rows(labels, executions=3, effects=remote, samples=3, nodes=16), nodes=16)
     rows, machine = load_run(run_dir), load_machine(run_dir)
-    node_cpus = {node["id"]: node["cpus"] for node in machine["topology"]["nodes"]}
-    assert contradictions(rows, node_cpus) == []
+    assert contradictions(rows, machine.topology.allowed_node_cpus) == []
     heatmap = figures.overhead_heatmap(rows)
     assert len(heatmap.table) >= len(labels)
     assert heatmap.png()

@@ -245,22 +245,22 @@ def _notes(measured: NodeBandwidths, facts: Mapping[str, Any] | None, *, told: b
     return notes
 
 
-def read_run(run_dir: Path) -> tuple[Mapping[str, Any], NodeBandwidths]:
-    """The topology of a run's machine, as JSON, and what notebook 01 measured there.
+def read_run(run_dir: Path) -> tuple[Topology, NodeBandwidths]:
+    """The topology of a run's machine, and what notebook 01 measured there.
 
     Raises
     ------
     RunDirectoryError
         It is no run directory, is damaged, or was measured without probes.
     """
-    facts = load_machine(run_dir)["topology"]
+    topology = load_machine(run_dir).topology
     if not (run_dir / PROBES).exists():
         raise RunDirectoryError(
             f"{run_dir} has no {PROBES}, which `numa-lab sweep --no-probes` leaves out: "
             f"add it with `{to_paste('numa-lab', 'sweep', '--resume', run_dir)}` on that machine"
         )
     try:
-        return facts, NodeBandwidths.from_json(read_json(run_dir / PROBES))
+        return topology, NodeBandwidths.from_json(read_json(run_dir / PROBES))
     except InvalidInput as error:
         raise RunDirectoryError(f"{run_dir / PROBES} is damaged, {error}: measure again") from error
 

@@ -118,14 +118,14 @@ def predict(
         raise InvalidInput("expected exactly one of --mlc FILE, --run DIR and --machine NAME")
     sizes = {"kv_len": kv_len, "batch": batch, "dtype": dtype}
     shape = preset(model, **{name: value for name, value in sizes.items() if value is not None})
-    facts = None
+    topology = None
     if run_dir is not None:
-        source, (facts, measured) = str(run_dir), advisor.read_run(run_dir)
+        source, (topology, measured) = str(run_dir), advisor.read_run(run_dir)
     elif mlc is not None:
         source, measured = mlc, mlc_output.read_mlc(mlc)
     else:
         source, measured = f"{machine}, {mlc_output.SOURCE}", mlc_output.published(str(machine))
-    advice = advisor.plan_placement(shape, facts, measured)
+    advice = advisor.plan_placement(shape, topology, measured)
     if as_json:
         print_json({"source": source, **advice.to_json()})
     else:

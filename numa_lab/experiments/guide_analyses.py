@@ -26,7 +26,7 @@ from numa_lab.machine.topology import Topology, read_topology
 from numa_lab.measurement import comparison, timing
 from numa_lab.measurement.blocks import randomized_blocks
 from numa_lab.measurement.case_timing import KVPool, pool_bytes, sample_case
-from numa_lab.measurement.machine_facts import machine_facts
+from numa_lab.measurement.machine_facts import describe_machine
 from numa_lab.measurement.receipts import contradictions
 from numa_lab.measurement.significance import Ratio, ratio_of_medians
 from numa_lab.measurement.workloads import MEMORY_SHARE, Case
@@ -168,7 +168,7 @@ def results(topology: Topology, rows: pd.DataFrame, message: str) -> dict[str, A
             for (memory, compute), of in per_analysis["cross_numa"].groupby(["mem_nodes", "cpu_nodes"])
         },
         **_spreads(rows[rows["analysis"] == "memory_allocation"]),
-        "machine": machine_facts(topology),
+        "machine": describe_machine(topology).to_json(),
         "receipts": {
             "contradictions": wrong,
             "visits": rows.drop_duplicates("execution_id")[

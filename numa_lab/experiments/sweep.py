@@ -25,7 +25,7 @@ from numa_lab.machine.sysfs import format_cpulist
 from numa_lab.machine.topology import Topology
 from numa_lab.measurement.atomic_files import read_json, write_json
 from numa_lab.measurement.labels import AA_SUFFIX
-from numa_lab.measurement.machine_facts import SCHEMA_VERSION, machine_facts
+from numa_lab.measurement.machine_facts import SCHEMA_VERSION, describe_machine
 from numa_lab.measurement.receipts import contradictions
 from numa_lab.measurement.results import EXECUTIONS, PREDICTION, read_rows
 from numa_lab.measurement.timing import MIN_SAMPLES
@@ -101,7 +101,7 @@ def gate(
         rows, fingerprint = read_rows(rows_path)
     except NumaLabError as error:
         return [*reasons, str(error)]
-    if fingerprint != machine_facts(topology)["fingerprint"]:
+    if fingerprint != describe_machine(topology).fingerprint:
         reasons.append(
             "The rows carry the fingerprint of another machine: a CPU went on or off line, or the notebook's kernel has another "
             "torch or Numba than the sweep. Start a new sweep."

@@ -285,24 +285,13 @@ class Topology:
     def to_json(self) -> dict[str, Any]:
         """The whole as plain JSON values; sizes are bytes."""
         return {
-            "nodes": [
-                {
-                    "id": node.id,
-                    "cpus": list(node.cpus),
-                    "memory_bytes": node.memory_bytes,
-                    "free_bytes": node.free_bytes,
-                    "available_bytes": node.available_bytes,
-                    "effective": node.effective,
-                    "initiators": list(node.initiators),
-                }
-                for node in self.nodes
-            ],
+            "nodes": [vars(n) | {"cpus": list(n.cpus), "initiators": list(n.initiators)} for n in self.nodes],
             "distances": [list(row) for row in self.distances] if self.distances else None,
             "allowed_cpus": list(self.allowed_cpus),
             "allowed_nodes": list(self.allowed_nodes),
             "isolated_cpus": list(self.isolated_cpus),
             "memory_limits": [vars(limit) for limit in self.memory_limits],
-            "gpus": [{"pci": gpu.pci, "node": gpu.node} for gpu in self.gpus],
+            "gpus": [vars(gpu) for gpu in self.gpus],
             "sockets": [{"id": s, "cpus": [cpu.id for cpu in self.cpus if cpu.socket == s]} for s in self.sockets],
             "cpus": [vars(cpu) for cpu in self.cpus],
             "caches": [vars(cache) | {"cpus": format_cpulist(cache.cpus)} for cache in self.caches],
@@ -310,6 +299,34 @@ class Topology:
             "hypervisor": self.hypervisor,
             "emulated": self.emulated,
         }
+
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any]) -> Topology:
+        """Read back what ``to_json`` gave. What was written before isolated CPUs and memory limits were looked at has none of them.
+
+        Raises
+        ------
+        InvalidInput
+            It is something else; the message says what is wrong with it.
+        """
+        try:
+            return cls(
+                nodes=tuple(
+                    Node(**n | {"cpus": tuple(n["cpus"]), "initiators": tuple(n["initiators"])})
+                    for n in stored["nodes"]
+                ),
+                cpus=tuple(Cpu(**cpu) for cpu in stored["cpus"]),
+                distances=tuple(map(tuple, stored["distances"])) if stored["distances"] else None,
+                allowed_cpus=tuple(stored["allowed_cpus"]),
+                allowed_nodes=tuple(stored["allowed_nodes"]),
+                caches=tuple(Cache(**cache | {"cpus": parse_cpulist(cache["cpus"])}) for cache in stored["caches"]),
+                gpus=tuple(Gpu(**gpu) for gpu in stored["gpus"]),
+                **{name: stored[name] for name in ("model_name", "hypervisor", "emulated")},
+                isolated_cpus=tuple(stored.get("isolated_cpus", ())),
+                memory_limits=tuple(MemoryLimit(**limit) for limit in stored.get("memory_limits", ())),
+            )
+        except (AttributeError, KeyError, TypeError) as error:
+            raise InvalidInput(f"a topology ({error!r}): expected what `numa-lab topology --json` prints") from error
 
 
 def spread(cpus: Sequence[int], count: int) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 
 from numa_lab.errors import UntrustedResult
+from numa_lab.measurement.machine_facts import Machine
 from numa_lab.measurement.receipts import contradictions
 from numa_lab.placement.receipt import least_huge_pages
 
@@ -28,14 +29,12 @@ def receipts_table(rows: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def found_contradictions(rows: pd.DataFrame, machine: Mapping[str, Any]) -> list[str]:
+def found_contradictions(rows: pd.DataFrame, machine: Machine) -> list[str]:
     """What the receipts of a run say against its labels, as sentences; its CPUs are those that it was allowed to use."""
-    topology = machine["topology"]
-    allowed = set(topology["allowed_cpus"])
-    return contradictions(rows, {node["id"]: allowed.intersection(node["cpus"]) for node in topology["nodes"]})
+    return contradictions(rows, machine.topology.allowed_node_cpus)
 
 
-def require_receipts(rows: pd.DataFrame, machine: Mapping[str, Any]) -> str:
+def require_receipts(rows: pd.DataFrame, machine: Machine) -> str:
     """Say that no receipt contradicts its binding.
 
     Raises

@@ -225,7 +225,7 @@ def test_a_prompt_is_not_predicted():
 
 
 def test_a_run_without_probes_says_how_to_add_them(tmp_path, synthetic_machine):
-    write_json(tmp_path / "machine.json", synthetic_machine(2))
+    write_json(tmp_path / "machine.json", synthetic_machine(2).to_json())
     with pytest.raises(RunDirectoryError, match=r"no probes\.json.*sweep --resume"):
         advisor.read_run(tmp_path)
     write_json(tmp_path / "probes.json", {"nodes": [0]})

@@ -14,7 +14,7 @@ from numa_lab.errors import InvalidInput, NodeUnavailable
 from numa_lab.machine import identity
 from numa_lab.machine.overview import overview
 from numa_lab.machine.sysfs import Tree
-from numa_lab.machine.topology import format_cpulist, parse_cpulist, read_topology
+from numa_lab.machine.topology import Topology, format_cpulist, parse_cpulist, read_topology
 from numa_lab.placement.binding import Binding
 
 CAPTURED = Path(__file__).parents[1] / "topologies"
@@ -84,6 +84,7 @@ def test_every_captured_machine_is_read_right(captured, name):
     assert topology.physical_cores(online) == tuple(sorted(cores))
     assert all(topology.node_of_cpu(cpu) == node.id for node in topology.nodes for cpu in node.cpus)
     assert json.loads(json.dumps(found)) == found
+    assert Topology.from_json(found) == topology
     assert overview(topology)
 
 

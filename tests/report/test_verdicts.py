@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 
 from numa_lab.errors import UntrustedResult
@@ -42,7 +44,8 @@ def test_the_best_node_is_named_only_where_one_was_shown(synthetic_rows, synthet
     compared = comparison.compare(rows)
     assert verdicts.best_node(compared) == 1
     assert verdicts.commands(rows, machine, compared)[0][1].startswith("numactl --cpunodebind=1 --membind=1")
-    machine["topology"]["allowed_cpus"] = [0, 1, 2]
+    topology = dataclasses.replace(machine.topology, allowed_cpus=(0, 1, 2))
+    machine = dataclasses.replace(machine, topology=topology)
     assert verdicts.commands(rows, machine, compared)[0][1].startswith("numactl --physcpubind=2 --membind=1")
     assert "numactl --cpunodebind=0 --membind=0" in verdicts.commands(rows, machine, compared)[-1][1]
     tie = comparison.compare(synthetic_rows(("c0m0", "c1m1"), executions=6))
