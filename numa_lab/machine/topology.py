@@ -113,6 +113,13 @@ class Topology:
         return tuple(sorted({cpu.socket for cpu in self.cpus} - {-1}))
 
     @cached_property
+    def node_sockets(self) -> dict[int, int] | None:
+        """The socket of each node with CPUs; None where the kernel does not tell one, or a node spans several."""
+        pairs = {(cpu.node, cpu.socket) for cpu in self.cpus}
+        socket_of = dict(pairs)
+        return None if len(socket_of) < len(pairs) or -1 in socket_of.values() else socket_of
+
+    @cached_property
     def _cpu_by_id(self) -> Mapping[int, Cpu]:
         return {cpu.id: cpu for cpu in self.cpus}
 
