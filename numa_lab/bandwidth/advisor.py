@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from numa_lab.attention.shapes import AttentionShape
-from numa_lab.bandwidth.node_bandwidths import PROBES, Groups, NodeBandwidths
+from numa_lab.bandwidth.node_bandwidths import PROBES, Groups, NodeBandwidths, load_probes
 from numa_lab.bandwidth.roofline import Roofline, Strategy
 from numa_lab.errors import InvalidInput, RunDirectoryError
 from numa_lab.machine.shell_commands import to_paste
 from numa_lab.machine.sysfs import format_cpulist
 from numa_lab.machine.topology import Topology
-from numa_lab.measurement.atomic_files import read_json
 from numa_lab.measurement.machine_facts import load_machine
 from numa_lab.measurement.significance import LARGEST_TIE
 from numa_lab.placement.binding import Binding, MemPolicy
@@ -243,15 +242,12 @@ def read_run(run_dir: Path) -> tuple[Topology, NodeBandwidths]:
         It is no run directory, is damaged, or was measured without probes.
     """
     topology = load_machine(run_dir).topology
-    if not (run_dir / PROBES).exists():
+    if (probes := load_probes(run_dir)) is None:
         raise RunDirectoryError(
             f"{run_dir} has no {PROBES}, which `numa-lab sweep --no-probes` leaves out: "
             f"add it with `{to_paste('numa-lab', 'sweep', '--resume', run_dir)}` on that machine"
         )
-    try:
-        return topology, NodeBandwidths.from_json(read_json(run_dir / PROBES))
-    except InvalidInput as error:
-        raise RunDirectoryError(f"{run_dir / PROBES} is damaged, {error}: measure again") from error
+    return topology, probes
 
 
 def render(advice: Advice, source: str) -> str:

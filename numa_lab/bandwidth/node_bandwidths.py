@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
 import operator
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from itertools import combinations, pairwise
+from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, Self
 
-from numa_lab.errors import InvalidInput
+from numa_lab.errors import InvalidInput, RunDirectoryError
+from numa_lab.measurement.atomic_files import read_json
 
 Matrix = tuple[tuple[float | None, ...], ...]
 Groups = tuple[tuple[int, ...], ...]
@@ -56,24 +59,23 @@ class NodeBandwidths:
         _require_positive("all_nodes_bytes_per_s", self.all_nodes_bytes_per_s)
 
     @classmethod
-    def from_json(cls, value: Any) -> NodeBandwidths:
-        """Read what ``numa-lab probe --json`` prints; further keys are left alone.
+    def from_json(cls, value: Any) -> Self:
+        """Read what ``numa-lab probe --json`` prints, and leave further keys alone.
 
         Raises
         ------
         InvalidInput
             It is something else; the message says what is wrong.
         """
-        names = [field.name for field in fields(NodeBandwidths)]
+        names = [field.name for field in fields(cls)]
         if not isinstance(value, Mapping) or not value.keys() >= set(names):
             missing = sorted(set(names) - set(value)) if isinstance(value, Mapping) else names
             raise InvalidInput(f"probes without {', '.join(missing)}: expected what `numa-lab probe --json` prints")
-        nodes, bandwidth, latency, together = (value[name] for name in names)
         try:
-            rows = [None if matrix is None else tuple(map(tuple, matrix)) for matrix in (bandwidth, latency)]
-            return cls(tuple(map(operator.index, nodes)), rows[0] or (), rows[1], together)
-        except TypeError as error:
+            values = {name: _READERS[name](value[name]) if name in _READERS else value[name] for name in names}
+        except (AttributeError, TypeError, ValueError) as error:
             raise InvalidInput(f"probes ({error}): expected what `numa-lab probe --json` prints") from error
+        return cls(**values)
 
     def bandwidth(self, cpu: int, mem: int) -> float | None:
         """Bytes per second that the CPUs of one node read from the memory of another, or of the same."""
@@ -110,6 +112,69 @@ class NodeBandwidths:
             for cpu in self.nodes
         )
         return replace(self, read_bytes_per_s=kept)
+
+
+@dataclass(frozen=True)
+class NodeProbes(NodeBandwidths):
+    """What ``node_probes.probe_nodes`` measured on a machine, with how it was measured.
+
+    Its latencies are those from the first core of a CPU node. With one node, ``all_nodes_bytes_per_s`` is that of this node,
+    measured again.
+    """
+
+    latency_ns: Matrix
+    threads: tuple[int, ...]  # for each node: how many threads of its CPUs read; 0 without CPUs
+    pages: dict[int, dict[int, int]]  # where the buffer of each memory node lay: its pages by node
+    notes: tuple[str, ...]
+    seconds: float  # that measuring took
+
+    def __post_init__(self) -> None:
+        """Refuse what no machine can measure, and probes without latencies."""
+        super().__post_init__()
+        if self.latency_ns is None:
+            raise InvalidInput("latency_ns of null: expected a row and a column for each node")
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values; the keys of ``pages`` become text."""
+        plain: dict[str, Any] = json.loads(json.dumps(asdict(self), allow_nan=False))
+        return plain
+
+
+def load_probes(run_dir: Path) -> NodeProbes | None:
+    """Read ``probes.json`` of a run directory; None where the run was measured without.
+
+    Raises
+    ------
+    RunDirectoryError
+        The file is damaged.
+    """
+    path = run_dir / PROBES
+    if not path.exists():
+        return None
+    try:
+        return NodeProbes.from_json(read_json(path))
+    except InvalidInput as error:
+        raise RunDirectoryError(f"{path} is damaged, {error}: measure again") from error
+
+
+def _numbers(stored: Any) -> tuple[int, ...]:
+    return tuple(map(operator.index, stored))
+
+
+def _matrix(stored: Any) -> Matrix | None:
+    return None if stored is None else tuple(map(tuple, stored))
+
+
+_READERS: Mapping[
+    str, Callable[[Any], Any]
+] = {  # how a field is read from JSON, by its name; others are taken as they are
+    "nodes": _numbers,
+    "read_bytes_per_s": lambda stored: _matrix(stored) or (),
+    "latency_ns": _matrix,
+    "threads": _numbers,
+    "pages": lambda stored: {int(n): {int(m): count for m, count in pages.items()} for n, pages in stored.items()},
+    "notes": tuple,
+}
 
 
 def _require_positive(name: str, value: object) -> None:

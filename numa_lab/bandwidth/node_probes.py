@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
 
 import torch
 
 from numa_lab.attention.simd import LINE_BYTES
-from numa_lab.bandwidth.node_bandwidths import Matrix, NodeBandwidths
+from numa_lab.bandwidth.node_bandwidths import NodeProbes
 from numa_lab.bandwidth.read_probe import LINE_WORDS, cycle_through, read_bandwidth, read_latency
 from numa_lab.errors import InvalidInput, NodeUnavailable, NumaLabError
 from numa_lab.machine import new_threads
@@ -32,25 +29,6 @@ EMULATED_BYTES = 8 << 20  # of an emulated machine, whose caches are invented an
 MIN_CELL_SECONDS = 0.05
 
 Progress = Callable[[int, int, str], None]
-
-
-@dataclass(frozen=True)
-class NodeProbes(NodeBandwidths):
-    """Limits measured on this machine: latencies are those from the first core of a CPU node.
-
-    With one node, ``all_nodes_bytes_per_s`` is that node, measured again.
-    """
-
-    latency_ns: Matrix
-    threads: tuple[int, ...]  # per CPU node
-    pages: dict[int, dict[int, int]]  # where the buffer of each memory node lay
-    notes: tuple[str, ...]
-    seconds: float
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON values; the keys of ``pages`` become text."""
-        plain: dict[str, Any] = json.loads(json.dumps(asdict(self), allow_nan=False))
-        return plain
 
 
 def probe_nodes(topology: Topology, *, seconds: float = 10.0, progress: Progress | None = None) -> NodeProbes:

@@ -22,7 +22,7 @@ import pandas as pd
 from markupsafe import Markup, escape
 from pandas.api.types import is_numeric_dtype
 
-from numa_lab.bandwidth.node_bandwidths import PROBES
+from numa_lab.bandwidth.node_bandwidths import PROBES, load_probes
 from numa_lab.experiments.sweep_plan import load_plan
 from numa_lab.machine.shell_commands import to_paste
 from numa_lab.measurement import comparison
@@ -80,7 +80,7 @@ def render(run_dir: Path) -> str:
     """The page of a run, with as much of it as ``MOST_BYTES`` allow."""
     rows, machine, plan = load_run(run_dir), load_machine(run_dir), asdict(load_plan(run_dir))
     compared, css = comparison.compare(rows), (TEMPLATES / "report.css").read_text(encoding="utf-8")
-    probes = read_json(run_dir / PROBES) if (run_dir / PROBES).exists() else None
+    probes = load_probes(run_dir)
     facts = _facts(run_dir, rows, machine, plan, compared) | {"css": Markup(css)}
     plots, machine_plots = (
         figures.run_figures(rows, load_prediction(run_dir)),
@@ -97,7 +97,7 @@ def render(run_dir: Path) -> str:
         ),
         _json_file("plan.json", "every planned execution with its command", plan),
     ]
-    files += [_json_file(PROBES, "bandwidth and latency between nodes", probes)] if probes else []
+    files += [_json_file(PROBES, "bandwidth and latency between nodes", read_json(run_dir / PROBES))] if probes else []
     template = _environment().get_template("report.html.j2")
     page = ""
     for attachments, dpi, left_out in _variants(rows, files, list(notebooks(run_dir, css))):

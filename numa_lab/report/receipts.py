@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import pandas as pd
 
+from numa_lab.bandwidth.node_bandwidths import NodeProbes
 from numa_lab.errors import UntrustedResult
 from numa_lab.measurement.machine_facts import Machine
 from numa_lab.measurement.receipts import contradictions
@@ -47,7 +45,7 @@ def require_receipts(rows: pd.DataFrame, machine: Machine) -> str:
     return f"{len(rows)} rows of {rows['execution_id'].nunique()} executions: no receipt contradicts its binding."
 
 
-def require_probes(probes: Mapping[str, Any]) -> str:
+def require_probes(probes: NodeProbes) -> str:
     """Say for how many pairs of nodes limits were measured.
 
     Raises
@@ -55,7 +53,7 @@ def require_probes(probes: Mapping[str, Any]) -> str:
     UntrustedResult
         None could be measured; the message holds the probes' own notes.
     """
-    measured = sum(value is not None for row in probes["read_bytes_per_s"] for value in row)
+    measured = sum(value is not None for row in probes.read_bytes_per_s for value in row)
     if not measured:
-        raise UntrustedResult(f"No node's memory could be measured. {' '.join(probes['notes'])}")
+        raise UntrustedResult(f"No node's memory could be measured. {' '.join(probes.notes)}")
     return f"Limits were measured for {measured} pair(s) of CPU node and memory node."

@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from numa_lab.bandwidth.node_bandwidths import Matrix, NodeProbes
 from numa_lab.machine.shell_commands import to_paste
 from numa_lab.measurement import comparison
 from numa_lab.measurement.labels import AA_SUFFIX, is_local
@@ -222,21 +223,21 @@ def _between_local(compared: Comparisons) -> list[Comparison]:
     return [c for c in compared.comparisons if is_local(c.a) and is_local(c.b)]
 
 
-def bandwidth_sentence(probes: Mapping[str, Any]) -> str:
+def bandwidth_sentence(probes: NodeProbes) -> str:
     """How fast nodes read their own memory, and how much slower that of another node."""
-    return _matrix_sentence(probes, "read_bytes_per_s", "reads its own memory at", 1e-9, "GB/s")
+    return _matrix_sentence(probes.nodes, probes.read_bytes_per_s, "reads its own memory at", 1e-9, "GB/s")
 
 
-def latency_sentence(probes: Mapping[str, Any]) -> str:
+def latency_sentence(probes: NodeProbes) -> str:
     """How long a load from a node's own memory takes, and from that of another node."""
-    return _matrix_sentence(probes, "latency_ns", "waits for its own memory for", 1.0, "ns")
+    return _matrix_sentence(probes.nodes, probes.latency_ns, "waits for its own memory for", 1.0, "ns")
 
 
-def _matrix_sentence(probes: Mapping[str, Any], key: str, verb: str, scale: float, unit: str) -> str:
+def _matrix_sentence(nodes: Sequence[int], matrix: Matrix, verb: str, scale: float, unit: str) -> str:
     cells = {
         (cpu, mem): value * scale
-        for cpu, row in zip(probes["nodes"], probes[key], strict=True)
-        for mem, value in zip(probes["nodes"], row, strict=True)
+        for cpu, row in zip(nodes, matrix, strict=True)
+        for mem, value in zip(nodes, row, strict=True)
         if value is not None
     }
     local = {cpu: value for (cpu, mem), value in cells.items() if cpu == mem}

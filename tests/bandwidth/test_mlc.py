@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from numa_lab.bandwidth import mlc
-from numa_lab.bandwidth.node_bandwidths import NodeBandwidths, socket_groups
+from numa_lab.bandwidth.node_bandwidths import NodeBandwidths, NodeProbes, socket_groups
 from numa_lab.errors import InvalidInput
 
 TEXT = {name: (mlc.FOLDER / f"{name}_mlc.txt").read_text() for name in mlc.PUBLISHED}
@@ -262,6 +262,11 @@ def test_probes_that_make_no_sense_are_refused(change, message):
             NodeBandwidths.from_json(probes | change)
     else:
         assert NodeBandwidths.from_json(probes | change).latency(0, 1) is None
+    probes |= {"pages": {"0": {"0": 9}}, "notes": [], "seconds": 1.0}
+    assert NodeProbes.from_json(probes).to_json() == probes
+    for lacking in ({"pages": {"a": {}}}, {"threads": None}, {"latency_ns": None}):
+        with pytest.raises(InvalidInput):
+            NodeProbes.from_json(probes | lacking)
     del probes["latency_ns"]
     with pytest.raises(InvalidInput, match="probes without latency_ns"):
         NodeBandwidths.from_json(probes)

@@ -15,6 +15,7 @@ import psutil
 import pytest
 from click.testing import CliRunner
 
+from numa_lab.bandwidth.node_bandwidths import NodeProbes
 from numa_lab.cli import main
 from numa_lab.errors import InvalidInput, MachineMismatch, NodeUnavailable, RunDirectoryError, UntrustedResult
 from numa_lab.experiments import execution, notebook_files, notebook_runner, sweep, sweep_lock, sweep_plan
@@ -322,9 +323,9 @@ def test_what_is_predicted_is_stored_before_anything_is_measured(tmp_path):
     planned, machine, measured = planned_sweep(), read_topology(), notebook_files.find(sweep.MEASURED_NOTEBOOK)
     assert sweep.predict(planned, tmp_path, measured, machine) == []
     assert results.load_prediction(tmp_path).empty, "nothing can be predicted without probes"
-    nodes = list(machine.node_ids)
+    nodes = machine.node_ids
     pairs = [[20e9 if cpu == mem else 10e9 for mem in nodes] for cpu in nodes]
-    probes = {"nodes": nodes, "read_bytes_per_s": pairs, "latency_ns": None, "all_nodes_bytes_per_s": None}
+    probes = NodeProbes(machine.node_ids, pairs, pairs, None, (1,) * len(nodes), {}, (), 1.0).to_json()
     atomic_files.write_json(tmp_path / sweep.PROBES, probes)
     assert sweep.predict(planned, tmp_path, measured, machine) == []
     predicted = results.load_prediction(tmp_path)
