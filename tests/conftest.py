@@ -22,8 +22,9 @@ from numa_lab.attention.shapes import preset
 from numa_lab.errors import NotPermitted, NumaLabError
 from numa_lab.experiments import sweep_lock
 from numa_lab.machine import libnuma
+from numa_lab.machine.hardware import Cpu, Node
 from numa_lab.machine.sysfs import format_cpulist
-from numa_lab.machine.topology import Cpu, Node, Topology
+from numa_lab.machine.topology import Topology
 from numa_lab.measurement import atomic_files, machine_facts, results
 from numa_lab.placement.binding import Binding, MemPolicy
 from still_running import StillRunning

@@ -15,7 +15,7 @@ from numa_lab.bandwidth.node_bandwidths import NodeBandwidths
 from numa_lab.experiments import notebook_files, sweep_plan
 from numa_lab.machine.overview import overview
 from numa_lab.machine.sysfs import format_cpulist
-from numa_lab.machine.topology import read_topology
+from numa_lab.machine.topology_reader import read_topology
 from numa_lab.measurement import comparison
 from numa_lab.measurement.machine_facts import load_machine
 from numa_lab.measurement.receipts import contradictions

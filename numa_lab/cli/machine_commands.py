@@ -21,7 +21,7 @@ _root = click.option(
 def topology(as_json: bool, root: str) -> None:
     """Nodes, CPUs, memory, distances, caches and GPUs, and what this process may use."""
     from numa_lab.machine.overview import overview
-    from numa_lab.machine.topology import read_topology
+    from numa_lab.machine.topology_reader import read_topology
 
     found = read_topology(root)
     if as_json:
@@ -50,7 +50,7 @@ def doctor(as_json: bool, root: str) -> None:
 def probe(as_json: bool, seconds: float) -> None:
     """Read bandwidth and latency between all nodes."""
     from numa_lab.bandwidth import node_probes
-    from numa_lab.machine.topology import read_topology
+    from numa_lab.machine.topology_reader import read_topology
 
     silent = not sys.stderr.isatty()
     with click.progressbar(length=1, label="probing", item_show_func=str, file=sys.stderr, hidden=silent) as bar:

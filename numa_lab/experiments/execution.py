@@ -23,7 +23,8 @@ from numa_lab.errors import InvalidInput, NodeUnavailable, UntrustedResult
 from numa_lab.machine.control_groups import tightest
 from numa_lab.machine.shell_commands import to_paste
 from numa_lab.machine.sysfs import format_cpulist
-from numa_lab.machine.topology import Topology, read_topology, spread
+from numa_lab.machine.topology import Topology, spread
+from numa_lab.machine.topology_reader import read_topology
 from numa_lab.measurement.case_timing import BY_HAND, KVPool, noise, pool_bytes, sample_case
 from numa_lab.measurement.machine_facts import describe_machine
 from numa_lab.measurement.receipts import contradictions

@@ -22,7 +22,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from numa_lab.attention.gqa import gqa_attention
 from numa_lab.attention.shapes import AttentionShape, fit, preset
 from numa_lab.machine import libnuma
-from numa_lab.machine.topology import Topology, read_topology
+from numa_lab.machine.topology import Topology
+from numa_lab.machine.topology_reader import read_topology
 from numa_lab.measurement import comparison, timing
 from numa_lab.measurement.blocks import randomized_blocks
 from numa_lab.measurement.case_timing import KVPool, pool_bytes, sample_case

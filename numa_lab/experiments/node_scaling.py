@@ -28,7 +28,8 @@ from numa_lab.bandwidth.node_bandwidths import NodeBandwidths
 from numa_lab.bandwidth.read_probe import read_once
 from numa_lab.bandwidth.roofline import Roofline
 from numa_lab.errors import InvalidInput, UntrustedResult
-from numa_lab.machine.topology import Topology, read_topology
+from numa_lab.machine.topology import Topology
+from numa_lab.machine.topology_reader import read_topology
 from numa_lab.measurement import timing
 from numa_lab.measurement.blocks import randomized_blocks
 from numa_lab.measurement.significance import ratio_of_medians

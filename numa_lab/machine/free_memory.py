@@ -17,7 +17,8 @@ from numa_lab.machine.control_groups import ControlGroups, tightest
 from numa_lab.machine.hardware import read_allowed, read_memory
 from numa_lab.machine.shell_commands import to_paste
 from numa_lab.machine.sysfs import Tree, format_cpulist
-from numa_lab.machine.topology import Topology, read_topology
+from numa_lab.machine.topology import Topology
+from numa_lab.machine.topology_reader import read_topology
 
 _TREE = Tree(Path("/"))
 _GROUPS = ControlGroups(_TREE)

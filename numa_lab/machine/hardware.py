@@ -1,4 +1,4 @@
-"""CPUs, caches and GPUs of a machine, from its sysfs tree."""
+"""Nodes, CPUs, caches and GPUs of a machine, and how they are read from its sysfs tree."""
 
 from __future__ import annotations
 
@@ -42,6 +42,22 @@ class Gpu:
 
     pci: str
     node: int | None
+
+
+@dataclass(frozen=True)
+class Node:
+    """A NUMA node: its online CPUs and its memory; `effective` where this process may use both.
+
+    `free_bytes` hold nothing; `available_bytes` add the file cache that the kernel would give up first.
+    """
+
+    id: int
+    cpus: tuple[int, ...]
+    memory_bytes: int
+    free_bytes: int
+    available_bytes: int
+    effective: bool
+    initiators: tuple[int, ...] = ()  # the nodes with the best access to its memory, where firmware tells (HMAT)
 
 
 def read_cpus(tree: Tree, online: tuple[int, ...], node_of: Mapping[int, int]) -> tuple[Cpu, ...]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 
+from numa_lab.machine.hardware import Node
 from numa_lab.machine.sysfs import format_cpulist
-from numa_lab.machine.topology import Node, Topology
+from numa_lab.machine.topology import Topology
 
 
 def overview(topology: Topology) -> str:

@@ -1,45 +1,21 @@
-"""The machine as the kernel describes it: nodes, CPUs, memory, distances, caches, GPUs, and what this process may use.
+"""A machine and what this process may use of it: nodes, CPUs, memory, distances, caches and GPUs, and the CPUs to place threads on.
 
-Everything is read from sysfs and procfs below an injectable root, so that a captured tree of another machine reads like
-a live one. Limits: caches and core kinds are missing where the kernel does not tell them, and a virtual machine shows
-what its hypervisor invented. Source: Documentation/ABI/stable/sysfs-devices-node and sysfs-devices-system-cpu.
+``numa_lab.machine.topology_reader`` reads one from the kernel's files.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from numa_lab.errors import InvalidInput, NodeUnavailable
-from numa_lab.machine.control_groups import ControlGroups, MemoryLimit
-from numa_lab.machine.hardware import Cache, Cpu, Gpu, read_caches, read_cpus, read_gpus, read_memory
-from numa_lab.machine.identity import hypervisor, is_emulated, model_name
-from numa_lab.machine.kernel_files import MachineFiles
+from numa_lab.machine.control_groups import MemoryLimit
+from numa_lab.machine.hardware import Cache, Cpu, Gpu, Node
 from numa_lab.machine.sysfs import format_cpulist, parse_cpulist
-
-__all__ = ["Cache", "Cpu", "Gpu", "Node", "Topology", "format_cpulist", "parse_cpulist", "read_topology", "spread"]
-
-
-@dataclass(frozen=True)
-class Node:
-    """A NUMA node: its online CPUs and its memory; `effective` where this process may use both.
-
-    `free_bytes` hold nothing; `available_bytes` add the file cache that the kernel would give up first.
-    """
-
-    id: int
-    cpus: tuple[int, ...]
-    memory_bytes: int
-    free_bytes: int
-    available_bytes: int
-    effective: bool
-    initiators: tuple[int, ...] = ()  # the nodes with the best access to its memory, where firmware tells (HMAT)
 
 
 @dataclass(frozen=True)
@@ -339,35 +315,3 @@ class Topology:
 def spread(cpus: Sequence[int], count: int) -> tuple[int, ...]:
     """So many of these CPUs, at even distances: spread over the caches."""
     return tuple(cpus[i * len(cpus) // count] for i in range(count))
-
-
-def read_topology(root: str | os.PathLike[str] = "/") -> Topology:
-    """Read the machine below `root` (``/``: this one, as the calling thread may use it).
-
-    Raises
-    ------
-    InvalidInput
-        `root` is no folder, or holds no sysfs.
-    """
-    files = MachineFiles(Path(root))
-    listed = files.node_cpus
-    allowed_cpus, allowed_nodes = files.allowed
-    memory = {node: read_memory(files, node, only=len(listed) == 1) for node in listed}
-    usable = tuple(node for node in allowed_nodes if memory[node][0])
-    info = files.text("proc/cpuinfo")
-    machine = Topology(
-        nodes=tuple(Node(node, of, *memory[node], False, files.initiators(node)) for node, of in listed.items()),
-        cpus=read_cpus(files, files.online, {cpu: node for node, of in listed.items() for cpu in of}),
-        distances=files.distances(),
-        allowed_cpus=allowed_cpus,
-        allowed_nodes=usable,
-        caches=read_caches(files, files.online),
-        gpus=read_gpus(files, list(listed)),
-        model_name=model_name(files, info),
-        hypervisor=hypervisor(files, info),
-        emulated=is_emulated(files, info),
-        isolated_cpus=files.isolated,
-        memory_limits=ControlGroups(files).memory_limits(),
-    )
-    nodes = (replace(node, effective=node.id in usable and bool(machine.cpus_of([node.id]))) for node in machine.nodes)
-    return replace(machine, nodes=tuple(nodes))

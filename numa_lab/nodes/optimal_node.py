@@ -25,7 +25,8 @@ import torch
 from numa_lab.attention.shapes import AttentionShape, preset
 from numa_lab.errors import InvalidInput, NotPermitted
 from numa_lab.machine import cache_folder, libnuma
-from numa_lab.machine.topology import Topology, read_topology
+from numa_lab.machine.topology import Topology
+from numa_lab.machine.topology_reader import read_topology
 from numa_lab.measurement import pairwise
 from numa_lab.measurement.labels import AA_SUFFIX
 from numa_lab.measurement.receipts import RECEIPT_COLUMNS, contradictions

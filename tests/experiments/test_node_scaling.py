@@ -9,7 +9,7 @@ from numa_lab.bandwidth.node_bandwidths import NodeBandwidths
 from numa_lab.errors import InvalidInput, UntrustedResult
 from numa_lab.experiments import node_scaling
 from numa_lab.experiments.node_scaling import BATCH, ISOLATED, LOADED, ONE_PROCESS, SEQUENCE
-from numa_lab.machine.topology import read_topology
+from numa_lab.machine.topology_reader import read_topology
 
 SHAPE = preset("llama-3-8b", batch=1, q_len=1, kv_len=64)
 

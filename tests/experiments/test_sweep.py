@@ -20,7 +20,8 @@ from numa_lab.cli import main
 from numa_lab.errors import InvalidInput, MachineMismatch, NodeUnavailable, RunDirectoryError, UntrustedResult
 from numa_lab.experiments import execution, notebook_files, notebook_runner, sweep, sweep_lock, sweep_plan
 from numa_lab.machine import libnuma
-from numa_lab.machine.topology import parse_cpulist, read_topology
+from numa_lab.machine.sysfs import parse_cpulist
+from numa_lab.machine.topology_reader import read_topology
 from numa_lab.measurement import atomic_files, comparison, machine_facts, results
 from numa_lab.report import receipts
 

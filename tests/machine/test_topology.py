@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from numa_lab.errors import InvalidInput, NodeUnavailable
 from numa_lab.machine import identity
 from numa_lab.machine.overview import overview
-from numa_lab.machine.sysfs import Tree
-from numa_lab.machine.topology import Topology, format_cpulist, parse_cpulist, read_topology
+from numa_lab.machine.sysfs import Tree, format_cpulist, parse_cpulist
+from numa_lab.machine.topology import Topology
+from numa_lab.machine.topology_reader import read_topology
 from numa_lab.placement.binding import Binding
 
 CAPTURED = Path(__file__).parents[1] / "topologies"

@@ -14,7 +14,7 @@ from numa_lab.bandwidth.node_bandwidths import NodeBandwidths
 from numa_lab.errors import InvalidInput, NodeUnavailable
 from numa_lab.experiments import execution, node_scaling
 from numa_lab.machine import libnuma
-from numa_lab.machine.topology import read_topology
+from numa_lab.machine.topology_reader import read_topology
 from numa_lab.measurement import case_timing
 from numa_lab.measurement.case_timing import KVPool, sample_case
 from numa_lab.measurement.workloads import Case

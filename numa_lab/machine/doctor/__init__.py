@@ -23,7 +23,8 @@ from numa_lab.machine import libnuma, new_threads
 from numa_lab.machine.doctor import given, host, load, optional, process
 from numa_lab.machine.doctor.examination import Finding, Machine
 from numa_lab.machine.sysfs import Tree
-from numa_lab.machine.topology import Topology, read_topology
+from numa_lab.machine.topology import Topology
+from numa_lab.machine.topology_reader import read_topology
 
 __all__ = ["Finding", "examine", "render", "to_json"]
 

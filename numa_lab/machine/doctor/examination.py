@@ -9,8 +9,9 @@ from typing import Literal
 
 from numa_lab.machine.control_groups import ControlGroups
 from numa_lab.machine.doctor.load import Load
+from numa_lab.machine.hardware import Node
 from numa_lab.machine.sysfs import Tree, parse_cpulist
-from numa_lab.machine.topology import Node, Topology
+from numa_lab.machine.topology import Topology
 
 Severity = Literal["problem", "warning", "info"]
 

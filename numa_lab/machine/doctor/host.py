@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 
 from numa_lab.machine.doctor.examination import Check, Finding, Machine
+from numa_lab.machine.hardware import Node
 from numa_lab.machine.identity import is_translated
 from numa_lab.machine.page_maps import HUGE_PAGES, huge_page_bytes
 from numa_lab.machine.sysfs import Tree, format_cpulist
-from numa_lab.machine.topology import Node
 
 NEARLY_FULL = 0.1  # of a node's memory is free
 CACHE_FILLS = 0.25  # of a node's memory, and
