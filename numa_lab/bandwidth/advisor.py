@@ -1,6 +1,6 @@
-"""Which placement to choose for decode attention: one node, one socket, all nodes together, or an instance on each.
+"""Advises where decode attention should run: on one node, on one socket, on all nodes together, or as an instance on each.
 
-It is predicted from measured bandwidths, as ``numa_lab.bandwidth.roofline`` says, so it costs no run. `numa-lab sweep` measures.
+The times are predicted from measured bandwidths, as ``numa_lab.bandwidth.roofline`` says, so nothing is run. `numa-lab sweep` measures.
 """
 
 from __future__ import annotations
@@ -234,12 +234,12 @@ def _notes(roofline: Roofline, *, emulated: bool) -> list[str]:
 
 
 def read_run(run_dir: Path) -> tuple[Topology, NodeBandwidths]:
-    """The topology of a run's machine, and what notebook 01 measured there.
+    """Return the topology of a run's machine, and the bandwidths that notebook 01 measured there.
 
     Raises
     ------
     RunDirectoryError
-        It is no run directory, is damaged, or was measured without probes.
+        The folder is no run directory, is damaged, or was measured without probes.
     """
     topology = load_machine(run_dir).topology
     if (probes := load_probes(run_dir)) is None:
@@ -251,7 +251,7 @@ def read_run(run_dir: Path) -> tuple[Topology, NodeBandwidths]:
 
 
 def render(advice: Advice, source: str) -> str:
-    """A table for a terminal, the fastest first, and what it says; `source` names what was measured."""
+    """Write advice as a table for a terminal, the fastest placement first; `source` names what was measured."""
     shape, best = advice.shape, advice.best.seconds
     rows = [strategy for strategy in (*advice.strategies, advice.interleaved) if strategy]
     remote = [strategy for strategy in advice.strategies if strategy.kind == "remote"]

@@ -16,7 +16,7 @@ from numa_lab.bandwidth.node_bandwidths import Groups, NodeBandwidths
 from numa_lab.machine.sysfs import format_cpulist
 
 Traffic = Mapping[tuple[int, int], float]  # bytes, by node of the CPUs and node of the memory
-_Limit = tuple[str, int, int]  # what limits, and whose: nodes of a path, a node twice, or sockets of a link
+_Limit = tuple[str, int, int]  # its kind, with the two nodes of a path, one node twice, or the two sockets of a link
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Contention:
 
     @cached_property
     def _shared(self) -> dict[_Limit, float]:
-        """Bandwidth of each limit that several paths share: the best that any of them reached alone."""
+        """The bandwidth of each limit that several paths share: the best that any of them reached alone."""
         best: dict[_Limit, float] = defaultdict(float)
         for cpu, mem in self._pairs:
             for limit in self._shared_by(cpu, mem):
@@ -110,19 +110,22 @@ class Contention:
         if together and len({cpu for cpu, _ in traffic}) > 1:
             yield sum(traffic.values()) / together, ("all", 0, 0)
 
-    def _name(self, what: str, a: int, b: int) -> str:
-        if what == "path":
-            guessed = "" if self.bandwidths.bandwidth(a, b) is not None else " (not measured: median of alike pairs)"
-            across = "another socket's " if self._socket[a] != self._socket[b] else ""
-            name = f"memory of node {b}" if a == b else f"node {a} reading {across}memory of node {b}"
-            return f"{name}, {gb(self.rate(a, b))}/s{guessed}"
-        if what == "all":
+    def _name(self, kind: str, first: int, second: int) -> str:
+        if kind == "path":
+            measured = self.bandwidths.bandwidth(first, second) is not None
+            guessed = "" if measured else " (not measured: median of alike pairs)"
+            across = "another socket's " if self._socket[first] != self._socket[second] else ""
+            memory = f"memory of node {second}"
+            name = memory if first == second else f"node {first} reading {across}{memory}"
+            return f"{name}, {gb(self.rate(first, second))}/s{guessed}"
+        if kind == "all":
             return f"all nodes reading at once, {gb(self.bandwidths.all_nodes_bytes_per_s or 0)}/s"
-        if what == "link":
-            name = "socket link from " + " to ".join(f"nodes {format_cpulist(self.groups[end])}" for end in (b, a))
+        if kind == "link":
+            ends = (f"nodes {format_cpulist(self.groups[socket])}" for socket in (second, first))
+            name = f"socket link from {' to '.join(ends)}"
         else:
-            name = f"CPUs of node {a}" if what == "cpu" else f"memory of node {a}"
-        return f"{name}, {gb(self._shared[what, a, b])}/s"
+            name = f"CPUs of node {first}" if kind == "cpu" else f"memory of node {first}"
+        return f"{name}, {gb(self._shared[kind, first, second])}/s"
 
 
 def gb(count: float) -> str:
