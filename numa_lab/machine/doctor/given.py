@@ -1,4 +1,4 @@
-"""What this process is given of the machine: CPUs, their time, and memory, by control groups, affinity and containers."""
+"""Checks what this process is given of the machine: CPUs, their time and memory, by control groups, affinity and containers."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ _CPUS = "/sys/devices/system/cpu"
 
 
 def _online_cpus(machine: Machine) -> Finding | None:
-    told = machine.tree.listed(f"{_CPUS}/online".lstrip("/"))
-    if not told or set(told) == machine.online:
+    listed = machine.tree.listed(f"{_CPUS}/online".lstrip("/"))
+    if not listed or set(listed) == machine.online:
         return None
     mounts = re.findall(
         rf"^(?:\S+ ){{4}}({_CPUS}(?:/online)?) ", machine.tree.text("proc/self/mountinfo"), re.MULTILINE
     )
     return Finding(
         "online_cpus",
-        f"{_CPUS}/online says {format_cpulist(told)}, and the kernel lets this process use CPUs "
+        f"{_CPUS}/online says {format_cpulist(listed)}, and the kernel lets this process use CPUs "
         f"{format_cpulist(machine.topology.allowed_cpus)} of {format_cpulist(machine.online)}",
         "A container was shown a list that was made for it, as lxcfs does. numa_lab goes by the kernel's answer; other programs "
         "count their threads by that list, and name CPUs that are not theirs.",
@@ -32,7 +32,7 @@ def _online_cpus(machine: Machine) -> Finding | None:
 def _memory_limit(machine: Machine) -> Finding | None:
     topology = machine.topology
     held = sum(node.memory_bytes for node in machine.memory_nodes if node.id in topology.allowed_nodes)
-    limit = min(topology.memory_limits, key=lambda one: one.limit_bytes, default=None)
+    limit = min(topology.memory_limits, key=lambda limit: limit.limit_bytes, default=None)
     if limit is None or limit.limit_bytes >= held:
         return None
     version_1 = not limit.file.endswith((".max", ".high"))
@@ -44,7 +44,7 @@ def _memory_limit(machine: Machine) -> Finding | None:
         + ("MemoryLimit=infinity" if version_1 else "MemoryMax=infinity MemoryHigh=infinity"),
         "srun --mem=0 COMMAND   # Slurm: all memory of the machine",
     ]
-    if not limit.file.endswith("memory.stat"):  # which tells a limit of a level that is not seen from here
+    if not limit.file.endswith("memory.stat"):  # that file holds the limit of a level that is not seen from here
         ways.append(
             f"echo {-1 if version_1 else 'max'} > {shlex.quote(limit.file)}   # as root, where the group may be written"
         )

@@ -1,4 +1,4 @@
-"""Faults of the machine that all its processes share: settings of the kernel, how memory is laid out and used, and load."""
+"""Checks the machine for faults that all its processes share: settings of the kernel, the layout and use of memory, and load."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from numa_lab.machine.identity import is_translated
 from numa_lab.machine.page_maps import HUGE_PAGES, huge_page_bytes
 from numa_lab.machine.sysfs import Tree, format_cpulist
 
-NEARLY_FULL = 0.1  # of a node's memory is free
-CACHE_FILLS = 0.25  # of a node's memory, and
-CACHE_GATHERS = 0.8  # of the machine's file cache on one node: then large files were read there
-BUSY_CPUS = 0.25  # CPUs' worth of time that others take: a team waits for its slowest thread
-CAPTURED_AVERAGE = 2.0  # threads that run: one of them took the picture
-WAITED = 0.1  # of the time some thread waits for a CPU
-STOLEN = 0.05  # of the CPU time that was wanted
+NEARLY_FULL = 0.1  # a node of whose memory less is free is nearly full
+CACHE_FILLS = 0.25  # of a node's memory holds file cache, and
+CACHE_GATHERS = 0.8  # of the machine's file cache lies on this node: then large files were read there
+BUSY_CPUS = 0.25  # CPUs' worth of time that others take; a team waits for its slowest thread
+CAPTURED_AVERAGE = 2.0  # load average of a captured machine, of which one thread copied the files
+WAITED = 0.1  # share of the time in which a thread waited for a CPU
+STOLEN = 0.05  # share of the wanted CPU time that went to other guests
 UNEVEN = 1.1  # largest to smallest node: 1.14 with one of eight memory modules missing, 1.03 by what the kernel keeps
 
 
@@ -149,7 +149,7 @@ def _file_cache(machine: Machine) -> Finding | None:
 
 
 def _file_cache_bytes(tree: Tree, node: Node) -> int:
-    """Bytes of file cache on a node that can be dropped; shared memory is counted among file pages and can't."""
+    """The bytes of file cache on a node that can be dropped; shared memory counts among file pages and can't be."""
     meminfo = dict(re.findall(r"(\w+):\s+(\d+) kB", tree.text(f"sys/devices/system/node/node{node.id}/meminfo")))
     return max(0, int(meminfo.get("FilePages", 0)) - int(meminfo.get("Shmem", 0))) * 1024
 
@@ -179,21 +179,23 @@ def _load(machine: Machine) -> Finding | None:
         return None
     cpus = len(machine.topology.usable_cpus)
     named = ", ".join(
-        f"{one.name} (process {one.pid}) {one.cpus:.0%} of one" for one in load.busiest if one.cpus >= 0.1
+        f"{process.name} (process {process.pid}) {process.cpus:.0%} of one"
+        for process in load.busiest
+        if process.cpus >= 0.1
     )
-    told = {
+    measures = {
         f"other processes took the time of {{:.1f}} CPUs, and this one may use {cpus}": load.others,
         "{}": named or None,
         "run queue {:.1f}": load.queued,
         "load average {:.1f}": load.average,
         "threads waited for a CPU in {:.0%} of the last 10 s": load.waited,
     }
-    busy = [one for one in load.busiest if one.cpus >= BUSY_CPUS]
-    pids, names = (" ".join(str(getattr(one, name)) for one in busy) for name in ("pid", "name"))
+    busy = [process for process in load.busiest if process.cpus >= BUSY_CPUS]
+    pids, names = (" ".join(str(getattr(process, name)) for process in busy) for name in ("pid", "name"))
     ways = [f"kill -STOP {pids}   # {names}; kill -CONT {pids} lets go on"] if busy else []
     return Finding(
         "load",
-        "; ".join(text.format(value) for text, value in told.items() if value is not None),
+        "; ".join(text.format(value) for text, value in measures.items() if value is not None),
         "Threads that share a core or the memory of a node with other work are slow by chance, and a team waits for its slowest: "
         "times scatter, and no placement helps.",
         "\n".join([*ways, "top -b -n 1 -o %CPU   # what runs, in a container on its host; end it or wait for it"]),

@@ -1,4 +1,4 @@
-"""What is optional and missing here: places to keep things, shared memory, descriptors, huge pages, threads and their masks."""
+"""Checks what is optional and may be missing: a cache folder, shared memory, open files, huge pages, threads and their masks."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from numa_lab.machine.sysfs import format_cpulist
 
 
 def refused_calls() -> dict[str, int]:
-    """Try the calls that need no libnuma; those that the kernel refuses, with the errno. Nothing is changed."""
+    """Try the calls that need no libnuma, and return those that the kernel refuses, with the errno. Nothing is changed."""
     refused = {}
     try:
         os.sched_setaffinity(
             0, []
-        )  # no CPU at all, which is EINVAL to the kernel where nothing refuses the call before
+        )  # no CPU at all, for which the kernel answers EINVAL unless the call itself is refused
     except OSError as error:
         if error.errno in affinity.REFUSALS:
             refused["sched_setaffinity"] = error.errno

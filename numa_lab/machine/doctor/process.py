@@ -1,4 +1,4 @@
-"""Faults of this process: what it lacks, what the kernel refuses it, and what its environment does to its threads."""
+"""Checks this process: what it lacks, what the kernel refuses it, and what its environment does to its threads."""
 
 from __future__ import annotations
 
@@ -26,8 +26,10 @@ def _libnuma(machine: Machine) -> Finding | None:
 def _numactl(machine: Machine) -> Finding | None:
     folders = machine.environ.get("PATH", os.defpath).split(os.pathsep)
     below_root = os.pathsep.join(str(machine.tree.root / folder.lstrip("/")) for folder in folders)
-    told = any(machine.tree.has(folder) for folder in ("bin", "usr/bin"))  # a captured tree may hold no programs at all
-    if not told or shutil.which("numactl", path=below_root):
+    has_programs = any(
+        machine.tree.has(folder) for folder in ("bin", "usr/bin")
+    )  # a captured tree may hold no programs at all
+    if not has_programs or shutil.which("numactl", path=below_root):
         return None
     return Finding(
         "numactl",
@@ -54,7 +56,7 @@ def _numa_calls(machine: Machine) -> Finding | None:
             "use a kernel that is built with CONFIG_NUMA=y\n"
             "docker run --runtime=runc IMAGE   # where the sandbox is gVisor"
         )
-    elif "move_pages" in machine.refused:  # which Docker's default profile allows with no capability
+    elif "move_pages" in machine.refused:  # Docker's default profile refuses it whatever the capabilities
         fix = (
             "docker run --security-opt seccomp=unconfined IMAGE   # or a profile of your own that lists these calls\n"
             "securityContext: {seccompProfile: {type: Unconfined}}   # Kubernetes: in the container's spec"
@@ -75,7 +77,7 @@ def _numa_calls(machine: Machine) -> Finding | None:
 
 def _affinity_variables(machine: Machine) -> Finding | None:
     names = ["KMP_AFFINITY"]
-    if machine.environ.get("OMP_PROC_BIND", "").strip().lower() != "false":  # which also disarms the other two
+    if machine.environ.get("OMP_PROC_BIND", "").strip().lower() != "false":  # false turns the other two off as well
         names += ["GOMP_CPU_AFFINITY", "OMP_PROC_BIND", "OMP_PLACES"]
     values = {name: value for name in names if (value := machine.environ.get(name, "").strip())}
     if {"none", "disabled"} & set(values.get("KMP_AFFINITY", "").lower().split(",")):
