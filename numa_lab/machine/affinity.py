@@ -35,7 +35,7 @@ def set_cpus(cpus: Collection[int]) -> None:
     try:
         os.sched_setaffinity(0, cpus)
     except OSError as error:
-        raise in_words(error, cpus) from error
+        raise explained(error, cpus) from error
 
 
 def give_back(cpus: Collection[int]) -> None:
@@ -46,7 +46,7 @@ def give_back(cpus: Collection[int]) -> None:
         os.sched_setaffinity(0, cpus)
 
 
-def in_words(error: OSError, cpus: Collection[int]) -> NumaLabError:
+def explained(error: OSError, cpus: Collection[int]) -> NumaLabError:
     """Return the error to raise in place of the one that ``sched_setaffinity`` raised for these CPUs."""
     asked = f"sched_setaffinity (CPU {format_cpulist(cpus)})"
     why = os.strerror(error.errno or 0)

@@ -27,7 +27,7 @@ def require(count: int, what: str) -> None:
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if limit == resource.RLIM_INFINITY:
         return
-    with told(what):
+    with explained(what):
         used = sum(int(number) < limit for number in os.listdir("/proc/self/fd"))
     if used + count + RESERVE > limit:
         raise LimitReached(
@@ -36,7 +36,7 @@ def require(count: int, what: str) -> None:
 
 
 @contextmanager
-def told(what: str) -> Iterator[None]:
+def explained(what: str) -> Iterator[None]:
     """Give an error of the block that comes from too many open files a message with the fix.
 
     Raises

@@ -209,7 +209,7 @@ class Topology:
         self.node(node_id)
         if node_id not in self.effective_nodes:
             raise NodeUnavailable(
-                f"node {node_id} has no CPUs, or no memory, that this process may use{self.isolated_words(node_id)}; nodes with "
+                f"node {node_id} has no CPUs, or no memory, that this process may use{self.isolation_note(node_id)}; nodes with "
                 f"both: {format_cpulist(self.effective_nodes) or 'none'}"
             )
 
@@ -234,7 +234,7 @@ class Topology:
             )
         return chosen
 
-    def isolated_words(self, node_id: int) -> str:
+    def isolation_note(self, node_id: int) -> str:
         """Return why CPUs of a node are left alone, to be added to a message; empty where none is isolated."""
         isolated = set(self.node(node_id).cpus).intersection(self.isolated_cpus)
         return f" (its CPUs {format_cpulist(isolated)} are isolated by isolcpus or nohz_full)" if isolated else ""
