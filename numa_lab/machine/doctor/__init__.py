@@ -21,7 +21,7 @@ import numpy as np
 
 from numa_lab.machine import libnuma, new_threads
 from numa_lab.machine.doctor import given, host, load, optional, process
-from numa_lab.machine.doctor.examination import Finding, Machine
+from numa_lab.machine.doctor.examination import Evidence, Finding
 from numa_lab.machine.sysfs import Tree
 from numa_lab.machine.topology import Topology
 from numa_lab.machine.topology_reader import read_topology
@@ -59,7 +59,7 @@ def examine(
     """
     tree, topology = Tree(Path(root)), topology or read_topology(root)
     has_libnuma = not tree.live or libnuma.available()
-    machine = Machine(
+    evidence = Evidence(
         tree=tree,
         topology=topology,
         environ=environ if environ is not None else os.environ if tree.live else {},
@@ -69,7 +69,7 @@ def examine(
         lacking=optional.refused_calls() if tree.live else {},
     )
     checks = (*process.CHECKS, *optional.CHECKS, *given.CHECKS, *host.CHECKS)
-    findings = [finding for check in checks if (finding := check(machine))]
+    findings = [finding for check in checks if (finding := check(evidence))]
     return sorted(findings, key=lambda finding: _SEVERITIES.index(finding.severity))
 
 

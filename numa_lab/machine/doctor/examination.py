@@ -36,7 +36,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Machine:
+class Evidence:
     """All that a check may look at: checks read nothing else, and change nothing."""
 
     tree: Tree
@@ -81,4 +81,4 @@ class Machine:
         return ControlGroups(self.tree)
 
 
-Check = Callable[[Machine], Finding | None]
+Check = Callable[[Evidence], Finding | None]
