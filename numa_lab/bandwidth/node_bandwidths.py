@@ -167,9 +167,8 @@ def _matrix(stored: Any) -> Matrix | None:
     return None if stored is None else tuple(map(tuple, stored))
 
 
-_READERS: Mapping[
-    str, Callable[[Any], Any]
-] = {  # how a field is read from JSON, by its name; others are taken as they are
+# How a field is read from JSON, by its name; other fields are taken as they are.
+_READERS: Mapping[str, Callable[[Any], Any]] = {
     "nodes": _numbers,
     "read_bytes_per_s": lambda stored: _matrix(stored) or (),
     "latency_ns": _matrix,

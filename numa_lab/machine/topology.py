@@ -277,10 +277,10 @@ class Topology:
             "allowed_cpus": list(self.allowed_cpus),
             "allowed_nodes": list(self.allowed_nodes),
             "isolated_cpus": list(self.isolated_cpus),
-            "memory_limits": [vars(limit) for limit in self.memory_limits],
-            "gpus": [vars(gpu) for gpu in self.gpus],
+            "memory_limits": [{**vars(limit)} for limit in self.memory_limits],
+            "gpus": [{**vars(gpu)} for gpu in self.gpus],
             "sockets": [{"id": s, "cpus": [cpu.id for cpu in self.cpus if cpu.socket == s]} for s in self.sockets],
-            "cpus": [vars(cpu) for cpu in self.cpus],
+            "cpus": [{**vars(cpu)} for cpu in self.cpus],
             "caches": [vars(cache) | {"cpus": format_cpulist(cache.cpus)} for cache in self.caches],
             "model_name": self.model_name,
             "hypervisor": self.hypervisor,
@@ -289,7 +289,10 @@ class Topology:
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> Topology:
-        """Read back what ``to_json`` gave; files of older versions hold no isolated CPUs and no memory limits.
+        """Read back what ``to_json`` gave.
+
+        Older versions stored neither isolated CPUs nor memory limits, which are then taken for none, and the first one did not store
+        what is available, for which the free memory stands in.
 
         Raises
         ------
@@ -298,10 +301,7 @@ class Topology:
         """
         try:
             return cls(
-                nodes=tuple(
-                    Node(**n | {"cpus": tuple(n["cpus"]), "initiators": tuple(n["initiators"])})
-                    for n in stored["nodes"]
-                ),
+                nodes=tuple(_stored_node(node) for node in stored["nodes"]),
                 cpus=tuple(Cpu(**cpu) for cpu in stored["cpus"]),
                 distances=tuple(map(tuple, stored["distances"])) if stored["distances"] else None,
                 allowed_cpus=tuple(stored["allowed_cpus"]),
@@ -314,6 +314,11 @@ class Topology:
             )
         except (AttributeError, KeyError, TypeError) as error:
             raise InvalidInput(f"a topology ({error!r}): expected what `numa-lab topology --json` prints") from error
+
+
+def _stored_node(stored: Mapping[str, Any]) -> Node:
+    lists = {name: tuple(stored[name]) for name in ("cpus", "initiators")}
+    return Node(**{"available_bytes": stored["free_bytes"], **stored, **lists})
 
 
 def spread(cpus: Sequence[int], count: int) -> tuple[int, ...]:

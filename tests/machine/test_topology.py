@@ -505,6 +505,20 @@ def test_what_is_no_list_is_refused(text):
         parse_cpulist(text)
 
 
+def test_topologies_of_older_runs_are_read(four_nodes):
+    stored = four_nodes.to_json()
+    for node in stored["nodes"]:
+        del node["available_bytes"]
+    del stored["isolated_cpus"], stored["memory_limits"]
+    older = Topology.from_json(stored)
+    assert (older.isolated_cpus, older.memory_limits, older.cpus) == ((), (), four_nodes.cpus)
+    assert older.available_bytes([0]) == older.free_bytes([0])
+    del stored["allowed_cpus"]
+    for wrong in (stored, [], None):
+        with pytest.raises(InvalidInput, match="numa-lab topology --json"):
+            Topology.from_json(wrong)
+
+
 def test_without_any_effective_node_the_message_says_what_may_be_used(four_nodes):
     assert four_nodes.require_effective_nodes() == four_nodes.effective_nodes
     assert four_nodes.require_effective_nodes([1]) == (1,)
