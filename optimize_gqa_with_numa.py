@@ -25,7 +25,7 @@ __all__ = [
 def main() -> None:
     """Print the node, default against optimised, and how to use it."""
     from numa_lab.experiments import guide_analyses
-    from numa_lab.machine.topology import read_topology
+    from numa_lab.machine.topology_reader import read_topology
     from numa_lab.nodes import optimal_node
     from numa_lab.placement.binding import Binding
 

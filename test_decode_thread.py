@@ -7,7 +7,7 @@ from torch import Tensor
 from numa_lab import NUMAOptimizedGQA, scaled_dot_product_attention_gqa
 from numa_lab.attention.shapes import fit, preset
 from numa_lab.errors import run_script
-from numa_lab.machine.topology import read_topology
+from numa_lab.machine.topology_reader import read_topology
 
 _global_numa_gqa: NUMAOptimizedGQA | None = None
 

@@ -35,7 +35,8 @@ from numa_lab.attention.reference import attention as reference
 from numa_lab.attention.shapes import AttentionShape
 from numa_lab.bandwidth import read_probe
 from numa_lab.machine.sysfs import format_cpulist
-from numa_lab.machine.topology import read_topology, spread
+from numa_lab.machine.topology import spread
+from numa_lab.machine.topology_reader import read_topology
 from numa_lab.measurement.blocks import randomized_blocks
 from numa_lab.placement import openmp
 

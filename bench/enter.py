@@ -14,7 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from numa_lab import NUMAOptimizedGQA
 from numa_lab.attention.shapes import PRESETS, preset
-from numa_lab.machine.topology import read_topology
+from numa_lab.machine.topology_reader import read_topology
 from numa_lab.measurement.blocks import randomized_blocks
 from numa_lab.placement import recycled_memory
 

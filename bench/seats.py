@@ -13,7 +13,7 @@ import common
 import torch
 from numba import cfunc, types
 
-from numa_lab.machine.topology import read_topology
+from numa_lab.machine.topology_reader import read_topology
 from numa_lab.nodes.seats import Place, ReservedSeats, seats_of
 from numa_lab.placement import openmp
 

@@ -26,7 +26,7 @@ from numa_lab.attention.gqa import gqa_attention
 from numa_lab.attention.shapes import preset
 from numa_lab.machine.doctor import load
 from numa_lab.machine.sysfs import Tree
-from numa_lab.machine.topology import read_topology
+from numa_lab.machine.topology_reader import read_topology
 from numa_lab.nodes.thread_pool import NUMAThreadPool
 from numa_lab.placement import memory, openmp
 

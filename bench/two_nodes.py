@@ -21,7 +21,7 @@ from torch import Tensor
 
 from numa_lab.attention.gqa import gqa_attention
 from numa_lab.attention.shapes import AttentionShape
-from numa_lab.machine.topology import read_topology
+from numa_lab.machine.topology_reader import read_topology
 from numa_lab.nodes.kv_cache import NodeShardedKVCache
 from numa_lab.nodes.one_node import NUMAOptimizedGQA
 from numa_lab.nodes.seats import Place

@@ -5,7 +5,7 @@ from .bandwidth.advisor import plan_placement as plan_placement
 from .errors import NumaLabError as NumaLabError
 from .experiments.node_ranking import rank_nodes as rank_nodes
 from .machine.topology import Topology as Topology
-from .machine.topology import read_topology as read_topology
+from .machine.topology_reader import read_topology as read_topology
 from .measurement.results import load_run as load_run
 from .measurement.results import load_runs as load_runs
 from .nodes.kv_cache import NodeShardedKVCache as NodeShardedKVCache

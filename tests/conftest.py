@@ -1,5 +1,6 @@
 """What each test has to leave as it was; captured machines, and runs with a planted truth."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -21,8 +22,9 @@ from numa_lab.attention.shapes import preset
 from numa_lab.errors import NotPermitted, NumaLabError
 from numa_lab.experiments import sweep_lock
 from numa_lab.machine import libnuma
+from numa_lab.machine.hardware import Cpu, Node
 from numa_lab.machine.sysfs import format_cpulist
-from numa_lab.machine.topology import Cpu, Node, Topology
+from numa_lab.machine.topology import Topology
 from numa_lab.measurement import atomic_files, machine_facts, results
 from numa_lab.placement.binding import Binding, MemPolicy
 from still_running import StillRunning
@@ -198,7 +200,7 @@ def _case(rng, shape, threads, label, binding, speed, block, order, noise, sampl
 
 @pytest.fixture
 def synthetic_machine():
-    """``machine.json`` of a machine with so many nodes of two CPUs."""
+    """A machine with so many nodes of two CPUs."""
     return _machine
 
 
@@ -209,7 +211,7 @@ def _machine(nodes=1, emulated=False):
     topology = Topology(
         listed, cpus, distances, tuple(range(2 * nodes)), tuple(range(nodes)), (), (), "Synthetic 9000", None, emulated
     )
-    return {**machine_facts.machine_facts(topology), "findings": []}
+    return dataclasses.replace(machine_facts.describe_machine(topology), findings=[])
 
 
 @pytest.fixture
@@ -219,7 +221,7 @@ def synthetic_run(tmp_path, synthetic_machine):
     def write(rows, nodes=1, failed=0, emulated=False) -> Path:
         machine = synthetic_machine(nodes, emulated)
         run_dir = tmp_path / f"run-{zlib.crc32(str(len(rows)).encode()):x}-{nodes}"
-        atomic_files.write_json(run_dir / "machine.json", machine)
+        atomic_files.write_json(run_dir / "machine.json", machine.to_json())
         executions = []
         for key, group in rows.groupby("execution_id"):
             first = group.iloc[0]
@@ -230,7 +232,7 @@ def synthetic_run(tmp_path, synthetic_machine):
                 "order": int(first["order"]),
             }
             executions.append({**described, "command": f"numactl --cpunodebind=0 papermill {first['label']}.ipynb"})
-            results.write_rows(run_dir / "executions" / f"{key}.parquet", group, machine["fingerprint"])
+            results.write_rows(run_dir / "executions" / f"{key}.parquet", group, machine.fingerprint)
             outcome = {**described, "status": "ok", "reasons": [], "exit_status": 0, "seconds": 9.5}
             atomic_files.write_json(run_dir / "executions" / f"{key}.json", outcome)
         for number in range(failed):

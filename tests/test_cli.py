@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from numa_lab.bandwidth import mlc
 from numa_lab.cli import main
-from numa_lab.machine.topology import read_topology
+from numa_lab.machine.topology_reader import read_topology
 from numa_lab.nodes.rankings import RankedNode, Ranking
 from numa_lab.placement.binding import Binding
 
@@ -58,7 +58,7 @@ def test_bad_input_is_one_message_on_stderr(words, status, message):
 
 
 def test_ctrl_c_anywhere_is_no_failure_of_executions(monkeypatch):
-    monkeypatch.setattr("numa_lab.machine.topology.read_topology", mock.Mock(side_effect=KeyboardInterrupt))
+    monkeypatch.setattr("numa_lab.machine.topology_reader.read_topology", mock.Mock(side_effect=KeyboardInterrupt))
     result = call("sweep", "--profile", "smoke")
     assert (result.exit_code, result.stderr) == (130, "numa-lab: stopped\n")
 

@@ -28,7 +28,7 @@ from sybil.parsers.rest import DocTestParser
 
 from numa_lab.cli import main
 from numa_lab.experiments import notebook_files, notebook_runner, sweep, sweep_plan
-from numa_lab.machine.topology import read_topology
+from numa_lab.machine.topology_reader import read_topology
 
 ROOT = Path(__file__).parents[1]
 PAGES = [  # the source guide has tests of its own

@@ -11,11 +11,11 @@ import pytest
 
 from numa_lab.attention.shapes import preset
 from numa_lab.bandwidth import advisor
-from numa_lab.bandwidth.node_bandwidths import Measured
+from numa_lab.bandwidth.node_bandwidths import NodeBandwidths
 from numa_lab.experiments import notebook_files, sweep_plan
 from numa_lab.machine.overview import overview
 from numa_lab.machine.sysfs import format_cpulist
-from numa_lab.machine.topology import read_topology
+from numa_lab.machine.topology_reader import read_topology
 from numa_lab.measurement import comparison
 from numa_lab.measurement.machine_facts import load_machine
 from numa_lab.measurement.receipts import contradictions
@@ -99,7 +99,7 @@ def test_72_nodes_with_4608_cpus_are_read_and_planned(largest, monkeypatch):
     planned = time.process_time() - begin - read
     assert len(made.executions) == 5 * (NODES * NODES + 1)
     rows = tuple(tuple(9e10 if cpu == mem else 2e10 + cpu for mem in range(NODES)) for cpu in range(NODES))
-    measured = Measured(topology.node_ids, rows, None, None)
+    measured = NodeBandwidths(topology.node_ids, rows, None, None)
     shape = preset("llama-3-8b")
     predicted = advisor.predict_bindings([(binding, shape) for binding in chosen for _ in range(9)], topology, measured)
     assert predicted[0].limit == "memory of node 0, 90.0 GB/s"
@@ -113,8 +113,7 @@ def test_a_run_on_16_nodes_is_judged_and_drawn(synthetic_rows, synthetic_run):
     remote = {label: 1.3 for label in labels if Binding.parse(label).cpu_nodes != Binding.parse(label).mem_nodes}
     run_dir = synthetic_run(synthetic_rows(labels, executions=3, effects=remote, samples=3, nodes=16), nodes=16)
     rows, machine = load_run(run_dir), load_machine(run_dir)
-    node_cpus = {node["id"]: node["cpus"] for node in machine["topology"]["nodes"]}
-    assert contradictions(rows, node_cpus) == []
+    assert contradictions(rows, machine.topology.allowed_node_cpus) == []
     heatmap = figures.overhead_heatmap(rows)
     assert len(heatmap.table) >= len(labels)
     assert heatmap.png()

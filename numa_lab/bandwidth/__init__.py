@@ -1,1 +1,1 @@
-"""What memory allows: bandwidths and latencies between nodes, measured or published, and the time that they predict."""
+"""What memory allows: bandwidths and latencies between nodes, measured or published, and the times that follow from them."""

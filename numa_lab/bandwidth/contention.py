@@ -1,6 +1,6 @@
-"""How fast memory can be read by several nodes at once: the limits of a machine, from bandwidths of pairs of nodes.
+"""How fast several nodes can read memory at once, from the bandwidths that pairs of nodes reached alone.
 
-Bytes take as long as the slowest of these lets them: each path from CPUs to memory, the memory of each node, the CPUs of
+Bytes take as long as the slowest of these limits lets them: each path from CPUs to memory, the memory of each node, the CPUs of
 each node, the link from each socket to each other, and all nodes together. ``numa_lab.bandwidth.roofline`` says how each is known.
 """
 
@@ -12,39 +12,48 @@ from dataclasses import dataclass
 from functools import cached_property
 from statistics import median
 
-from numa_lab.bandwidth.node_bandwidths import Groups, Measured
+from numa_lab.bandwidth.node_bandwidths import Groups, NodeBandwidths
 from numa_lab.machine.sysfs import format_cpulist
 
 Traffic = Mapping[tuple[int, int], float]  # bytes, by node of the CPUs and node of the memory
-_Limit = tuple[str, int, int]  # what limits, and whose: nodes of a path, a node twice, or sockets of a link
+_Limit = tuple[str, int, int]  # its kind, with the two nodes of a path, one node twice, or the two sockets of a link
 
 
 @dataclass(frozen=True)
-class Limits:
-    """The limits of a machine.
+class Contention:
+    """The limits that the paths between the nodes of a machine share.
 
     Parameters
     ----------
-    measured
+    bandwidths
         Bandwidths between its nodes: traffic may be between those that were measured with any other.
     groups
-        The nodes of each socket, as ``measured.socket_groups`` finds them.
+        The nodes of each socket, as ``node_bandwidths.socket_groups`` finds them.
     """
 
-    measured: Measured
+    bandwidths: NodeBandwidths
     groups: Groups
 
     def seconds(self, traffic: Traffic) -> float:
-        """The time that this traffic takes, all of it at once."""
+        """Return the time that this traffic takes, all of it at once."""
         return max((seconds for seconds, _ in self._limits(traffic)), default=0.0)
 
     def slowest(self, traffic: Traffic) -> tuple[float, str]:
-        """Seconds and name of what bounds this traffic, which is some; of limits that are equal the first is named."""
-        seconds, limit = max(self._limits(traffic), key=lambda found: found[0])
+        """Return seconds and name of the limit that bounds this traffic; of limits that are equal, the first is named.
+
+        Raises
+        ------
+        ValueError
+            There is no traffic.
+        """
+        seconds, limit = max(self._limits(traffic), key=lambda bound: bound[0])
         return seconds, self._name(*limit)
 
     def rate(self, cpu: int, mem: int) -> float:
-        """Bandwidth of a path. One that was left out counts as the median of those alike: own memory, same socket, or not."""
+        """Return the bandwidth of a path from the CPUs of one node to the memory of another, or of the same.
+
+        A path that was not measured counts as the median of those alike: to a node's own memory, within a socket, or between two.
+        """
         return self._rates[cpu, mem]
 
     @cached_property
@@ -53,35 +62,35 @@ class Limits:
 
     @cached_property
     def _pairs(self) -> list[tuple[int, int]]:
-        return [(cpu, mem) for cpu in self.measured.cpu_nodes for mem in self.measured.mem_nodes]
+        return [(cpu, mem) for cpu in self.bandwidths.cpu_nodes for mem in self.bandwidths.mem_nodes]
 
     @cached_property
     def _rates(self) -> dict[tuple[int, int], float]:
         def likeness(c: int, m: int) -> tuple[bool, bool]:
             return c == m, self._socket[c] == self._socket[m]
 
-        known = {pair: rate for pair in self._pairs if (rate := self.measured.bandwidth(*pair)) is not None}
+        known = {pair: rate for pair in self._pairs if (rate := self.bandwidths.bandwidth(*pair)) is not None}
         alike: dict[tuple[bool, bool], list[float]] = defaultdict(list)
         by_cpu: dict[int, list[float]] = defaultdict(list)
         for pair, rate in known.items():
             alike[likeness(*pair)].append(rate)
             by_cpu[pair[0]].append(rate)
         usual = {kind: median(rates) for kind, rates in alike.items()}
-        found = {}
-        for cpu in self.measured.cpu_nodes:
+        rates = {}
+        for cpu in self.bandwidths.cpu_nodes:
             guess = median(by_cpu[cpu])
             for mem in self._socket:
-                found[cpu, mem] = known.get((cpu, mem), usual.get(likeness(cpu, mem), guess))
-        return found
+                rates[cpu, mem] = known.get((cpu, mem), usual.get(likeness(cpu, mem), guess))
+        return rates
 
     @cached_property
     def _shared(self) -> dict[_Limit, float]:
-        """Bandwidth of each limit that several paths share: the best that any of them reached alone."""
-        found: dict[_Limit, float] = defaultdict(float)
+        """The bandwidth of each limit that several paths share: the best that any of them reached alone."""
+        best: dict[_Limit, float] = defaultdict(float)
         for cpu, mem in self._pairs:
             for limit in self._shared_by(cpu, mem):
-                found[limit] = max(found[limit], self.rate(cpu, mem))
-        return found
+                best[limit] = max(best[limit], self.rate(cpu, mem))
+        return best
 
     def _shared_by(self, cpu: int, mem: int) -> list[_Limit]:
         sockets = self._socket[cpu], self._socket[mem]
@@ -89,7 +98,7 @@ class Limits:
         return [("cpu", cpu, cpu), ("mem", mem, mem), *link]
 
     def _limits(self, traffic: Traffic) -> Iterator[tuple[float, _Limit]]:
-        """Seconds of each limit."""
+        """The seconds that each limit needs for this traffic."""
         through: dict[_Limit, float] = defaultdict(float)
         for (cpu, mem), count in traffic.items():
             yield count / self.rate(cpu, mem), ("path", cpu, mem)
@@ -97,25 +106,28 @@ class Limits:
                 through[limit] += count
         for limit, count in through.items():
             yield count / self._shared[limit], limit
-        together = self.measured.all_nodes_bytes_per_s
+        together = self.bandwidths.all_nodes_bytes_per_s
         if together and len({cpu for cpu, _ in traffic}) > 1:
             yield sum(traffic.values()) / together, ("all", 0, 0)
 
-    def _name(self, what: str, a: int, b: int) -> str:
-        if what == "path":
-            guessed = "" if self.measured.bandwidth(a, b) is not None else " (not measured: median of alike pairs)"
-            across = "another socket's " if self._socket[a] != self._socket[b] else ""
-            name = f"memory of node {b}" if a == b else f"node {a} reading {across}memory of node {b}"
-            return f"{name}, {gb(self.rate(a, b))}/s{guessed}"
-        if what == "all":
-            return f"all nodes reading at once, {gb(self.measured.all_nodes_bytes_per_s or 0)}/s"
-        if what == "link":
-            name = "socket link from " + " to ".join(f"nodes {format_cpulist(self.groups[end])}" for end in (b, a))
+    def _name(self, kind: str, first: int, second: int) -> str:
+        if kind == "path":
+            measured = self.bandwidths.bandwidth(first, second) is not None
+            guessed = "" if measured else " (not measured: median of alike pairs)"
+            across = "another socket's " if self._socket[first] != self._socket[second] else ""
+            memory = f"memory of node {second}"
+            name = memory if first == second else f"node {first} reading {across}{memory}"
+            return f"{name}, {gb(self.rate(first, second))}/s{guessed}"
+        if kind == "all":
+            return f"all nodes reading at once, {gb(self.bandwidths.all_nodes_bytes_per_s or 0)}/s"
+        if kind == "link":
+            ends = (f"nodes {format_cpulist(self.groups[socket])}" for socket in (second, first))
+            name = f"socket link from {' to '.join(ends)}"
         else:
-            name = f"CPUs of node {a}" if what == "cpu" else f"memory of node {a}"
-        return f"{name}, {gb(self._shared[what, a, b])}/s"
+            name = f"CPUs of node {first}" if kind == "cpu" else f"memory of node {first}"
+        return f"{name}, {gb(self._shared[kind, first, second])}/s"
 
 
 def gb(count: float) -> str:
-    """A number of bytes in words."""
+    """Write a number of bytes in gigabytes of 10^9."""
     return f"{count / 1e9:.1f} GB"

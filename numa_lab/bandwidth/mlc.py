@@ -1,8 +1,8 @@
-"""Output of Intel Memory Latency Checker (MLC), and that of four published machines.
+"""Reads the output of Intel Memory Latency Checker (MLC), of which four machines' outputs come with the package.
 
-Versions 3.1 to 3.11 were seen. They differ in titles and notes. Rows are CPU nodes, columns memory nodes, in MB/s of
-10^6 bytes and in nanoseconds. A node without CPUs has no row, and memory without room is shown as "-". Decimals follow
-the locale: 101000.5, or 101000,5. Only what says that it was read is taken for read bandwidth.
+Versions 3.1 to 3.11 were seen, which differ in titles and notes. MLC prints a row for each CPU node and a column for each memory
+node, in MB/s of 10^6 bytes and in nanoseconds. A node without CPUs has no row, and memory without room is shown as "-". Decimals
+follow the locale: 101000.5, or 101000,5. A matrix is taken for read bandwidths only where the output says that it was read.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from numa_lab.bandwidth.node_bandwidths import Matrix, Measured
+from numa_lab.bandwidth.node_bandwidths import Matrix, NodeBandwidths
 from numa_lab.errors import InvalidInput
 
 FOLDER = Path(__file__).parent / "published"
@@ -39,8 +39,8 @@ _AGAIN = "run `mlc` again and keep all that it prints"
 _READS_AGAIN = "run `mlc --bandwidth_matrix` without -W and keep all that it prints"
 
 
-def published(name: str) -> Measured:
-    """Measurements of one of the machines ``PUBLISHED``; see numa_lab/bandwidth/published/README.md for their source.
+def published(name: str) -> NodeBandwidths:
+    """Return what was measured on one of the machines ``PUBLISHED``; numa_lab/bandwidth/published/README.md names their source.
 
     Raises
     ------
@@ -52,7 +52,7 @@ def published(name: str) -> Measured:
     return read_mlc(FOLDER / f"{name}_mlc.txt")
 
 
-def read_mlc(path: str | os.PathLike[str]) -> Measured:
+def read_mlc(path: str | os.PathLike[str]) -> NodeBandwidths:
     """Read a file with MLC's output; see ``parse_mlc``.
 
     Raises
@@ -73,12 +73,12 @@ def read_mlc(path: str | os.PathLike[str]) -> Measured:
     return parse_mlc(text, str(path))
 
 
-def parse_mlc(text: str, source: str = "MLC output") -> Measured:
+def parse_mlc(text: str, source: str = "MLC output") -> NodeBandwidths:
     """Read MLC's matrices of bandwidth and latency, and its peak bandwidth of reads.
 
-    Outputs of ``mlc``, or of ``mlc --bandwidth_matrix``, ``--latency_matrix`` and ``--peak_injection_bandwidth`` one after
-    the other. Without the last two, latencies and the peak are None. Where the output ends within its last row, the
-    cells that follow are None: so ends one of the published machines.
+    The text is the output of ``mlc``, or those of ``mlc --bandwidth_matrix``, ``--latency_matrix`` and ``--peak_injection_bandwidth``
+    one after the other. Without the last two, latencies and the peak are None. Where the output ends within its last row, the
+    cells that are missing are None, since the output of a published machine ends so.
 
     Parameters
     ----------
@@ -103,7 +103,7 @@ def parse_mlc(text: str, source: str = "MLC output") -> Measured:
         rows = [", ".join(map(str, sorted(matrix))) for matrix in (bandwidth, latency)]
         raise InvalidInput(f"{source} has bandwidths of nodes {rows[0]} and latencies of nodes {rows[1]}: {_AGAIN}")
     nodes = tuple(sorted({node for row in bandwidth.values() for node in row}))
-    return Measured(
+    return NodeBandwidths(
         nodes,
         _square(bandwidth, nodes, 1e6),
         None if latency is None else _square(latency, nodes, 1.0),
@@ -115,7 +115,7 @@ Cells = dict[int, dict[int, float | None]]
 
 
 def _square(cells: Cells, nodes: Sequence[int], scale: float) -> Matrix:
-    """Rows and columns for all nodes; None where nothing was measured."""
+    """The cells as rows and columns of all nodes; None where nothing was measured."""
 
     def value(cpu: int, mem: int) -> float | None:
         cell = cells.get(cpu, {}).get(mem)
@@ -132,17 +132,17 @@ class _Lines:
     source: str
 
     def refuse(self, number: int, why: str) -> InvalidInput:
-        """What is wrong with a line; `number` counts from 0, the message from 1."""
+        """The error that says what is wrong with a line; `number` counts from 0, and the message from 1."""
         return InvalidInput(f"{self.source}, line {number + 1}, {self.lines[number].strip()[:80]!r}: {why}")
 
     def matrix(self, title: re.Pattern[str], what: str) -> Cells | None:
-        """Cells by CPU node and memory node; None where the output has no such matrix."""
-        found = [number for number, line in enumerate(self.lines) if title.match(line)]
-        if len(found) > 1:
-            raise self.refuse(found[1], f"second matrix of {what}; keep one of them")
-        if not found:
+        """The cells of a matrix by CPU node and memory node; None where the output has no such matrix."""
+        titles = [number for number, line in enumerate(self.lines) if title.match(line)]
+        if len(titles) > 1:
+            raise self.refuse(titles[1], f"second matrix of {what}; keep one of them")
+        if not titles:
             return None
-        start = found[0]
+        start = titles[0]
         header = next((n for n in range(start + 1, len(self.lines)) if _HEADER.fullmatch(self.lines[n])), None)
         following = next(
             (n for n in range(start + 1, len(self.lines)) if "Measuring" in self.lines[n]), len(self.lines)
@@ -159,7 +159,7 @@ class _Lines:
         cells: Cells = {}
         for number in range(header + 1, len(self.lines)):
             if not self.lines[number].strip():
-                continue  # stands for a node without CPUs
+                continue  # an empty line stands for a node without CPUs
             if not _ROW.fullmatch(self.lines[number]):
                 break
             cpu, row = self.row(number, columns)
@@ -171,7 +171,7 @@ class _Lines:
         return cells
 
     def require_reads(self, start: int, header: int) -> None:
-        """Refuse a matrix of bandwidths, by its title and its header, unless what stands there says that it was read.
+        """Refuse a matrix of bandwidths unless the lines from its title to its header say that memory was read.
 
         With -W, MLC measures reads and writes, or writes alone, and prints the same table without the line that names its traffic.
         """
@@ -183,11 +183,13 @@ class _Lines:
                 break
         if command and _WRITES.search(command):
             raise self.refuse(start, f"measured with {command}, which writes; {_READS_AGAIN}")
-        said = [(number, match[1]) for number in range(start, header) if (match := _TRAFFIC.match(self.lines[number]))]
-        for number, traffic in said:
+        traffics = [
+            (number, match[1]) for number in range(start, header) if (match := _TRAFFIC.match(self.lines[number]))
+        ]
+        for number, traffic in traffics:
             if not _READ_ONLY.fullmatch(traffic):
                 raise self.refuse(number, f"this traffic is not reads alone; {_READS_AGAIN}")
-        if not said and (command is None or _MAY_WRITE.search(command)):
+        if not traffics and (command is None or _MAY_WRITE.search(command)):
             raise self.refuse(
                 start,
                 "neither a line `Using Read-only traffic type` nor MLC's line with its command line parameters says whether "
@@ -199,21 +201,21 @@ class _Lines:
 
     def row(self, number: int, columns: Sequence[int]) -> tuple[int, dict[int, float | None]]:
         """The node and the cells of one row."""
-        node, *words = self.lines[number].split()
-        values = [None if word == "-" else self.number(number, word) for word in words]
+        node, *texts = self.lines[number].split()
+        values = [None if text == "-" else self.number(number, text) for text in texts]
         ends_here = self.is_last(number) and int(node) == columns[-1]  # of an earlier node, whole rows would be missing
-        if not words or len(words) > len(columns) or (len(words) < len(columns) and not ends_here):
-            raise self.refuse(number, f"{len(words)} values, expected {len(columns)}; {_AGAIN}")
-        return int(node), dict(zip(columns, values + [None] * (len(columns) - len(words)), strict=True))
+        if not texts or len(texts) > len(columns) or (len(texts) < len(columns) and not ends_here):
+            raise self.refuse(number, f"{len(texts)} values, expected {len(columns)}; {_AGAIN}")
+        return int(node), dict(zip(columns, values + [None] * (len(columns) - len(texts)), strict=True))
 
-    def number(self, number: int, word: str) -> float:
-        """A positive number of a line."""
-        if not _NUMBER.fullmatch(word) or not float(word.replace(",", ".")):
-            raise self.refuse(number, f"{word!r} is not a positive number such as 101000.5 or 101000,5")
+    def number(self, number: int, text: str) -> float:
+        """The value of a positive number that stands in a line."""
+        if not _NUMBER.fullmatch(text) or not float(text.replace(",", ".")):
+            raise self.refuse(number, f"{text!r} is not a positive number such as 101000.5 or 101000,5")
         # MLC prints a decimal everywhere: where the output ends without one, the number has lost digits.
-        if word.isdecimal() and self.is_last(number) and self.lines[number].rstrip().endswith(word):
+        if text.isdecimal() and self.is_last(number) and self.lines[number].rstrip().endswith(text):
             raise self.refuse(number, f"the output ends within a number; {_AGAIN}")
-        return float(word.replace(",", "."))
+        return float(text.replace(",", "."))
 
     def is_last(self, number: int) -> bool:
         """Whether nothing follows a line."""
@@ -221,9 +223,9 @@ class _Lines:
 
     def all_reads(self) -> float | None:
         """The highest bandwidth of all nodes reading at once, in bytes per second; None where the output has none."""
-        found = [
+        peaks = [
             1e6 * self.number(number, match[1].strip())
             for number, line in enumerate(self.lines)
             if (match := _ALL_READS.match(line)) and match[1].strip()
         ]
-        return round(max(found), 1) if found else None
+        return round(max(peaks), 1) if peaks else None

@@ -1,20 +1,17 @@
-"""The limits that attention is held against: read bandwidth and latency between all nodes."""
+"""Measures the limits that attention is compared with: read bandwidth and latency between all nodes."""
 
 from __future__ import annotations
 
-import json
 import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
 
 import torch
 
 from numa_lab.attention.vectors import LINE_BYTES
-from numa_lab.bandwidth.node_bandwidths import Matrix, Measured
+from numa_lab.bandwidth.node_bandwidths import NodeProbes
 from numa_lab.bandwidth.read_probe import LINE_WORDS, cycle_through, read_bandwidth, read_latency
 from numa_lab.errors import InvalidInput, NodeUnavailable, NumaLabError
 from numa_lab.machine import new_threads
@@ -23,34 +20,19 @@ from numa_lab.machine.topology import Topology
 from numa_lab.placement import memory, openmp, page_location, pinned_team
 from numa_lab.placement.receipt import team_of
 
-CACHE_MULTIPLE = 4  # buffers exceed the last-level caches so many times: a pass finds little of the pass before
-BUFFER_BYTES = 256 << 20  # and are at least so large
-CHASE_CACHE_MULTIPLE = 2  # a chase visits each line once, so that less suffices; its random cycle takes long to make
+CACHE_MULTIPLE = (
+    4  # a buffer is so many times as large as the last-level caches: a pass finds little of the pass before
+)
+BUFFER_BYTES = 256 << 20  # a buffer is at least so large
+CHASE_CACHE_MULTIPLE = (
+    2  # a chase visits each line once, so that less suffices, and its random cycle takes long to make
+)
 CHASE_BYTES = 64 << 20
 MEMORY_SHARE = 0.5  # of a node's available memory that a buffer may take
-EMULATED_BYTES = 8 << 20  # of an emulated machine, whose caches are invented and whose times mean nothing
+EMULATED_BYTES = 8 << 20  # a buffer of an emulated machine, whose caches are invented and whose times mean nothing
 MIN_CELL_SECONDS = 0.05
 
 Progress = Callable[[int, int, str], None]
-
-
-@dataclass(frozen=True)
-class NodeProbes(Measured):
-    """Limits measured on this machine: latencies are those from the first core of a CPU node.
-
-    With one node, ``all_nodes_bytes_per_s`` is that node, measured again.
-    """
-
-    latency_ns: Matrix
-    threads: tuple[int, ...]  # per CPU node
-    pages: dict[int, dict[int, int]]  # where the buffer of each memory node lay
-    notes: tuple[str, ...]
-    seconds: float
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON values; the keys of ``pages`` become text."""
-        plain: dict[str, Any] = json.loads(json.dumps(asdict(self), allow_nan=False))
-        return plain
 
 
 def probe_nodes(topology: Topology, *, seconds: float = 10.0, progress: Progress | None = None) -> NodeProbes:
@@ -61,10 +43,14 @@ def probe_nodes(topology: Topology, *, seconds: float = 10.0, progress: Progress
     topology
         This machine.
     seconds
-        Time for everything, divided over the cells as they come. Making the buffers, and three passes over them in each
-        cell, take what they need.
+        Time for everything, divided over the pairs of nodes as they come. Making the buffers, and three passes over them for each
+        pair, take the time that they need.
     progress
-        Called with cells done, cells in all, and what comes next.
+        Is called with the number of pairs that are done, the number of all, and the name of the next.
+
+    Returns
+    -------
+    The bandwidths and latencies. What could not be measured is None, and a note says why.
 
     Raises
     ------
@@ -90,7 +76,7 @@ def probe_nodes(topology: Topology, *, seconds: float = 10.0, progress: Progress
     cells, done = len(cpu_nodes) * len(topology.allowed_nodes) + 1, 0
 
     def next_cell(what: str) -> float:
-        """Announce a cell; its share of the time that is left."""
+        """Announce a pair of nodes, and return its share of the seconds that are left."""
         if progress:
             progress(done, cells, what)
         return max(MIN_CELL_SECONDS, (seconds - (time.perf_counter() - begin)) / (cells - done))
@@ -112,8 +98,8 @@ def probe_nodes(topology: Topology, *, seconds: float = 10.0, progress: Progress
             start_line = len(following) // LINE_WORDS * i // len(cpu_nodes)
             with pinned_team.pinned_team(cores[cpu]) as pinned:
                 size = team_of(len(cores[cpu]), pinned)
-                told = [f"Node {cpu}: {sentence}" for sentence in (size.contradictions() if size else ())]
-                notes += [note for note in told if note not in notes]
+                sentences = size.contradictions() if size else ()
+                notes += [note for sentence in sentences if (note := f"Node {cpu}: {sentence}") not in notes]
                 bandwidth[cpu, mem] = read_bandwidth(buffer, len(cores[cpu]), seconds=0.8 * share)
                 latency[cpu, mem] = 1e9 * read_latency(following, start_line=start_line)
             done += 1
@@ -151,9 +137,10 @@ def _buffer(
     notes: list[str],
     sharers: int = 1,
 ) -> torch.Tensor:
-    """A buffer on the node, filled by a team on `cpus`; says where its pages lie, and where it is smaller than wanted.
+    """A buffer on the node, filled by a team on `cpus`.
 
-    `sharers` is how many such buffers there are at once.
+    `pages` is given the pages of the buffer by node, and `notes` a sentence where the buffer is smaller than wanted. `sharers` is the
+    number of such buffers that exist at once.
     """
     available = topology.available_bytes([node], sharers)
     wanted, most = _beyond_caches(topology, BUFFER_BYTES, CACHE_MULTIPLE), int(MEMORY_SHARE * available)
@@ -183,13 +170,13 @@ def _all_at_once(
     seconds: float,
     notes: list[str] | None = None,
 ) -> float:
-    """Sum of the rates of all nodes that read their own memory at the same time, a thread and a team for each."""
-    said: list[str] = []
+    """The sum of the rates of all nodes, while a thread with a team on each reads its own memory."""
+    new_notes: list[str] = []
     start = threading.Barrier(len(nodes))
 
     def lead(node: int) -> float:
         try:
-            buffer = _buffer(topology, node, cores[node], {}, said, len(nodes))
+            buffer = _buffer(topology, node, cores[node], {}, new_notes, len(nodes))
             with pinned_team.pinned_team(cores[node]):
                 start.wait()
                 return read_bandwidth(buffer, len(cores[node]), seconds=seconds)
@@ -199,12 +186,12 @@ def _all_at_once(
 
     rates = new_threads.run([partial(lead, node) for node in nodes])
     if notes is not None:
-        notes += [note for note in sorted(said) if note not in notes]  # most was said when each read alone
+        notes += [note for note in sorted(new_notes) if note not in notes]  # most stand there since each read alone
     return sum(rates)
 
 
 def render(probes: NodeProbes) -> str:
-    """Two small tables for a terminal."""
+    """Write probes as two small tables for a terminal, with their notes."""
     lines = []
     for title, matrix, scale in (
         ("read bandwidth, GB/s", probes.read_bytes_per_s, 1e-9),

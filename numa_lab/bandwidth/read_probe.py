@@ -1,8 +1,9 @@
-"""Read memory and time it: bandwidth of a team over a tensor, latency of dependent loads.
+"""Reads memory and times it: the bandwidth of a team over a tensor, and the latency of dependent loads.
 
-Compiled by Numba and run on torch's own OpenMP team, so no C compiler and no second OpenMP runtime is needed. Limits: it
-measures reading alone, with one thread per physical core, in plain streams and with the prefetches of the decode kernel, so
-the figure is that of the best case. Latency is that of one dependent load at a time, the translation of its address included.
+The loops are compiled by Numba and run on torch's own OpenMP team, so that neither a C compiler nor a second OpenMP runtime is
+needed. Limits: only reading is measured, with one thread per physical core, in plain streams and with the prefetches of the decode
+kernel, so the figure is that of the best case. The latency is that of one dependent load at a time, and includes the translation of
+its address.
 """
 
 from __future__ import annotations
@@ -70,9 +71,9 @@ def _sum_lines(_context: Any, words: Any, first: Any, lines: Any) -> Any:
 
 @cache
 def _team_body() -> Any:
-    """What each thread of the team runs: add up its even share of the lines.
+    """The function that each thread of the team runs: it adds up an even share of the lines.
 
-    It gets the addresses of the words, of a line per thread for the sums, and of the number of words. Each process
+    Its argument holds the addresses of the words, of a line for each thread's sum, and of the number of words. Each process
     compiles it once: Numba can't cache it on disk ("uses dynamic globals (such as ctypes pointers)").
     """
     library = openmp.require().library
@@ -139,10 +140,10 @@ def _require_readable(tensor: torch.Tensor, threads: int) -> None:
 
 
 def read_bandwidth(tensor: torch.Tensor, threads: int, *, seconds: float = 0.2) -> float:
-    """Bytes per second at which the calling thread's team reads a tensor: the median of at least three passes over it.
+    """Return the bytes per second at which the calling thread's team reads a tensor: the median of at least three passes over it.
 
-    Pin the team first (``team.pinned_team``), and take a tensor several times larger than the caches. Where torch's
-    OpenMP library is not found, torch's own sum is timed instead, and a warning says so.
+    Pin the team first, by ``placement.pinned_team.pinned_team``, and take a tensor several times larger than the caches. Where
+    torch's OpenMP library is not found, torch's own sum is timed instead, and a warning says so.
 
     Raises
     ------
@@ -169,9 +170,13 @@ def read_bandwidth(tensor: torch.Tensor, threads: int, *, seconds: float = 0.2) 
 
 
 def cycle_through(buffer: torch.Tensor) -> np.ndarray:
-    """Make the buffer's lines one random cycle: the first word of each holds the index of the next line's first word.
+    """Make the buffer's lines one random cycle, where the first word of each holds the index of the next line's first word.
 
-    One cycle over all lines, so that a chase can't settle in a short loop that a cache holds.
+    It is one cycle over all lines, so that a chase can't settle in a short loop that a cache holds.
+
+    Returns
+    -------
+    The buffer as an array of 8-byte words.
     """
     words = buffer.view(torch.int64).numpy().view(np.uint64)  # Numba checks a signed index for wrapping around
     order = np.random.default_rng(0).permutation(len(words) // LINE_WORDS) * LINE_WORDS
@@ -182,7 +187,7 @@ def cycle_through(buffer: torch.Tensor) -> np.ndarray:
 def read_latency(
     following: np.ndarray, *, start_line: int = 0, loads: int = LATENCY_LOADS, repeats: int = MIN_REPEATS
 ) -> float:
-    """Seconds per load when each load's address is the value of the load before, median of `repeats` chases.
+    """Return the seconds per load where each load's address is the value of the load before: the median of `repeats` chases.
 
     Each chase goes on where the one before ended: the same lines again would come from a cache. So take a cycle (see
     ``cycle_through``) of more than ``loads * repeats`` lines, and of more bytes than the last-level cache has.

@@ -12,7 +12,7 @@ Where several nodes compute one sequence, one of them collects the partial resul
 
     merge = sum over the other nodes(latency + batch * q_heads * q_len * (head_dim + 1) * 4 bytes / bandwidth)
 
-with latency and bandwidth of the collector's path to each of them; the collector is the one that is done first. Nodes that
+with latency and bandwidth of the collector's path to each of them; the collector is the node that is done first. Nodes that
 share this work are faster: it matters for large batches, where instances need no merge at all.
 
 Limits: only reading takes time, so that a kernel below the memory limit is slower, and so is waking threads (microseconds:
@@ -25,15 +25,17 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import accumulate, pairwise
 
 from numa_lab.attention.shapes import AttentionShape
-from numa_lab.bandwidth.contention import Limits, Traffic, gb
-from numa_lab.bandwidth.node_bandwidths import Measured, socket_groups
+from numa_lab.bandwidth.contention import Contention, Traffic, gb
+from numa_lab.bandwidth.node_bandwidths import NodeBandwidths, socket_groups
 from numa_lab.errors import InvalidInput
 from numa_lab.machine.shell_commands import to_paste
 from numa_lab.machine.sysfs import format_cpulist
+from numa_lab.machine.topology import Topology
 
 PARTIAL_BYTES = 4  # of each number that nodes exchange: float32
 
@@ -52,21 +54,13 @@ class Strategy:
     fits: bool = True  # whether K and V fit into the memory of its nodes, as far as that is known
 
 
-def predict(
-    shape: AttentionShape,
-    measured: Measured,
-    *,
-    socket_of: Mapping[int, int] | None = None,
-    memory_bytes: Mapping[int, int] | None = None,
-    limit_bytes: float = math.inf,
-) -> list[Strategy]:
-    """Predict each way to place a decode step.
+@dataclass(frozen=True)
+class Roofline:
+    """What the memory of one machine allows, from which each way to place a decode step is predicted.
 
     Parameters
     ----------
-    shape
-        One attention call with one new token per sequence.
-    measured
+    bandwidths
         Bandwidths and latencies between the nodes.
     socket_of
         The socket of each node with CPUs; inferred as ``socket_groups`` says where it is None.
@@ -75,127 +69,201 @@ def predict(
     limit_bytes
         What this process may hold on all nodes together, by the limits of its control groups.
 
-    Returns
-    -------
-    Strategies, the fastest first: ``single`` and ``remote`` for every pair of CPU node and memory node, ``sharded`` over the
-    nodes of each socket and over all, and one of ``instances``: whole sequences per node, so that a batch smaller than
-    the number of nodes leaves nodes idle.
-
     Raises
     ------
     InvalidInput
-        Nothing was measured, or the shape is no decode step.
+        Nothing was measured.
     """
-    roofline = _roofline(shape, measured, socket_of, memory_bytes, limit_bytes)
-    local = tuple(node for node in measured.cpu_nodes if node in measured.mem_nodes)
-    found = [roofline.pair(cpu, mem) for cpu in measured.cpu_nodes for mem in measured.mem_nodes]
-    if len(local) > 1:
-        teams = {tuple(node for node in group if node in local) for group in (*roofline.limits.groups, local)}
-        found += [roofline.sharded(nodes) for nodes in sorted(teams) if len(nodes) > 1]
-        found.append(roofline.instances(local))
-    return sorted(found, key=lambda strategy: strategy.seconds)
 
+    bandwidths: NodeBandwidths
+    socket_of: Mapping[int, int] | None = None
+    memory_bytes: Mapping[int, int] = field(default_factory=dict)
+    limit_bytes: float = math.inf
 
-def predict_interleaved(
-    shape: AttentionShape,
-    measured: Measured,
-    *,
-    socket_of: Mapping[int, int] | None = None,
-    memory_bytes: Mapping[int, int] | None = None,
-    limit_bytes: float = math.inf,
-) -> Strategy:
-    """Predict ``numactl --interleave``, to compare with: each page on the next memory node, the work split evenly over all CPUs.
+    def __post_init__(self) -> None:
+        """Refuse bandwidths of which none was measured."""
+        if not self.bandwidths.cpu_nodes:
+            raise InvalidInput(
+                "no bandwidth was measured between nodes that may be used: see the notes of "
+                f"`{to_paste('numa-lab', 'probe')}`"
+            )
 
-    Parameters and errors are those of ``predict``.
-    """
-    return _roofline(shape, measured, socket_of, memory_bytes, limit_bytes).interleaved()
+    @classmethod
+    def of_topology(cls, topology: Topology, bandwidths: NodeBandwidths) -> Roofline:
+        """Return what memory allows a process on a machine, of whose nodes it uses those that it may.
 
-
-def predict_binding(
-    shape: AttentionShape,
-    measured: Measured,
-    cpu_nodes: Sequence[int],
-    mem_nodes: Sequence[int],
-    *,
-    socket_of: Mapping[int, int] | None = None,
-    memory_bytes: Mapping[int, int] | None = None,
-    limit_bytes: float = math.inf,
-    weights: Mapping[int, float] | None = None,
-    limits: Limits | None = None,
-) -> Strategy | None:
-    """Predict a binding: the CPUs of some nodes share the work evenly, and pages lie on some memory nodes in turn.
-
-    `weights` say how many pages in turn a node gets, where that is not one, and `limits` those of the machine, for who asks for
-    many bindings. None where a node's CPUs or memory were not measured. Other parameters and errors are those of ``predict``.
-    """
-    roofline = _roofline(shape, measured, socket_of, memory_bytes, limit_bytes, limits)
-    if not set(cpu_nodes) <= set(measured.cpu_nodes) or not set(mem_nodes) <= set(measured.mem_nodes):
-        return None
-    return roofline.spread(tuple(cpu_nodes), {node: weights[node] if weights else 1.0 for node in mem_nodes})
-
-
-def predict_split(
-    shape: AttentionShape,
-    measured: Measured,
-    kind: str,
-    shares: Mapping[int, int],
-    *,
-    socket_of: Mapping[int, int] | None = None,
-) -> Strategy:
-    """Predict a decode step as it is split over nodes, each with its share in its own memory.
-
-    Parameters
-    ----------
-    kind
-        ``sharded``: shares are tokens of every sequence, or of anything in proportion. ``instances``: whole sequences.
-    shares
-        Of each node; not all 0.
-
-    Other parameters and errors are those of ``predict``; nodes that were not measured are refused too.
-    """
-    roofline = _roofline(shape, measured, socket_of, None)
-    if unknown := set(shares) - set(measured.cpu_nodes) & set(measured.mem_nodes):
-        raise InvalidInput(
-            f"no bandwidth of node {format_cpulist(unknown)} was measured: measure it with `{to_paste('numa-lab', 'probe')}`"
+        Raises
+        ------
+        InvalidInput
+            The nodes that were measured are not those of the topology, or none of them may be used.
+        """
+        if set(topology.node_ids) != set(bandwidths.nodes):
+            raise InvalidInput(
+                f"measured were nodes {format_cpulist(bandwidths.nodes)}, and the machine has "
+                f"{format_cpulist(topology.node_ids)}: measure this machine with `{to_paste('numa-lab', 'probe')}`"
+            )
+        return cls(
+            bandwidths.only(topology.cpu_nodes, topology.allowed_nodes),
+            topology.node_sockets,
+            {node.id: node.memory_bytes for node in topology.nodes},
+            min((limit.limit_bytes for limit in topology.memory_limits), default=math.inf),
         )
-    return roofline.split(kind, shares)
 
+    @cached_property
+    def contention(self) -> Contention:
+        """What paths between the nodes share."""
+        return Contention(self.bandwidths, socket_groups(self.bandwidths, self.socket_of))
 
-def _roofline(
-    shape: AttentionShape,
-    measured: Measured,
-    socket_of: Mapping[int, int] | None,
-    memory_bytes: Mapping[int, int] | None,
-    limit_bytes: float = math.inf,
-    limits: Limits | None = None,
-) -> _Roofline:
-    if shape.phase != "decode":
-        raise InvalidInput(
-            f"q_len={shape.q_len}: expected 1, since a prompt takes longer to compute than its K and V to read"
-        )
-    if not measured.cpu_nodes:
-        raise InvalidInput(
-            f"no bandwidth was measured between nodes that may be used: see the notes of `{to_paste('numa-lab', 'probe')}`"
-        )
-    limits = limits or Limits(measured, socket_groups(measured, socket_of))
-    return _Roofline(shape, limits, memory_bytes or {}, limit_bytes)
+    def strategies(self, shape: AttentionShape) -> list[Strategy]:
+        """Predict each way to place a decode step of one new token per sequence.
 
+        Returns
+        -------
+        Strategies, the fastest first: ``single`` and ``remote`` for every pair of CPU node and memory node, ``sharded`` over
+        the nodes of each socket and over all, and one of ``instances``: whole sequences per node, so that a batch smaller
+        than the number of nodes leaves nodes idle.
 
-@dataclass(frozen=True)
-class _Roofline:
-    """The strategies of a machine for one shape."""
+        Raises
+        ------
+        InvalidInput
+            The shape is no decode step.
+        """
+        _require_decode(shape)
+        cpu_nodes, mem_nodes = self.bandwidths.cpu_nodes, self.bandwidths.mem_nodes
+        local = tuple(node for node in cpu_nodes if node in mem_nodes)
+        strategies = [self._pair(shape, cpu, mem) for cpu in cpu_nodes for mem in mem_nodes]
+        if len(local) > 1:
+            teams = {tuple(node for node in group if node in local) for group in (*self.contention.groups, local)}
+            strategies += [self._sharded(shape, nodes) for nodes in sorted(teams) if len(nodes) > 1]
+            strategies.append(self._instances(shape, local))
+        return sorted(strategies, key=lambda strategy: strategy.seconds)
 
-    shape: AttentionShape
-    limits: Limits
-    memory_bytes: Mapping[int, int]
-    limit_bytes: float  # of control groups, for all nodes together
+    def interleaved(self, shape: AttentionShape) -> Strategy:
+        """Predict ``numactl --interleave``, to compare with: each page on the next memory node, the work split evenly over all CPUs.
 
-    def strategy(
+        Raises
+        ------
+        InvalidInput
+            The shape is no decode step.
+        """
+        _require_decode(shape)
+        return self._spread(shape, self.bandwidths.cpu_nodes, dict.fromkeys(self.bandwidths.mem_nodes, 1.0))
+
+    def binding(
+        self,
+        shape: AttentionShape,
+        cpu_nodes: Sequence[int],
+        mem_nodes: Sequence[int],
+        weights: Mapping[int, float] | None = None,
+    ) -> Strategy | None:
+        """Predict a binding: the CPUs of some nodes share the work evenly, and pages lie on some memory nodes in turn.
+
+        Parameters
+        ----------
+        shape
+            A decode step.
+        cpu_nodes, mem_nodes
+            The nodes that compute, and those whose memory holds K and V.
+        weights
+            How many pages in turn each memory node gets; one where None are given.
+
+        Returns
+        -------
+        The strategy; None where the CPUs or the memory of one of the nodes were not measured.
+
+        Raises
+        ------
+        InvalidInput
+            The shape is no decode step.
+        """
+        _require_decode(shape)
+        if not set(cpu_nodes) <= set(self.bandwidths.cpu_nodes) or not set(mem_nodes) <= set(self.bandwidths.mem_nodes):
+            return None
+        return self._spread(shape, tuple(cpu_nodes), {node: weights[node] if weights else 1.0 for node in mem_nodes})
+
+    def split(self, shape: AttentionShape, kind: str, shares: Mapping[int, int]) -> Strategy:
+        """Predict a decode step as it is split over nodes, each with its share in its own memory.
+
+        Parameters
+        ----------
+        shape
+            A decode step.
+        kind
+            ``sharded``: shares are tokens of every sequence, or of anything in proportion. ``instances``: whole sequences.
+        shares
+            Of each node; not all 0.
+
+        Raises
+        ------
+        InvalidInput
+            The shape is no decode step, or a node was not measured.
+        """
+        _require_decode(shape)
+        if unknown := set(shares) - set(self.bandwidths.cpu_nodes) & set(self.bandwidths.mem_nodes):
+            raise InvalidInput(
+                f"no bandwidth of node {format_cpulist(unknown)} was measured: measure it with `{to_paste('numa-lab', 'probe')}`"
+            )
+        return self._split(shape, kind, shares)
+
+    def _pair(self, shape: AttentionShape, cpu: int, mem: int) -> Strategy:
+        """The CPUs of one node, and all K and V in the memory of one."""
+        kind, nodes = ("single", (cpu,)) if cpu == mem else ("remote", (cpu, mem))
+        return self._strategy(kind, f"c{cpu}m{mem}", nodes, {(cpu, mem): float(shape.kv_bytes)})
+
+    def _sharded(self, shape: AttentionShape, nodes: tuple[int, ...]) -> Strategy:
+        """Each node owns a range of the tokens of every sequence, as long as its memory is fast."""
+        sums = list(accumulate((self.contention.rate(node, node) for node in nodes), initial=0.0))
+        bounds = [round(shape.kv_len * part / sums[-1]) for part in sums]
+        tokens = [end - begin for begin, end in pairwise(bounds)]
+        return self._split(shape, "sharded", dict(zip(nodes, tokens, strict=True)))
+
+    def _instances(self, shape: AttentionShape, nodes: tuple[int, ...]) -> Strategy:
+        """Each node computes whole sequences: so many that the last node is done as early as can be."""
+        rates = {node: self.contention.rate(node, node) for node in nodes}
+        counts = {node: int(shape.batch * rate / sum(rates.values())) for node, rate in rates.items()}
+        for _ in range(shape.batch - sum(counts.values())):
+            counts[min(nodes, key=lambda node: (counts[node] + 1) / rates[node])] += 1
+        return self._split(shape, "instances", counts)
+
+    def _split(self, shape: AttentionShape, kind: str, shares: Mapping[int, int]) -> Strategy:
+        """Each node reads its share from its own memory: of the tokens of every sequence (sharded), or of whole sequences."""
+        unit = shape.kv_bytes / sum(shares.values())
+        traffic = {(node, node): count * unit for node, count in shares.items() if count}
+        owners, nodes = [node for node, _ in traffic], tuple(shares)
+        merge_seconds = self._merge_seconds(shape, owners) if kind == "sharded" else 0.0
+        idle = len(nodes) - len(owners) if kind == "instances" else 0
+        remark = f"; {idle} of {len(nodes)} nodes idle" if idle else ""
+        label, parts = f"{kind} {format_cpulist(nodes)}", tuple(shares.values())
+        return self._strategy(kind, label, nodes, traffic, parts=parts, merge_seconds=merge_seconds, remark=remark)
+
+    def _spread(self, shape: AttentionShape, cpus: tuple[int, ...], weights: Mapping[int, float]) -> Strategy:
+        """Some CPU nodes share the work evenly, and each memory node holds its part of the pages of K and V by weight."""
+        share, mems = shape.kv_bytes / len(cpus) / sum(weights.values()), tuple(weights)
+        traffic = {(cpu, mem): share * weight for cpu in cpus for mem, weight in weights.items()}
+        label = f"c{format_cpulist(cpus)}{'i' if len(mems) > 1 else 'm'}{format_cpulist(mems)}"
+        nodes = tuple(sorted({*cpus, *mems}))
+        return self._strategy("interleaved", label, nodes, traffic, merge_seconds=self._merge_seconds(shape, cpus))
+
+    def _merge_seconds(self, shape: AttentionShape, owners: Sequence[int]) -> float:
+        """Seconds until the node that is done first has collected the partial results of all owners."""
+        partial = shape.batch * shape.q_heads * shape.q_len * (shape.head_dim + 1) * PARTIAL_BYTES
+
+        def collected_by(collector: int) -> float:
+            return sum(
+                1e-9 * (self.bandwidths.latency(collector, node) or 0.0)
+                + partial / self.contention.rate(collector, node)
+                for node in owners
+                if node != collector
+            )
+
+        return min(map(collected_by, owners))
+
+    def _strategy(
         self, kind: str, label: str, nodes: tuple[int, ...], traffic: Traffic, *,
         parts: tuple[int, ...] = (), merge_seconds: float = 0.0, remark: str = "",
     ) -> Strategy:  # fmt: skip
         """The strategy that causes this traffic: the slowest of all limits, and what it is."""
-        seconds, limit = self.limits.slowest(traffic)
+        seconds, limit = self.contention.slowest(traffic)
         held: dict[int, float] = defaultdict(float)
         for (_, mem), count in traffic.items():
             held[mem] += count
@@ -212,54 +280,9 @@ class _Roofline:
         total = seconds + merge_seconds
         return Strategy(kind, label, nodes, total, limit + remark, parts, merge_seconds, not (full or beyond))
 
-    def pair(self, cpu: int, mem: int) -> Strategy:
-        """The CPUs of one node, and all K and V in the memory of one."""
-        traffic = {(cpu, mem): float(self.shape.kv_bytes)}
-        kind, nodes = ("single", (cpu,)) if cpu == mem else ("remote", (cpu, mem))
-        return self.strategy(kind, f"c{cpu}m{mem}", nodes, traffic)
 
-    def sharded(self, nodes: tuple[int, ...]) -> Strategy:
-        """Each node owns a range of the tokens of every sequence, as long as its memory is fast."""
-        upto = list(accumulate((self.limits.rate(node, node) for node in nodes), initial=0.0))
-        bounds = [round(self.shape.kv_len * part / upto[-1]) for part in upto]
-        tokens = [end - begin for begin, end in pairwise(bounds)]
-        return self.split("sharded", dict(zip(nodes, tokens, strict=True)))
-
-    def split(self, kind: str, shares: Mapping[int, int]) -> Strategy:
-        """Each node reads its share from its own memory: of the tokens of every sequence (sharded), or of whole sequences."""
-        unit = self.shape.kv_bytes / sum(shares.values())
-        traffic = {(node, node): count * unit for node, count in shares.items() if count}
-        owners, nodes = [node for node, _ in traffic], tuple(shares)
-        merge = min(self._merge_seconds(one, owners) for one in owners) if kind == "sharded" else 0.0
-        idle = len(nodes) - len(owners) if kind == "instances" else 0
-        remark = f"; {idle} of {len(nodes)} nodes idle" if idle else ""
-        label, parts = f"{kind} {format_cpulist(nodes)}", tuple(shares.values())
-        return self.strategy(kind, label, nodes, traffic, parts=parts, merge_seconds=merge, remark=remark)
-
-    def _merge_seconds(self, collector: int, owners: Sequence[int]) -> float:
-        partial = self.shape.batch * self.shape.q_heads * self.shape.q_len * (self.shape.head_dim + 1) * PARTIAL_BYTES
-        return sum(
-            1e-9 * (self.limits.measured.latency(collector, node) or 0.0) + partial / self.limits.rate(collector, node)
-            for node in owners
-            if node != collector
+def _require_decode(shape: AttentionShape) -> None:
+    if shape.phase != "decode":
+        raise InvalidInput(
+            f"q_len={shape.q_len}: expected 1, since a prompt takes longer to compute than its K and V to read"
         )
-
-    def instances(self, nodes: tuple[int, ...]) -> Strategy:
-        """Each node computes whole sequences: so many that the last node is done as early as can be."""
-        rates = {node: self.limits.rate(node, node) for node in nodes}
-        counts = {node: int(self.shape.batch * rate / sum(rates.values())) for node, rate in rates.items()}
-        for _ in range(self.shape.batch - sum(counts.values())):
-            counts[min(nodes, key=lambda node: (counts[node] + 1) / rates[node])] += 1
-        return self.split("instances", counts)
-
-    def interleaved(self) -> Strategy:
-        """All CPU nodes, and each page of K and V on the next memory node."""
-        return self.spread(self.limits.measured.cpu_nodes, dict.fromkeys(self.limits.measured.mem_nodes, 1.0))
-
-    def spread(self, cpus: tuple[int, ...], weights: Mapping[int, float]) -> Strategy:
-        """Some CPU nodes share the work evenly, and each memory node holds its part of the pages of K and V by weight."""
-        share, mems = self.shape.kv_bytes / len(cpus) / sum(weights.values()), tuple(weights)
-        traffic = {(cpu, mem): share * weight for cpu in cpus for mem, weight in weights.items()}
-        label = f"c{format_cpulist(cpus)}{'i' if len(mems) > 1 else 'm'}{format_cpulist(mems)}"
-        merge = min(self._merge_seconds(collector, cpus) for collector in cpus)
-        return self.strategy("interleaved", label, tuple(sorted({*cpus, *mems})), traffic, merge_seconds=merge)

@@ -21,7 +21,7 @@ _root = click.option(
 def topology(as_json: bool, root: str) -> None:
     """Nodes, CPUs, memory, distances, caches and GPUs, and what this process may use."""
     from numa_lab.machine.overview import overview
-    from numa_lab.machine.topology import read_topology
+    from numa_lab.machine.topology_reader import read_topology
 
     found = read_topology(root)
     if as_json:
@@ -50,7 +50,7 @@ def doctor(as_json: bool, root: str) -> None:
 def probe(as_json: bool, seconds: float) -> None:
     """Read bandwidth and latency between all nodes."""
     from numa_lab.bandwidth import node_probes
-    from numa_lab.machine.topology import read_topology
+    from numa_lab.machine.topology_reader import read_topology
 
     silent = not sys.stderr.isatty()
     with click.progressbar(length=1, label="probing", item_show_func=str, file=sys.stderr, hidden=silent) as bar:
@@ -118,15 +118,15 @@ def predict(
         raise InvalidInput("expected exactly one of --mlc FILE, --run DIR and --machine NAME")
     sizes = {"kv_len": kv_len, "batch": batch, "dtype": dtype}
     shape = preset(model, **{name: value for name, value in sizes.items() if value is not None})
-    facts = None
+    topology = None
     if run_dir is not None:
-        source, (facts, measured) = str(run_dir), advisor.read_run(run_dir)
+        source, (topology, measured) = str(run_dir), advisor.read_run(run_dir)
     elif mlc is not None:
         source, measured = mlc, mlc_output.read_mlc(mlc)
     else:
         source, measured = f"{machine}, {mlc_output.SOURCE}", mlc_output.published(str(machine))
-    plan = advisor.plan_placement(shape, facts, measured)
+    advice = advisor.plan_placement(shape, topology, measured)
     if as_json:
-        print_json({"source": source, **plan.to_json()})
+        print_json({"source": source, **advice.to_json()})
     else:
-        click.echo(advisor.render(plan, source))
+        click.echo(advisor.render(advice, source))

@@ -71,7 +71,7 @@ def sweep(
     from numa_lab.experiments import notebook_files, notebook_runner
     from numa_lab.experiments import sweep as sweeps
     from numa_lab.experiments import sweep_plan as plans
-    from numa_lab.machine.topology import read_topology
+    from numa_lab.machine.topology_reader import read_topology
     from numa_lab.measurement.workloads import PROFILES
 
     measured = notebook_files.find(notebook_path or sweeps.MEASURED_NOTEBOOK)

@@ -21,7 +21,7 @@ from numa_lab.attention.scaled_dot_product import scaled_dot_product_attention_g
 from numa_lab.attention.shapes import AttentionShape
 from numa_lab.errors import InvalidInput, UntrustedResult
 from numa_lab.machine.sysfs import format_cpulist
-from numa_lab.machine.topology import read_topology
+from numa_lab.machine.topology_reader import read_topology
 from numa_lab.measurement import timing
 from numa_lab.measurement.blocks import randomized_blocks
 from numa_lab.measurement.significance import Ratio, ratio_of_medians

@@ -23,9 +23,10 @@ from numa_lab.errors import InvalidInput, NodeUnavailable, UntrustedResult
 from numa_lab.machine.control_groups import tightest
 from numa_lab.machine.shell_commands import to_paste
 from numa_lab.machine.sysfs import format_cpulist
-from numa_lab.machine.topology import Topology, read_topology, spread
+from numa_lab.machine.topology import Topology, spread
+from numa_lab.machine.topology_reader import read_topology
 from numa_lab.measurement.case_timing import BY_HAND, KVPool, noise, pool_bytes, sample_case
-from numa_lab.measurement.machine_facts import machine_facts
+from numa_lab.measurement.machine_facts import describe_machine
 from numa_lab.measurement.receipts import contradictions
 from numa_lab.measurement.results import write_rows
 from numa_lab.measurement.workloads import MEMORY_SHARE, Case, Workload, usable_bytes, workload
@@ -187,7 +188,7 @@ class Execution:
         """
         wrong = [*contradictions(rows, self.topology.allowed_node_cpus), *_wrong_backends(rows)]
         if result := self.identity.get("result"):
-            write_rows(Path(result), rows, machine_facts(self.topology)["fingerprint"])
+            write_rows(Path(result), rows, describe_machine(self.topology).fingerprint)
         if wrong:
             raise UntrustedResult(" ".join(wrong))
         return f"{len(rows)} rows: no receipt contradicts {self.requested}, and every backend agrees with float64."

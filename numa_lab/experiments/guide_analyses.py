@@ -21,14 +21,13 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from numa_lab.attention.gqa import gqa_attention
 from numa_lab.attention.shapes import AttentionShape, fit, preset
-from numa_lab.errors import NodeUnavailable
 from numa_lab.machine import libnuma
-from numa_lab.machine.sysfs import format_cpulist
-from numa_lab.machine.topology import Topology, read_topology
+from numa_lab.machine.topology import Topology
+from numa_lab.machine.topology_reader import read_topology
 from numa_lab.measurement import comparison, timing
 from numa_lab.measurement.blocks import randomized_blocks
 from numa_lab.measurement.case_timing import KVPool, pool_bytes, sample_case
-from numa_lab.measurement.machine_facts import machine_facts
+from numa_lab.measurement.machine_facts import describe_machine
 from numa_lab.measurement.receipts import contradictions
 from numa_lab.measurement.significance import Ratio, ratio_of_medians
 from numa_lab.measurement.workloads import MEMORY_SHARE, Case
@@ -72,13 +71,14 @@ def guide_shape(topology: Topology, *, full: bool = False) -> tuple[AttentionSha
 
 
 def cells(topology: Topology, shape: AttentionShape) -> list[Cell]:
-    """All configurations of the four analyses on this machine."""
-    nodes = topology.effective_nodes
-    if not nodes:
-        raise NodeUnavailable(
-            "no node has both CPUs and memory that this process may use: allowed CPUs "
-            f"{format_cpulist(topology.allowed_cpus) or 'none'}; widen the cpuset"
-        )
+    """All configurations of the four analyses on this machine.
+
+    Raises
+    ------
+    NodeUnavailable
+        No node has both CPUs and memory that this process may use.
+    """
+    nodes = topology.require_effective_nodes()
     cores = {node: len(topology.cpus_for([node])) for node in nodes}
     standard = shape.replace(kv_heads=shape.q_heads)
     found = []
@@ -169,7 +169,7 @@ def results(topology: Topology, rows: pd.DataFrame, message: str) -> dict[str, A
             for (memory, compute), of in per_analysis["cross_numa"].groupby(["mem_nodes", "cpu_nodes"])
         },
         **_spreads(rows[rows["analysis"] == "memory_allocation"]),
-        "machine": machine_facts(topology),
+        "machine": describe_machine(topology).to_json(),
         "receipts": {
             "contradictions": wrong,
             "visits": rows.drop_duplicates("execution_id")[

@@ -24,12 +24,12 @@ from torch import Tensor
 
 from numa_lab.attention.gqa import gqa_attention
 from numa_lab.attention.shapes import AttentionShape
-from numa_lab.bandwidth.advisor import sockets_told
-from numa_lab.bandwidth.node_bandwidths import Measured
+from numa_lab.bandwidth.node_bandwidths import NodeBandwidths
 from numa_lab.bandwidth.read_probe import read_once
-from numa_lab.bandwidth.roofline import predict_split
+from numa_lab.bandwidth.roofline import Roofline
 from numa_lab.errors import InvalidInput, UntrustedResult
-from numa_lab.machine.topology import Topology, read_topology
+from numa_lab.machine.topology import Topology
+from numa_lab.machine.topology_reader import read_topology
 from numa_lab.measurement import timing
 from numa_lab.measurement.blocks import randomized_blocks
 from numa_lab.measurement.significance import ratio_of_medians
@@ -70,7 +70,7 @@ class Visit:
 
 
 def measure(
-    shape: AttentionShape, *, inputs_per_node: int = 4, seconds: float = 20.0, measured: Measured | None = None
+    shape: AttentionShape, *, inputs_per_node: int = 4, seconds: float = 20.0, measured: NodeBandwidths | None = None
 ) -> pd.DataFrame:
     """Compute a batch of separate inputs, and one sequence of all their tokens, on 1, 2, ... all nodes.
 
@@ -148,7 +148,6 @@ class _Work:
 
     def __init__(self, shape: AttentionShape, count: int, pool: NUMAThreadPool, topology: Topology) -> None:
         self._shape, self._count, self._pool, self._topology = shape, count, pool, topology
-        self._socket_of = sockets_told(topology.to_json()["cpus"])
         self._dtype = getattr(torch, shape.dtype)
         generator = torch.Generator().manual_seed(0)
         size = (count, 1, shape.kv_heads, shape.kv_len, shape.head_dim)
@@ -206,7 +205,7 @@ class _Work:
                 ]
         return found
 
-    def predict(self, arm: Arm, shares: dict[int, int], measured: Measured | None, all_nodes: int) -> float:
+    def predict(self, arm: Arm, shares: dict[int, int], measured: NodeBandwidths | None, all_nodes: int) -> float:
         """Seconds that bandwidths let expect for an arm; NaN where nothing is known, or nothing is placed."""
         if not measured or not shares:
             return math.nan
@@ -215,7 +214,7 @@ class _Work:
         else:
             shape, kind = self._shape.replace(kv_len=self._count * self._shape.kv_len), "sharded"
         try:
-            alone = predict_split(shape, measured, kind, shares, socket_of=self._socket_of).seconds
+            alone = Roofline(measured, self._topology.node_sockets).split(shape, kind, shares).seconds
         except InvalidInput:  # these nodes were not measured
             return math.nan
         together = measured.all_nodes_bytes_per_s

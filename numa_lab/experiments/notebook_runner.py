@@ -28,7 +28,8 @@ import yaml
 from numa_lab.errors import InvalidInput, MissingDependency
 from numa_lab.experiments.parameters import wrong_type
 from numa_lab.machine.shell_commands import to_install
-from numa_lab.machine.topology import Topology, read_topology
+from numa_lab.machine.topology import Topology
+from numa_lab.machine.topology_reader import read_topology
 from numa_lab.placement.binding import Binding, MemPolicy
 
 LIMIT_SECONDS = 3600  # an execution that takes longer hangs

@@ -14,8 +14,8 @@ from pathlib import Path
 import pandas as pd
 
 from numa_lab.bandwidth.advisor import predict_bindings
-from numa_lab.bandwidth.node_bandwidths import PROBES, Measured
-from numa_lab.errors import InvalidInput, NumaLabError, UntrustedResult
+from numa_lab.bandwidth.node_bandwidths import PROBES, load_probes
+from numa_lab.errors import InvalidInput, NumaLabError, RunDirectoryError, UntrustedResult
 from numa_lab.experiments import notebook_files, notebook_runner
 from numa_lab.experiments.sweep_lock import alone as alone
 from numa_lab.experiments.sweep_plan import Plan, Planned, expected_cases, missing, resume_command
@@ -23,9 +23,9 @@ from numa_lab.machine.libnuma import interleave_weights
 from numa_lab.machine.shell_commands import to_paste
 from numa_lab.machine.sysfs import format_cpulist
 from numa_lab.machine.topology import Topology
-from numa_lab.measurement.atomic_files import read_json, write_json
+from numa_lab.measurement.atomic_files import write_json
 from numa_lab.measurement.labels import AA_SUFFIX
-from numa_lab.measurement.machine_facts import SCHEMA_VERSION, machine_facts
+from numa_lab.measurement.machine_facts import SCHEMA_VERSION, describe_machine
 from numa_lab.measurement.receipts import contradictions
 from numa_lab.measurement.results import EXECUTIONS, PREDICTION, read_rows
 from numa_lab.measurement.timing import MIN_SAMPLES
@@ -101,7 +101,7 @@ def gate(
         rows, fingerprint = read_rows(rows_path)
     except NumaLabError as error:
         return [*reasons, str(error)]
-    if fingerprint != machine_facts(topology)["fingerprint"]:
+    if fingerprint != describe_machine(topology).fingerprint:
         reasons.append(
             "The rows carry the fingerprint of another machine: a CPU went on or off line, or the notebook's kernel has another "
             "torch or Numba than the sweep. Start a new sweep."
@@ -181,7 +181,7 @@ def predict(plan: Plan, run_dir: Path, measured: Path, topology: Topology) -> li
 
     It follows from ``probes.json``, and without that there is no prediction.
     """
-    if not (run_dir / PROBES).exists() or (run_dir / PREDICTION).exists():
+    if (run_dir / PREDICTION).exists():
         return []
     parameters = notebook_runner.defaults(measured) | dict(plan.parameters)
     bindings = [Binding.parse(label) for label in plan.bindings if not label.endswith(AA_SUFFIX)]
@@ -193,11 +193,12 @@ def predict(plan: Plan, run_dir: Path, measured: Path, topology: Topology) -> li
         if case.shape.phase == "decode" and case.threads == max(case.threads for case in cases)
     ]
     try:
-        probes = Measured.from_json(read_json(run_dir / PROBES))
+        if (probes := load_probes(run_dir)) is None:
+            return []
         by_weight = {node for one in bindings if one.policy is MemPolicy.WEIGHTED_INTERLEAVE for node in one.mem_nodes}
         weights = interleave_weights(by_weight) if by_weight else None
         found = predict_bindings([(binding, case.shape) for binding, case in cases], topology, probes, weights)
-    except InvalidInput as error:
+    except (InvalidInput, RunDirectoryError) as error:
         return [f"Nothing was predicted: {error}"]
     rows = [
         {"label": str(binding), "attention": case.shape.kind, "threads": case.threads, **asdict(case.shape),

@@ -12,7 +12,7 @@ import random
 import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from numa_lab.machine.topology import Topology
 from numa_lab.measurement.atomic_files import read_json, write_json
 from numa_lab.measurement.blocks import randomized_blocks
 from numa_lab.measurement.labels import AA_SUFFIX
-from numa_lab.measurement.machine_facts import MACHINE, SCHEMA_VERSION, differences, load_machine, machine_facts
+from numa_lab.measurement.machine_facts import MACHINE, SCHEMA_VERSION, describe_machine, load_machine
 from numa_lab.measurement.results import EXECUTIONS
 from numa_lab.measurement.workloads import PROFILES, Case, usable_bytes, workload
 from numa_lab.placement.binding import Binding, MemPolicy
@@ -62,10 +62,10 @@ def choose_bindings(spec: str, topology: Topology) -> list[Binding]:
     else:
         bindings = [Binding.parse(label) for label in _labels(spec)]
     if not bindings:
-        raise NodeUnavailable(
-            f"bindings {spec!r}: no node has both CPUs and memory that this process may use (CPUs on nodes "
-            f"{format_cpulist(cpu_nodes)}, memory on {format_cpulist(mem_nodes)}); try matrix, or name labels"
-        )
+        try:
+            topology.require_effective_nodes()
+        except NodeUnavailable as error:
+            raise NodeUnavailable(f"bindings {spec!r}: {error}, or try matrix, or name labels") from error
     for binding in bindings:
         binding.require(topology)
     return list(dict.fromkeys(bindings))
@@ -157,7 +157,7 @@ def make_plan(
         require_backend(given["backend"])
     twin = next((binding for binding in bindings if binding.is_local), bindings[0])
     labels = [*map(str, bindings), f"{twin}{AA_SUFFIX}"]
-    content, machine = _content(measured), machine_facts(topology)["fingerprint"]
+    content, machine = _content(measured), describe_machine(topology).fingerprint
     case_seconds = PROFILES[profile].case_seconds
     all_given = notebook_runner.defaults(measured) | given
     seconds = {
@@ -238,7 +238,7 @@ def prepare(plan: Plan, run_dir: Path, topology: Topology) -> None:
             f"{run_dir} holds a run already: finish it with --resume {run_dir}, or name another --out"
         )
     findings = doctor.to_json(doctor.examine(topology=topology))
-    write_json(run_dir / MACHINE, machine_facts(topology) | {"findings": findings})
+    write_json(run_dir / MACHINE, replace(describe_machine(topology), findings=findings).to_json())
     write_json(run_dir / PLAN, asdict(plan))
 
 
@@ -253,10 +253,10 @@ def check_resumable(plan: Plan, run_dir: Path, topology: Topology, measured: Pat
         The notebook has changed.
     """
     begun = load_machine(run_dir)
-    differing = differences(begun, machine_facts(topology))
+    differing = begun.differences(describe_machine(topology))
     if differing:
         raise MachineMismatch(f"{run_dir} was begun on another machine: {'; '.join(differing)}. Start a new sweep here")
-    if other := _other_share(begun["topology"], topology, run_dir):
+    if other := _other_share(begun.topology, topology, run_dir):
         raise MachineMismatch(f"{run_dir} was begun {other}, or start a new sweep")
     if _content(measured) != plan.notebook_sha256:
         raise RunDirectoryError(
@@ -264,16 +264,16 @@ def check_resumable(plan: Plan, run_dir: Path, topology: Topology, measured: Pat
         )
 
 
-def _other_share(begun: Mapping[str, Any], topology: Topology, run_dir: Path) -> str:
+def _other_share(begun: Topology, topology: Topology, run_dir: Path) -> str:
     """What this process may use otherwise than the one that began, and how to go on; empty where it is the same."""
-    cpus, now = set(begun["allowed_cpus"]), set(topology.allowed_cpus)
+    cpus, now = set(begun.allowed_cpus), set(topology.allowed_cpus)
     if cpus != now:
         again = f"type `{to_paste('taskset', '-c', format_cpulist(cpus), 'numa-lab', 'sweep', '--resume', run_dir)}`"
         return (
             f"on CPUs {format_cpulist(cpus)}, and this process may use {format_cpulist(now)}: that would be another "
             f"measurement. To go on {again if cpus < now else 'let it use the same (taskset, cpuset)'}"
         )
-    nodes, now = set(begun["allowed_nodes"]), set(topology.allowed_nodes)
+    nodes, now = set(begun.allowed_nodes), set(topology.allowed_nodes)
     if nodes != now:
         return (
             f"with memory of nodes {format_cpulist(nodes)}, and this process may use that of {format_cpulist(now)}: that "

@@ -1,4 +1,4 @@
-"""The CPU mask of a thread: set it, and say in words why the kernel does not.
+"""Sets the CPU mask of a thread, and says why where the kernel does not.
 
 Source: sched_setaffinity(2), sched_getaffinity(2).
 """
@@ -13,8 +13,8 @@ from contextlib import suppress
 from numa_lab.errors import NodeUnavailable, NotPermitted, NumaLabError
 from numa_lab.machine.sysfs import format_cpulist
 
-REFUSALS = (errno.EPERM, errno.EACCES, errno.ENOSYS)  # of the call as such, whichever CPUs it names
-MAX_CPUS = 8192  # that the largest kernels are built for; the kernel drops those that there are not
+REFUSALS = (errno.EPERM, errno.EACCES, errno.ENOSYS)  # the call as such is refused, whichever CPUs it names
+MAX_CPUS = 8192  # the largest kernels are built for so many; the kernel drops CPUs that do not exist
 ALLOW = (
     "docker run --security-opt seccomp=unconfined IMAGE   # or a profile of your own that lists sched_setaffinity",
     "SystemCallFilter=@resources   # in a systemd unit",
@@ -23,7 +23,7 @@ ALLOW = (
 
 
 def set_cpus(cpus: Collection[int]) -> None:
-    """Let the calling thread run on these CPUs alone; the kernel drops those of them that it may not use.
+    """Let the calling thread run on these CPUs alone; the kernel drops those that the process may not use.
 
     Raises
     ------
@@ -35,17 +35,19 @@ def set_cpus(cpus: Collection[int]) -> None:
     try:
         os.sched_setaffinity(0, cpus)
     except OSError as error:
-        raise in_words(error, cpus) from error
+        raise explained(error, cpus) from error
 
 
 def give_back(cpus: Collection[int]) -> None:
     """Let the calling thread run where it ran before."""
-    with suppress(OSError):  # where the cpuset allows none of them any more, it has put the thread where it may run
+    with suppress(
+        OSError
+    ):  # where the cpuset allows none of them any more, the kernel has put the thread where it may run
         os.sched_setaffinity(0, cpus)
 
 
-def in_words(error: OSError, cpus: Collection[int]) -> NumaLabError:
-    """What to raise in place of what ``sched_setaffinity`` answered for these CPUs."""
+def explained(error: OSError, cpus: Collection[int]) -> NumaLabError:
+    """Return the error to raise in place of the one that ``sched_setaffinity`` raised for these CPUs."""
     asked = f"sched_setaffinity (CPU {format_cpulist(cpus)})"
     why = os.strerror(error.errno or 0)
     if error.errno in REFUSALS:

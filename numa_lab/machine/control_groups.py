@@ -1,7 +1,7 @@
-"""Control groups: in which of them this process is, and how much memory and time on CPUs they leave it, by version 1 and 2.
+"""Reads in which control groups this process is, and how much memory and CPU time they leave it, by versions 1 and 2.
 
-Limits: only the groups that are mounted where this process sees them are read. Of version 1 the kernel tells the tightest limit
-of all levels, of version 2 those above a container stay hidden from it. Source: the kernel's
+Limits: only groups are read that are mounted where this process sees them. Of version 1 the kernel tells the tightest limit
+of all levels; of version 2 the limits above a container stay hidden from it. Source: the kernel's
 Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst, proc_pid_mountinfo(5).
 """
 
@@ -16,15 +16,17 @@ from pathlib import PurePosixPath
 
 from numa_lab.machine.sysfs import Tree
 
-NO_LIMIT = 1 << 60  # version 1 says none by the largest multiple of a page in 63 bits, which depends on the page's size
+NO_LIMIT = (
+    1 << 60
+)  # for no limit, version 1 gives the largest multiple of a page in 63 bits, which depends on the page's size
 
 
 @dataclass(frozen=True)
 class MemoryLimit:
-    """A limit of one control group: what all its processes together may hold, and what of it is left.
+    """A limit of one control group: the bytes that all its processes together may hold, and the bytes that are left of them.
 
-    File cache that the group itself would give up counts as left. Beyond a limit that `throttles` the kernel slows the
-    processes down while it takes memory back from them, beyond another it kills.
+    File cache that the group itself would give up counts as left. Beyond a limit that `throttles`, the kernel slows the
+    processes down while it takes memory back from them; beyond any other limit it kills.
     """
 
     file: str
@@ -33,7 +35,7 @@ class MemoryLimit:
     throttles: bool = False
 
     def sentence(self) -> str:
-        """The limit in words, where it stands, and what happens beyond it."""
+        """Return a clause that names the limit, its file, what is left of it, and what happens beyond it."""
         beyond = "slows this process down, to take its memory back" if self.throttles else "kills"
         return (
             f"{self.file} limits this process to {self.limit_bytes / 2**20:,.0f} MiB, of which "
@@ -42,7 +44,7 @@ class MemoryLimit:
 
 
 def tightest(limits: Iterable[MemoryLimit]) -> MemoryLimit | None:
-    """The limit that leaves least, None without any."""
+    """Return the limit that leaves least; None where there are no limits."""
     return min(limits, key=lambda limit: limit.available_bytes, default=None)
 
 
@@ -56,7 +58,7 @@ class ControlGroups:
         self._tree = tree
 
     def cpu_quota(self) -> float:
-        """How many CPUs' worth of time the groups grant; infinity where none limits it."""
+        """Return how many CPUs' worth of time the groups grant; infinity where none limits it."""
         grants = [math.inf]
         for group in self.folders("cpu"):
             # Version 2 has both numbers in one file, "max" for no limit; version 1 has two files, -1 for no limit.
@@ -69,22 +71,22 @@ class ControlGroups:
 
     @cached_property
     def _mounts(self) -> list[tuple[frozenset[str], str, str]]:
-        """Each mounted hierarchy: its controllers (none: version 2), which of its groups is mounted, and where."""
-        found = []
+        """Each mounted hierarchy: its controllers (none in version 2), which of its groups is mounted, and where."""
+        mounts = []
         for line in self._tree.text("proc/self/mountinfo").splitlines():
             mount, _, file_system = line.partition(" - ")
             if file_system.startswith(("cgroup ", "cgroup2 ")) and len(mount.split(" ")) > 4:
                 version_1 = file_system.startswith("cgroup ")
                 controllers = frozenset(file_system.split(" ")[-1].split(",") if version_1 else ())
                 root, point = map(_unescaped, mount.split(" ")[3:5])
-                found.append((controllers, root, point))
-        return found
+                mounts.append((controllers, root, point))
+        return mounts
 
     def folders(self, controller: str) -> Iterator[str]:
-        """The groups under a controller, the innermost first, then every level above that can be seen."""
+        """Yield the folders of the groups under a controller, the innermost first, then every level above that can be seen."""
         for line in self._tree.text("proc/self/cgroup").splitlines():
-            _, _, told = line.partition(":")
-            controllers, _, path = told.partition(":")
+            _, _, membership = line.partition(":")
+            controllers, _, path = membership.partition(":")
             if not path or (controllers and controller not in controllers.split(",")):
                 continue
             mounts = [
@@ -92,32 +94,32 @@ class ControlGroups:
                 for mounted, root, point in self._mounts
                 if (controller in mounted if controllers else not mounted)
             ] or [("/", f"/sys/fs/cgroup/{controller}" if controllers else "/sys/fs/cgroup")]
-            # Bound elsewhere, the group of another container may be in sight too.
+            # Where folders are bind-mounted, the group of another container may be in sight too.
             root, point = next((mount for mount in mounts if _holds(mount[0], path)), mounts[0])
-            # A namespace can hide how the two are related: what is mounted is then this process's own group.
+            # A namespace can hide how root and path are related; then the group that is mounted is this process's own.
             inner = PurePosixPath(path[len(root.rstrip("/")) :].strip("/") if _holds(root, path) else "")
             for group in (inner, *inner.parents):
                 yield f"{point}/{group}".removesuffix("/.").lstrip("/")
 
     def memory_limits(self) -> tuple[MemoryLimit, ...]:
-        """Every limit on this process's memory, of its own group first; none where nothing limits it."""
-        found: list[MemoryLimit] = []
-        seen = [folder for folder in dict.fromkeys(self.folders("memory")) if self._tree.has(folder)]
-        for level, folder in enumerate(seen):
-            told = {name: self._tree.text(f"{folder}/{name}") for name in _LIMITS}
-            if told["memory.limit_in_bytes"] and not level:
-                told["memory.stat"] = self._stat(folder).get("hierarchical_memory_limit", "")
+        """Return every limit on this process's memory, that of its own group first; none where nothing limits it."""
+        limits: list[MemoryLimit] = []
+        folders = [folder for folder in dict.fromkeys(self.folders("memory")) if self._tree.has(folder)]
+        for level, folder in enumerate(folders):
+            amounts = {name: self._tree.text(f"{folder}/{name}") for name in _LIMITS}
+            if amounts["memory.limit_in_bytes"] and not level:
+                amounts["memory.stat"] = self._stat(folder).get("hierarchical_memory_limit", "")
             elif level and self._tree.text(f"{folder}/memory.use_hierarchy") == "0":
-                continue  # version 1: what the groups below use does not count in this one
-            for name, limit in told.items():
-                known = min((one.limit_bytes for one in found), default=NO_LIMIT)
-                if limit.isdecimal() and int(limit) < (known if name == "memory.stat" else NO_LIMIT):
-                    left = max(0, int(limit) - self._held_bytes(folder))
-                    found.append(MemoryLimit(f"/{folder}/{name}", int(limit), left, name == "memory.high"))
-        return tuple(found)
+                continue  # in version 1, what the groups below use then does not count in this one
+            for name, amount in amounts.items():
+                known = min((limit.limit_bytes for limit in limits), default=NO_LIMIT)
+                if amount.isdecimal() and int(amount) < (known if name == "memory.stat" else NO_LIMIT):
+                    left = max(0, int(amount) - self._held_bytes(folder))
+                    limits.append(MemoryLimit(f"/{folder}/{name}", int(amount), left, name == "memory.high"))
+        return tuple(limits)
 
     def _held_bytes(self, folder: str) -> int:
-        """What a group holds, without the file cache that it would give up first."""
+        """The bytes that a group holds, without the file cache that it would give up first."""
         used = self._tree.text(f"{folder}/memory.current") or self._tree.text(f"{folder}/memory.usage_in_bytes")
         stat = self._stat(folder)
         cached = int(stat.get("total_inactive_file") or stat.get("inactive_file") or 0)
@@ -128,7 +130,7 @@ class ControlGroups:
 
 
 def _holds(root: str, path: str) -> bool:
-    """Whether the group at `root` is that at `path`, or one above it."""
+    """Whether the group at `root` is the group at `path`, or one above it."""
     return ".." not in path and (path == root or path.startswith(root.rstrip("/") + "/"))
 
 

@@ -1,8 +1,8 @@
-"""What a node can still hold, asked before memory is taken: a process that outgrows the nodes it is bound to is killed.
+"""Asks how much a node can still hold, before memory is taken.
 
-So is one that outgrows its control group, whatever its nodes hold.
+The kernel kills a process that outgrows the nodes to which it is bound, and one that outgrows its control group.
 
-Limits: what is free now may be taken the next moment by another process.
+Limits: memory that is free now may be taken the next moment by another process.
 """
 
 from __future__ import annotations
@@ -17,20 +17,21 @@ from numa_lab.machine.control_groups import ControlGroups, tightest
 from numa_lab.machine.hardware import read_allowed, read_memory
 from numa_lab.machine.shell_commands import to_paste
 from numa_lab.machine.sysfs import Tree, format_cpulist
-from numa_lab.machine.topology import Topology, read_topology
+from numa_lab.machine.topology import Topology
+from numa_lab.machine.topology_reader import read_topology
 
 _TREE = Tree(Path("/"))
 _GROUPS = ControlGroups(_TREE)
 
 
 def require(nbytes: int, weights: Mapping[int, int]) -> None:
-    """Refuse nodes that can't hold their shares of so many bytes; `weights` gives the share of each.
+    """Refuse nodes that can't hold their shares of so many bytes, which are in proportion to `weights`.
 
     Raises
     ------
     NodeUnavailable
         A node does not exist, its memory may not be used, or less of it is available than its share; or a control group
-        leaves less than all of it.
+        leaves less than all the bytes.
     """
     _require_of_groups(nbytes)
     _, allowed = read_allowed(_TREE)
@@ -49,12 +50,12 @@ def require(nbytes: int, weights: Mapping[int, int]) -> None:
 
 
 def require_where_bound(nbytes: int) -> None:
-    """Refuse what the nodes can't hold to which the calling thread's memory is bound; bound or not, what a control group can't.
+    """Refuse so many bytes where the nodes to which the calling thread's memory is bound, or a control group, can't hold them.
 
     Raises
     ------
     NodeUnavailable
-        All of these nodes together have less available, or a control group leaves less.
+        All nodes of the binding together have less available, or a control group leaves less.
     """
     _require_of_groups(nbytes)
     nodes: Collection[int]
@@ -62,8 +63,8 @@ def require_where_bound(nbytes: int) -> None:
         mode, nodes = libnuma.get_mempolicy()
         bound = mode == libnuma.MPOL_BIND
     except (MissingDependency, PermissionError):
-        words, nodes = page_maps.thread_policy()
-        bound = words == "bind"
+        policy, nodes = page_maps.thread_policy()
+        bound = policy == "bind"
     if not bound:
         return
     available = sum(read_memory(_TREE, node, only=len(_machine().nodes) == 1)[2] for node in nodes)
@@ -85,5 +86,5 @@ def _require_of_groups(nbytes: int) -> None:
 
 @cache
 def _machine() -> Topology:
-    """Nodes of this machine, which stay; what is free and what may be used is read anew each time."""
+    """The machine, whose nodes stay; the memory that is free and the nodes that may be used are read anew each time."""
     return read_topology()

@@ -1,4 +1,4 @@
-"""The node next to a GPU."""
+"""Tells the node that is next to a GPU."""
 
 from __future__ import annotations
 
@@ -10,43 +10,43 @@ from numa_lab.machine.topology import Topology
 
 
 def nearest_node(topology: Topology, gpu: int | str) -> int:
-    """The node with CPUs that is next to a GPU.
+    """Return the node with CPUs that is next to a GPU.
 
     Parameters
     ----------
     topology
         The machine.
     gpu
-        Its number as CUDA counts, in the order of PCI addresses where torch has no CUDA; or its PCI address.
+        The number of the GPU as CUDA counts, or in the order of PCI addresses where torch has no CUDA; or its PCI address.
 
     Raises
     ------
     InvalidInput
-        There is no such GPU; the message names those that there are.
+        There is no such GPU; the message names those that exist.
     NodeUnavailable
         The firmware does not tell its node.
     """
     address = _pci_address(gpu) if isinstance(gpu, int) else gpu.lower()
-    found = [g for g in topology.gpus if address and g.pci.lower().endswith(address)]
-    if not found and isinstance(gpu, int) and 0 <= gpu < len(topology.gpus):
-        found = [topology.gpus[gpu]]  # without CUDA: in the order of PCI addresses
-    if not found:
+    matching = [known for known in topology.gpus if address and known.pci.lower().endswith(address)]
+    if not matching and isinstance(gpu, int) and 0 <= gpu < len(topology.gpus):
+        matching = [topology.gpus[gpu]]  # without CUDA, numbers follow the order of PCI addresses
+    if not matching:
         known = ", ".join(f"{g.pci} on node {g.node}" for g in topology.gpus) or "none"
         raise InvalidInput(f"near_gpu={gpu!r}: expected the number or the PCI address of a GPU; found: {known}")
-    node = found[0].node
+    node = matching[0].node
     if node is not None and node in topology.node_ids:
         return topology.nearest_cpu_node(node)
     if len(topology.node_ids) == 1:
         return topology.node_ids[0]
     raise NodeUnavailable(
-        f"near_gpu={gpu!r}: the firmware does not tell the node of {found[0].pci}; name one by numa_node, "
+        f"near_gpu={gpu!r}: the firmware does not tell the node of {matching[0].pci}; name one by numa_node, "
         "`nvidia-smi topo -m` may know it"
     )
 
 
 def _pci_address(number: int) -> str | None:
-    """Bus and device of a GPU as CUDA numbers them, which depends on CUDA_VISIBLE_DEVICES; None without CUDA."""
-    torch: Any = sys.modules.get("torch")  # who computes has loaded it; this room never does
+    """The PCI address of a GPU by CUDA's number, which depends on CUDA_VISIBLE_DEVICES; None without CUDA."""
+    torch: Any = sys.modules.get("torch")  # a program that computes has loaded it; this room never does
     if not torch or not torch.cuda.is_available() or not 0 <= number < torch.cuda.device_count():
         return None
     properties: Any = torch.cuda.get_device_properties(number)

@@ -1,4 +1,4 @@
-"""Which machine this is: the names of its processors, and whether it is virtual or emulated."""
+"""Reads which machine this is: the names of its processors, and whether it is virtual or emulated."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from numa_lab.machine.sysfs import Tree
 
-# 64-bit Arm gives numbers in place of names: of who made the processor, and of the part among the maker's. Sources: Linux's
+# 64-bit Arm gives numbers in place of names: one for the maker of the processor, one for the part among the maker's. Sources: Linux's
 # arch/arm64/include/asm/cputype.h, lscpu's and LLVM's tables (which agree), and QEMU's source for its own.
 _MAKERS = {
     0x41: "Arm", 0x42: "Broadcom", 0x43: "Cavium", 0x46: "Fujitsu", 0x48: "HiSilicon", 0x4E: "NVIDIA", 0x50: "Applied Micro",
@@ -50,9 +50,9 @@ _PARTS = {
 
 
 def model_name(tree: Tree, info: str) -> str:
-    """The processor as cpuinfo names it; on 64-bit Arm, which names none, each kind of core by its maker's number and part."""
+    """Return the processor's name in cpuinfo; on 64-bit Arm, which has none, the name of each kind of core by its maker and part."""
     named = _line(info, "[Mm]odel [Nn]ame")
-    # Some kernels fill the line with the architecture, so that old programs find one.
+    # Some kernels fill the line with the architecture, so that old programs find a name.
     if named and not re.match(r"(ARMv\d|AArch64) Processor", named):
         return named
     numbers = list(_arm_numbers(tree, info))
@@ -61,20 +61,20 @@ def model_name(tree: Tree, info: str) -> str:
 
 
 def _line(info: str, names: str) -> str:
-    found = re.search(rf"^(?:{names})\s*:[ \t]*(\S.*)$", info, re.MULTILINE)
-    return " ".join(found[1].split()) if found else ""
+    line = re.search(rf"^(?:{names})\s*:[ \t]*(\S.*)$", info, re.MULTILINE)
+    return " ".join(line[1].split()) if line else ""
 
 
 def _arm_numbers(tree: Tree, info: str) -> Iterator[tuple[int, int]]:
-    """Maker and part of each CPU: as cpuinfo tells them, else from the identification registers."""
+    """Yield maker and part of each CPU: as cpuinfo has them, else from the identification registers."""
     maker = 0
-    found = re.findall(r"^CPU (implementer|part)\s*:\s*(0x[0-9a-fA-F]+)", info, re.MULTILINE)
-    for name, number in found:
+    numbers = re.findall(r"^CPU (implementer|part)\s*:\s*(0x[0-9a-fA-F]+)", info, re.MULTILINE)
+    for name, number in numbers:
         if name == "part":
             yield maker, int(number, 16)
         else:
             maker = int(number, 16)
-    for cpu in () if found else tree.numbered(tree.cpu_dir, "cpu"):
+    for cpu in () if numbers else tree.numbered(tree.cpu_dir, "cpu"):
         if register := tree.text(tree.cpu_dir / f"cpu{cpu}/regs/identification/midr_el1"):
             yield int(register, 16) >> 24 & 0xFF, int(register, 16) >> 4 & 0xFFF
 
@@ -86,8 +86,8 @@ def _arm_name(maker: int, part: int) -> str:
     return f"{by}, part 0x{part:03x}"
 
 
-# How the firmware of virtual machines names them. It says so on any architecture; the rest are those of clouds that have
-# machines of metal too, where x86 has a flag of its CPUs to tell both apart.
+# The names that the firmware of virtual machines gives them, on any architecture. Clouds that have bare-metal machines too use the
+# names of _CLOUD for both; on x86 a flag of the CPUs tells them apart.
 _VIRTUAL = re.compile(
     "QEMU|KVM|VMware|VirtualBox|Virtual Machine|HVM domU|OpenStack|KubeVirt|Parallels|BHYVE|Apple Virtualization"
 )
@@ -98,30 +98,30 @@ _METAL = re.compile(r"\bmetal\b")  # c7g.metal, m7g.metal-48xl
 
 
 def hypervisor(tree: Tree, info: str) -> str | None:
-    """The name of what this virtual machine runs in, as far as it is told, None where none is seen.
+    """Return the name of the hypervisor that this machine runs in, "unknown" where nothing names it, and None where none is seen.
 
-    x86 has a flag of the CPU for it. On others the firmware's name of the machine tells it or, where it gives none, the device tree:
-    of KVM or Xen, and of QEMU's board.
+    x86 has a flag of the CPU for it. On other architectures the firmware's name of the machine tells it or, where the firmware gives
+    none, the device tree, which names KVM, Xen and QEMU's board.
     """
-    told, product = tree.text("sys/hypervisor/type"), _product(tree)
+    named, product = tree.text("sys/hypervisor/type"), _product(tree)
     flags = _line(info, "flags")
     if flags:
         seen = "hypervisor" in flags.split() or _VIRTUAL.search(product)
         clocks = tree.text("sys/devices/system/clocksource/clocksource0/available_clocksource")
-        return told or (product or ("KVM" if "kvm-clock" in clocks else "unknown") if seen else None)
-    if told or _VIRTUAL.search(product) or (_CLOUD.search(product) and not _METAL.search(product)):
-        return told or product
+        return named or (product or ("KVM" if "kvm-clock" in clocks else "unknown") if seen else None)
+    if named or _VIRTUAL.search(product) or (_CLOUD.search(product) and not _METAL.search(product)):
+        return named or product
     return _board(tree) or ((product or "unknown") if _firmware_is_virtual(tree) else None)
 
 
 def _board(tree: Tree) -> str | None:
-    """What the device tree, or in its place ACPI, tells of a virtual board."""
+    """The name of a virtual board that the device tree or, in its place, ACPI gives; None where there is none."""
     base = next(
         (path for path in ("proc/device-tree", "sys/firmware/devicetree/base") if (tree.root / path).is_dir()), ""
     )
     if base and (under := tree.text(f"{base}/hypervisor/compatible")):
         return under.split("\0")[0]
-    # QEMU's way to hand files to its firmware. Containers hide /sys/firmware, but not the devices found by it.
+    # QEMU hands files to its firmware by a device of its own. Containers hide /sys/firmware, but not the devices.
     for folder, device in (
         (base, "fw-cfg*"),
         ("sys/bus/platform/devices", "*fw-cfg*"),
@@ -134,7 +134,7 @@ def _board(tree: Tree) -> str | None:
 
 
 def _firmware_is_virtual(tree: Tree) -> bool:
-    """The bit of SMBIOS that says so (type 0, extension byte 2, bit 4), where this user may read it."""
+    """Whether SMBIOS says that the machine is virtual (type 0, extension byte 2, bit 4), where this user may read it."""
     try:
         entry = (tree.root / "sys/firmware/dmi/entries/0-0/raw").read_bytes()
     except OSError:
@@ -143,16 +143,16 @@ def _firmware_is_virtual(tree: Tree) -> bool:
 
 
 def is_translated(tree: Tree, info: str) -> bool:
-    """Whether QEMU runs this very program, as in a container for another architecture: cpuinfo is that of the CPUs below."""
+    """Return whether QEMU translates this very program, as in a container for another architecture, where cpuinfo is the host's."""
     others = {"aarch64": "flags", "x86_64": "CPU implementer"}.get(platform.machine(), "")
     return bool(others) and tree.root == Path("/") and bool(_line(info, others))
 
 
 def is_emulated(tree: Tree, info: str) -> bool:
-    """Whether software runs the instructions, as far as it shows: QEMU without an accelerator (TCG).
+    """Return whether software is seen to run the instructions: QEMU without an accelerator (TCG).
 
-    The processor of ``-cpu max`` has TCG in its name, on Arm a number of its own. Under any other name a guest of QEMU on x86
-    without x2APIC is emulated: under KVM it has one always, and TCG had none before QEMU 9.
+    The processor of ``-cpu max`` has TCG in its name, or on Arm a part number of its own. A guest of QEMU on x86 whose processor has
+    another name is emulated if it lacks x2APIC: under KVM it always has that, and TCG did not have it before QEMU 9.
     """
     if "TCG" in model_name(tree, info) or is_translated(tree, info):
         return True

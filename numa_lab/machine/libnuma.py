@@ -1,7 +1,7 @@
-"""The four system calls of Linux's NUMA interface, through libnuma.so.1.
+"""Calls the four system calls of Linux's NUMA interface, through libnuma.so.1.
 
-Only the calls themselves: errno becomes an exception and node sets become Python sets. Affinity and policy belong to a
-*thread*; ``set_mempolicy`` and ``get_mempolicy`` speak of the calling one. libnuma's own helpers (``numa_alloc_onnode``
+The calls are passed on as they are: errno becomes an exception, and node sets become Python sets. A memory policy belongs to a
+*thread*; ``set_mempolicy`` and ``get_mempolicy`` act on the calling thread. libnuma's own helpers (``numa_alloc_onnode``
 and the like) are left alone, since they hide errors and print to stderr. Source: set_mempolicy(2), mbind(2),
 move_pages(2), and linux/mempolicy.h for the numbers.
 """
@@ -26,7 +26,7 @@ MPOL_DEFAULT, MPOL_PREFERRED, MPOL_BIND, MPOL_INTERLEAVE, MPOL_LOCAL = range(5)
 MPOL_PREFERRED_MANY = 5  # from Linux 5.15
 MPOL_WEIGHTED_INTERLEAVE = 6  # from Linux 6.9
 MPOL_F_STATIC_NODES, MPOL_F_RELATIVE_NODES, MPOL_F_NUMA_BALANCING = 1 << 15, 1 << 14, 1 << 13
-MPOL_MODE_FLAGS = 0xE000  # all three of them, which the kernel returns or-ed to the mode
+MPOL_MODE_FLAGS = 0xE000  # all three flags, which the kernel returns together with the mode
 MPOL_MF_MOVE = 1 << 1
 _MPOL_F_ADDR = 1 << 1
 
@@ -39,7 +39,7 @@ _Mask = ctypes.c_ulong * (MAX_NODES // _LONG_BITS)
 
 @cache
 def library() -> ctypes.CDLL:
-    """libnuma itself.
+    """Load libnuma.
 
     Raises
     ------
@@ -64,7 +64,7 @@ def library() -> ctypes.CDLL:
 
 
 def available() -> bool:
-    """Whether libnuma.so.1 can be loaded."""
+    """Return whether libnuma.so.1 can be loaded."""
     try:
         library()
     except MissingDependency:
@@ -114,7 +114,7 @@ def set_mempolicy(mode: int, nodes: Iterable[int] = ()) -> None:
         EINVAL where none of the nodes has memory that may be used.
     """
     nodes = frozenset(nodes)
-    # The kernel reads one bit less than it is told (an old off-by-one that it keeps for compatibility).
+    # The kernel reads one bit less than the number that it is given (an old off-by-one that it keeps for compatibility).
     _check(
         library().set_mempolicy(mode, _mask(nodes), MAX_NODES + 1),
         "set_mempolicy",
@@ -123,10 +123,10 @@ def set_mempolicy(mode: int, nodes: Iterable[int] = ()) -> None:
 
 
 def get_mempolicy(*, flags: bool = False) -> tuple[int, frozenset[int]]:
-    """Mode and nodes of the calling thread's memory policy, as the kernel granted them.
+    """Return mode and nodes of the calling thread's memory policy, as the kernel granted them.
 
-    With its `flags` the mode is what ``set_mempolicy`` takes to set the same again. Static and relative nodes are told as they
-    were asked for.
+    With `flags` the mode holds the policy's flags too, so that ``set_mempolicy`` sets the same policy again. Static and relative
+    nodes are returned as they were asked for.
     """
     mode, mask = ctypes.c_int(), _Mask()
     _check(library().get_mempolicy(ctypes.byref(mode), mask, MAX_NODES + 1, None, 0), "get_mempolicy", "calling thread")
@@ -134,7 +134,7 @@ def get_mempolicy(*, flags: bool = False) -> tuple[int, frozenset[int]]:
 
 
 def policy_at(address: int) -> tuple[int, frozenset[int]]:
-    """Mode and nodes of the policy that ``mbind`` gave the mapping of an address; ``MPOL_DEFAULT`` where it has none."""
+    """Return mode and nodes of the policy that ``mbind`` gave the mapping of an address; ``MPOL_DEFAULT`` where it has none."""
     mode, mask = ctypes.c_int(), _Mask()
     status = library().get_mempolicy(ctypes.byref(mode), mask, MAX_NODES + 1, address, _MPOL_F_ADDR)
     _check(status, "get_mempolicy", "an address")
@@ -153,7 +153,7 @@ def mbind(address: int, nbytes: int, mode: int, nodes: Iterable[int], *, move: b
 
 
 def page_status(addresses: NDArray[np.uint64]) -> NDArray[np.int32]:
-    """For each page address, the node that the page lies on, or a negative errno.
+    """Return for each page address the node that the page lies on, or a negative errno.
 
     A page that was never touched is -2 (ENOENT), or -14 (EFAULT) before Linux 6.2 and for the shared page of zeros.
     """
@@ -161,7 +161,7 @@ def page_status(addresses: NDArray[np.uint64]) -> NDArray[np.int32]:
 
 
 def status_of_few(addresses: Sequence[int]) -> list[int]:
-    """``page_status`` without numpy, which is the slower the fewer there are."""
+    """Return what ``page_status`` does, for few pages: without numpy, whose calls take longer than they save there."""
     pages, status = (ctypes.c_uint64 * len(addresses))(*addresses), (ctypes.c_int32 * len(addresses))()
     what = f"{len(addresses)} pages"
     _check(
@@ -173,10 +173,10 @@ def status_of_few(addresses: Sequence[int]) -> list[int]:
 
 
 def move_pages(addresses: NDArray[np.uint64], node: int) -> NDArray[np.int32]:
-    """Move the pages at these addresses to a node; for each the node that it lies on now, or a negative errno.
+    """Move the pages at these addresses to a node, and return for each the node that it lies on now, or a negative errno.
 
-    Pages that do not exist are -2 or -14, as in ``page_status``; -16 (EBUSY) is a page in use this moment, some of which
-    have moved all the same: look again.
+    Pages that do not exist are -2 or -14, as in ``page_status``; -16 (EBUSY) stands for a page that is in use this moment; some of
+    these have moved all the same, so look again.
     """
     return _move_pages(addresses, np.full(len(addresses), node, np.int32))
 
@@ -200,7 +200,7 @@ def _move_pages(addresses: NDArray[np.uint64], nodes: NDArray[np.int32] | None) 
 
 
 def interleave_weights(nodes: Iterable[int]) -> dict[int, int]:
-    """How many pages in turn each node gets under weighted interleaving, as the system's administrator chose.
+    """Return how many pages in turn each node gets under weighted interleaving, as the system's administrator chose.
 
     Raises
     ------

@@ -1,7 +1,7 @@
-"""Functions on new threads, whose masks and policies end with them, and a wait for what they return.
+"""Runs functions on new threads, whose masks and policies end with them, and waits for their results.
 
-Built on plain locks, which no exception that a signal's handler raises can leave held. ``threading.Thread.start`` waits on an Event,
-``concurrent.futures`` on a Condition: these are Python code, and where it is interrupted, a thread may wait for them for ever.
+It is built on plain locks, which no exception of a signal's handler can leave held. ``threading.Thread.start`` waits on an Event and
+``concurrent.futures`` on a Condition, which are Python code: where that is interrupted, a thread may wait for ever.
 
 Limits: after such an exception the functions go on to their ends, and nobody waits for them.
 """
@@ -16,12 +16,12 @@ T = TypeVar("T")
 
 
 def run(functions: Sequence[Callable[[], T]]) -> list[T]:
-    """Call functions at once, each on a new thread: what they return, in their order.
+    """Call functions at the same time, each on a new thread, and return their results in the order of the functions.
 
     Raises
     ------
     BaseException
-        The first that one of them raised, when all have ended.
+        The first exception of a function, raised when all functions have ended.
     """
     results: dict[int, T] = {}
     errors: list[BaseException] = []
@@ -30,7 +30,7 @@ def run(functions: Sequence[Callable[[], T]]) -> list[T]:
     def body(number: int) -> None:
         try:
             results[number] = functions[number]()
-        except BaseException as error:  # the caller's to judge
+        except BaseException as error:  # the caller judges it
             errors.append(error)
         finally:
             running[number].release()

@@ -1,4 +1,4 @@
-"""How many files this process may have open: pipes of processes and shared tensors count among them.
+"""Compares the files that are needed with the number that this process may have open; pipes and shared tensors count among them.
 
 Source: getrlimit(2), RLIMIT_NOFILE.
 """
@@ -17,7 +17,7 @@ RESERVE = 32  # open files that are left to everything else
 
 
 def require(count: int, what: str) -> None:
-    """Refuse what would open so many files where the limit leaves fewer.
+    """Refuse to open so many files where the limit leaves fewer.
 
     Raises
     ------
@@ -27,7 +27,7 @@ def require(count: int, what: str) -> None:
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if limit == resource.RLIM_INFINITY:
         return
-    with told(what):
+    with explained(what):
         used = sum(int(number) < limit for number in os.listdir("/proc/self/fd"))
     if used + count + RESERVE > limit:
         raise LimitReached(
@@ -36,8 +36,8 @@ def require(count: int, what: str) -> None:
 
 
 @contextmanager
-def told(what: str) -> Iterator[None]:
-    """Say in words where something could not be opened since too many files are open.
+def explained(what: str) -> Iterator[None]:
+    """Give an error of the block that comes from too many open files a message with the fix.
 
     Raises
     ------
@@ -52,12 +52,12 @@ def told(what: str) -> Iterator[None]:
 
 
 def refuse(error: OSError, what: str) -> None:
-    """Raise what an error means that came because too many files are open; nothing for any other.
+    """Raise an error that says the fix where another came because too many files are open; other errors are left alone.
 
     Raises
     ------
     LimitReached
-        It did.
+        Too many files are open, in this process or on the machine.
     """
     if error.errno == errno.EMFILE:
         limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -1,15 +1,16 @@
-"""A machine's topology in a few lines, for a terminal or a notebook."""
+"""Shows a machine's topology in a few lines, for a terminal or a notebook."""
 
 from __future__ import annotations
 
 from collections import Counter
 
+from numa_lab.machine.hardware import Node
 from numa_lab.machine.sysfs import format_cpulist
-from numa_lab.machine.topology import Node, Topology
+from numa_lab.machine.topology import Topology
 
 
 def overview(topology: Topology) -> str:
-    """A few lines for a terminal."""
+    """Return a few lines that show a topology, for a terminal or a notebook."""
     cores, kinds = {cpu.core for cpu in topology.cpus}, Counter(cpu.kind for cpu in topology.cpus if cpu.kind)
     memory_bytes = sum(topology.node(node).memory_bytes for node in topology.allowed_nodes)
     lines = [

@@ -1,6 +1,6 @@
-"""What the kernel tells of pages: of mappings per node (numa_maps) and on huge pages (smaps), and how many it moved.
+"""Reads what the kernel tells of pages: on which nodes they lie (numa_maps), which are huge (smaps), and how many it has moved.
 
-Limits: numa_maps and smaps speak of whole mappings. The kernel merges neighbours of the same kind and policy into one, so memory beside
+Limits: numa_maps and smaps describe whole mappings. The kernel merges neighbours of the same kind and policy into one, so memory beside
 the range that is asked for may be counted too. Source: numa(7) and proc(5).
 """
 
@@ -16,33 +16,33 @@ from pathlib import Path
 from numa_lab.machine.sysfs import Tree, parse_cpulist
 
 PAGE_BYTES = mmap.PAGESIZE
-_PROC = Tree(Path("/proc"))  # some of it is missing without CONFIG_NUMA and CONFIG_PROC_PAGE_MONITOR, and in gVisor
+_PROC = Tree(Path("/proc"))  # some files are missing without CONFIG_NUMA and CONFIG_PROC_PAGE_MONITOR, and in gVisor
 HUGE_PAGES = "sys/kernel/mm/transparent_hugepage"
 
 
 def huge_page_bytes(tree: Tree | None = None, page_bytes: int = PAGE_BYTES) -> int:
-    """Bytes of a transparent huge page: 2 MiB with base pages of 4 KiB, 512 MiB with those of 64 KiB; 0 where the kernel has none."""
+    """Return the bytes of a transparent huge page: 2 MiB with base pages of 4 KiB, 512 MiB with 64 KiB; 0 where the kernel has none."""
     tree = tree or Tree(Path("/"))
-    if told := tree.text(f"{HUGE_PAGES}/hpage_pmd_size"):
-        return int(told)
+    if size := tree.text(f"{HUGE_PAGES}/hpage_pmd_size"):
+        return int(size)
     if (tree.root / "sys/kernel/mm").is_dir() and not (tree.root / HUGE_PAGES).is_dir():
         return 0
     return page_bytes * page_bytes // 8  # before Linux 4.11, and without sysfs: what a page full of 8-byte entries maps
 
 
 def pages_per_node(first: int, last: int, numa_maps: str | None = None) -> dict[int, int]:
-    """Base pages on each node, of the mappings that hold bytes from `first` to before `last`; none where the kernel does not tell."""
+    """Count the base pages on each node, of the mappings with bytes from `first` to before `last`; none where the kernel does not tell."""
     mappings = list(_numa_maps(_PROC.text("self/numa_maps") if numa_maps is None else numa_maps))
     ends = [start for start, _ in mappings[1:]] + [1 << 64]
-    found: Counter[int] = Counter()
+    counts: Counter[int] = Counter()
     for (start, pages), end in zip(mappings, ends, strict=bool(mappings)):
         if start < last and end > first:
-            found += pages
-    return dict(sorted(found.items()))
+            counts += pages
+    return dict(sorted(counts.items()))
 
 
 def _numa_maps(text: str) -> Iterator[tuple[int, Counter[int]]]:
-    """Start address and base pages per node of each mapping, in the order of addresses."""
+    """Yield start address and base pages per node of each mapping, in the order of addresses."""
     for line in text.splitlines():
         unit = re.search(r"kernelpagesize_kB=(\d+)", line)
         scale = max(1, int(unit[1]) * 1024 // PAGE_BYTES) if unit else 1
@@ -53,21 +53,22 @@ def _numa_maps(text: str) -> Iterator[tuple[int, Counter[int]]]:
 
 
 def thread_policy(numa_maps: str | None = None) -> tuple[str, tuple[int, ...]]:
-    """The calling thread's memory policy in the kernel's words, and its nodes, by its stack, which has no policy of its own.
+    """Return the calling thread's memory policy by the name that the kernel gives it, and its nodes.
 
-    What the kernel lets a process look at where it refuses ``get_mempolicy``. "default" where it has no NUMA.
+    They are read from the line of the thread's stack in numa_maps, since a stack has no policy of its own. A process may look at that
+    where the kernel refuses ``get_mempolicy``. A kernel without NUMA gives "default".
     """
     path = Path("/proc/thread-self/numa_maps")
     text = numa_maps if numa_maps is not None else path.read_text() if path.exists() else ""
-    told = re.search(r"^[0-9a-f]+ ([^=:\n]+?)(?:=[^:\s]*)?(?::([\d,-]+))? stack\b", text, re.MULTILINE)
-    return (told[1], parse_cpulist(told[2] or "")) if told else ("default", ())
+    policy = re.search(r"^[0-9a-f]+ ([^=:\n]+?)(?:=[^:\s]*)?(?::([\d,-]+))? stack\b", text, re.MULTILINE)
+    return (policy[1], parse_cpulist(policy[2] or "")) if policy else ("default", ())
 
 
 def huge_page_share(first: int, last: int, smaps: str | None = None) -> float:
-    """Share of the resident bytes that lie on huge pages, 0 to 1, of the mappings from `first` to before `last`.
+    """Return the share of resident bytes that lie on huge pages, 0 to 1, of the mappings with bytes from `first` to before `last`.
 
-    NaN where the kernel does not tell. smaps counts what is mapped by a single entry; numa_maps names the base page size for
-    transparent huge pages too.
+    It is NaN where the kernel does not tell. It is read from smaps, which counts the bytes that a single entry maps; numa_maps gives the
+    base page size for transparent huge pages too.
     """
     text = _PROC.text("self/smaps") if smaps is None else smaps
     if not text:
@@ -84,6 +85,6 @@ def huge_page_share(first: int, last: int, smaps: str | None = None) -> float:
 
 
 def kernel_moves() -> int:
-    """Pages that the kernel's NUMA balancing has moved on this machine since it was booted; 0 where it never can, or does not tell."""
+    """Return the pages that NUMA balancing has moved on this machine since it was booted; 0 where the kernel does not tell."""
     counted = re.search(r"^numa_pages_migrated (\d+)$", _PROC.text("vmstat"), re.MULTILINE)
     return int(counted[1]) if counted else 0

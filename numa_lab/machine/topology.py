@@ -1,50 +1,29 @@
-"""The machine as the kernel describes it: nodes, CPUs, memory, distances, caches, GPUs, and what this process may use.
+"""A machine and what this process may use of it: nodes, CPUs, memory, distances, caches and GPUs, and the CPUs to place threads on.
 
-Everything is read from sysfs and procfs below an injectable root, so that a captured tree of another machine reads like
-a live one. Limits: caches and core kinds are missing where the kernel does not tell them, and a virtual machine shows
-what its hypervisor invented. Source: Documentation/ABI/stable/sysfs-devices-node and sysfs-devices-system-cpu.
+``numa_lab.machine.topology_reader`` reads one from the kernel's files.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from numa_lab.errors import InvalidInput, NodeUnavailable
-from numa_lab.machine.control_groups import ControlGroups, MemoryLimit
-from numa_lab.machine.hardware import Cache, Cpu, Gpu, read_caches, read_cpus, read_gpus, read_memory
-from numa_lab.machine.identity import hypervisor, is_emulated, model_name
-from numa_lab.machine.kernel_files import MachineFiles
+from numa_lab.machine.control_groups import MemoryLimit
+from numa_lab.machine.hardware import Cache, Cpu, Gpu, Node
 from numa_lab.machine.sysfs import format_cpulist, parse_cpulist
-
-__all__ = ["Cache", "Cpu", "Gpu", "Node", "Topology", "format_cpulist", "parse_cpulist", "read_topology", "spread"]
-
-
-@dataclass(frozen=True)
-class Node:
-    """A NUMA node: its online CPUs and its memory; `effective` where this process may use both.
-
-    `free_bytes` hold nothing; `available_bytes` add the file cache that the kernel would give up first.
-    """
-
-    id: int
-    cpus: tuple[int, ...]
-    memory_bytes: int
-    free_bytes: int
-    available_bytes: int
-    effective: bool
-    initiators: tuple[int, ...] = ()  # the nodes with the best access to its memory, where firmware tells (HMAT)
 
 
 @dataclass(frozen=True)
 class Topology:
-    """A machine; `distances` stands in the order of `nodes`, and is None where the firmware gave none that fits."""
+    """A machine, and what the process may use of it that read it.
+
+    The rows and columns of `distances` are in the order of `nodes`; it is None where the firmware gives no distances that fit them.
+    """
 
     nodes: tuple[Node, ...]
     cpus: tuple[Cpu, ...]
@@ -54,9 +33,9 @@ class Topology:
     caches: tuple[Cache, ...]
     gpus: tuple[Gpu, ...]
     model_name: str
-    hypervisor: str | None  # its name as far as it is told, None where none is seen
-    emulated: bool  # its instructions are run by software, so that times mean nothing
-    isolated_cpus: tuple[int, ...] = ()  # online, and kept free of ordinary work: isolcpus and nohz_full
+    hypervisor: str | None  # its name, or "unknown"; None where no hypervisor is seen
+    emulated: bool  # whether software runs the instructions, so that times mean nothing
+    isolated_cpus: tuple[int, ...] = ()  # online CPUs that are kept free of ordinary work, by isolcpus and nohz_full
     memory_limits: tuple[MemoryLimit, ...] = ()  # of the control groups of this process
 
     @cached_property
@@ -82,10 +61,10 @@ class Topology:
 
     @cached_property
     def usable_cpus(self) -> tuple[int, ...]:
-        """The CPUs that this process may use and that are not isolated, which threads are placed on.
+        """The CPUs on which threads are placed: those that this process may use and that are not isolated.
 
-        Isolated ones (``isolcpus``, ``nohz_full``) were set aside at boot for something else, and threads that share them are
-        not balanced between them. A process that may use these alone was put there on purpose: then they serve.
+        Isolated CPUs (``isolcpus``, ``nohz_full``) were set aside at boot for something else, and the kernel does not balance threads
+        between them. A process that may use isolated CPUs alone was put there on purpose, so they are all usable then.
         """
         isolated = set(self.isolated_cpus)
         return tuple(cpu for cpu in self.allowed_cpus if cpu not in isolated) or self.allowed_cpus
@@ -96,11 +75,11 @@ class Topology:
 
     @cached_property
     def _usable_by_node(self) -> dict[int, tuple[int, ...]]:
-        found: dict[int, list[int]] = {}
+        by_node: dict[int, list[int]] = {}
         for cpu in self.cpus:
             if cpu.id in self._usable:
-                found.setdefault(cpu.node, []).append(cpu.id)
-        return {node: tuple(cpus) for node, cpus in found.items()}
+                by_node.setdefault(cpu.node, []).append(cpu.id)
+        return {node: tuple(cpus) for node, cpus in by_node.items()}
 
     @cached_property
     def cpu_nodes(self) -> tuple[int, ...]:
@@ -109,20 +88,27 @@ class Topology:
 
     @cached_property
     def sockets(self) -> tuple[int, ...]:
-        """Ids of the processor packages as the kernel numbers them, none where it does not tell them."""
+        """Ids of the processor packages as the kernel numbers them; empty where it does not tell them."""
         return tuple(sorted({cpu.socket for cpu in self.cpus} - {-1}))
+
+    @cached_property
+    def node_sockets(self) -> dict[int, int] | None:
+        """The socket of each node with CPUs; None where the kernel does not tell one, or a node spans several."""
+        pairs = {(cpu.node, cpu.socket) for cpu in self.cpus}
+        socket_of = dict(pairs)
+        return None if len(socket_of) < len(pairs) or -1 in socket_of.values() else socket_of
 
     @cached_property
     def _cpu_by_id(self) -> Mapping[int, Cpu]:
         return {cpu.id: cpu for cpu in self.cpus}
 
     def node(self, node_id: int) -> Node:
-        """The node with this id.
+        """Return the node with this id.
 
         Raises
         ------
         NodeUnavailable
-            There is none; the message names those that exist.
+            There is no such node; the message names those that exist.
         """
         for node in self.nodes:
             if node.id == node_id:
@@ -130,7 +116,7 @@ class Topology:
         raise NodeUnavailable(f"node {node_id} does not exist; nodes of this machine: {format_cpulist(self.node_ids)}")
 
     def node_of_cpu(self, cpu: int) -> int:
-        """The node of an online CPU.
+        """Return the node of an online CPU.
 
         Raises
         ------
@@ -143,26 +129,26 @@ class Topology:
             raise InvalidInput(f"CPU {cpu} is not online; online are {format_cpulist(self._cpu_by_id)}") from None
 
     def cpus_of(self, nodes: Iterable[int]) -> tuple[int, ...]:
-        """Online CPUs of these nodes that this process may use, without isolated ones (see ``usable_cpus``)."""
+        """Return the CPUs among ``usable_cpus`` that belong to these nodes, in ascending order."""
         lists = [self._usable_by_node[node] for node in set(nodes) if node in self._usable_by_node]
         return lists[0] if len(lists) == 1 else tuple(sorted(cpu for cpus in lists for cpu in cpus))
 
     def physical_cores(self, cpus: Iterable[int]) -> tuple[int, ...]:
-        """One CPU for each physical core among `cpus`: the lowest of ``usable_cpus``."""
+        """Return one CPU for each physical core among `cpus`: the lowest that is usable (``usable_cpus``)."""
         first: dict[int, int] = {}
         for cpu in sorted(self._usable.intersection(cpus)):
             first.setdefault(self._cpu_by_id[cpu].core, cpu)
         return tuple(sorted(first.values()))
 
     def cpus_for(self, nodes: Collection[int], threads: int | None = None) -> tuple[int, ...]:
-        """A CPU for each of `threads` threads on these nodes; as many as there are physical cores where None is given.
+        """Return a CPU for each of `threads` threads on these nodes; one for each physical core where None is given.
 
-        They are spread evenly, hence over the caches. Two threads share a core only where the cores don't suffice.
+        The CPUs are spread evenly, hence over the caches. Two threads share a core only where the cores don't suffice.
 
         Raises
         ------
         InvalidInput
-            More threads than CPUs that may be used there, or none.
+            `threads` is less than 1, or more than the CPUs that may be used there.
         """
         cpus = self.cpus_of(nodes)
         cores = self.physical_cores(cpus)
@@ -177,25 +163,25 @@ class Topology:
         return spread(cores, threads)
 
     def capacity_bytes(self, nodes: Iterable[int]) -> int:
-        """Bytes that this process may hold on these nodes at most: their memory, or less by a control group's limit."""
+        """Return the bytes that this process may hold on these nodes at most: their memory, or less by a control group's limit."""
         limits = (limit.limit_bytes for limit in self.memory_limits)
         return min([sum(self.node(node).memory_bytes for node in nodes), *limits])
 
     def available_bytes(self, nodes: Iterable[int], sharers: int = 1) -> int:
-        """Bytes that this process could still take on these nodes, file cache included, when the machine was read.
+        """Return the bytes that this process could still take on these nodes, file cache included, when the machine was read.
 
-        What a control group leaves is divided by the `sharers` that take at once.
+        What a control group leaves is divided by the number of `sharers` that take memory at the same time.
         """
         limits = (limit.available_bytes // sharers for limit in self.memory_limits)
         return min([sum(self.node(node).available_bytes for node in nodes), *limits])
 
     def free_bytes(self, nodes: Iterable[int]) -> int:
-        """As ``available_bytes``, of memory that holds nothing, not even file cache."""
+        """Return what ``available_bytes`` does, without memory that holds file cache."""
         limits = (limit.available_bytes for limit in self.memory_limits)
         return min([sum(self.node(node).free_bytes for node in nodes), *limits])
 
     def last_cache_bytes_of(self, cpus: Iterable[int]) -> int:
-        """Bytes of the last-level caches that these CPUs reach, all together; 0 where the kernel does not tell."""
+        """Return the bytes of all last-level caches that these CPUs reach; 0 where the kernel does not tell."""
         wanted = set(cpus)
         reached = [cache for cache in self.caches if cache.kind != "Instruction" and wanted & set(cache.cpus)]
         last = max((cache.level for cache in reached), default=0)
@@ -206,11 +192,11 @@ class Topology:
         """Bytes of all last-level caches of the machine."""
         return self.last_cache_bytes_of(cpu.id for cpu in self.cpus)
 
-    def distance(self, one: int, other: int) -> int | None:
-        """Relative distance of two nodes as firmware gives it (10: itself), None where it gives none."""
+    def distance(self, first: int, second: int) -> int | None:
+        """Return the relative distance of two nodes as firmware gives it, 10 for a node and itself; None where it gives none."""
         if self.distances is None:
             return None
-        return self.distances[self.node_ids.index(one)][self.node_ids.index(other)]
+        return self.distances[self.node_ids.index(first)][self.node_ids.index(second)]
 
     def require_effective(self, node_id: int) -> None:
         """Refuse a node whose CPUs and memory this process may not use.
@@ -223,7 +209,7 @@ class Topology:
         self.node(node_id)
         if node_id not in self.effective_nodes:
             raise NodeUnavailable(
-                f"node {node_id} has no CPUs, or no memory, that this process may use{self.isolated_words(node_id)}; nodes with "
+                f"node {node_id} has no CPUs, or no memory, that this process may use{self.isolation_note(node_id)}; nodes with "
                 f"both: {format_cpulist(self.effective_nodes) or 'none'}"
             )
 
@@ -242,40 +228,41 @@ class Topology:
             raise NodeUnavailable(
                 "no node has both CPUs and memory that this process may use: allowed are CPUs "
                 f"{format_cpulist(self.allowed_cpus) or 'none'} and memory of nodes "
-                f"{format_cpulist(self.allowed_nodes) or 'none'}"
+                f"{format_cpulist(self.allowed_nodes) or 'none'}; widen the cpuset"
                 if nodes is None
                 else "nodes=(): expected at least one node"
             )
         return chosen
 
-    def isolated_words(self, node_id: int) -> str:
-        """Why CPUs of a node are left alone, to be added to a message; empty where none is isolated."""
+    def isolation_note(self, node_id: int) -> str:
+        """Return why CPUs of a node are left alone, to be added to a message; empty where none is isolated."""
         isolated = set(self.node(node_id).cpus).intersection(self.isolated_cpus)
         return f" (its CPUs {format_cpulist(isolated)} are isolated by isolcpus or nohz_full)" if isolated else ""
 
     def nearest_cpu_node(self, node_id: int) -> int:
-        """The node whose CPUs are nearest to this node's memory: itself where it has usable CPUs.
+        """Return the node whose CPUs are nearest to this node's memory, which is the node itself where it has usable CPUs.
 
         Raises
         ------
         NodeUnavailable
-            No such node, or no CPU may be used at all.
+            There is no such node, or this process may use no CPU at all.
         """
         node = self.node(node_id)
         if not self.cpu_nodes:
             allowed = format_cpulist(self.allowed_cpus) or "none"
             raise NodeUnavailable(f"no node has CPUs that this process may use (allowed: {allowed}): widen its cpuset")
 
-        def nearness(other: int) -> tuple[bool, bool, int, int]:
-            return (other != node_id, other not in node.initiators, self.distance(other, node_id) or 0, other)
+        def farness(cpu_node: int) -> tuple[bool, bool, int, int]:
+            distance = self.distance(cpu_node, node_id) or 0
+            return (cpu_node != node_id, cpu_node not in node.initiators, distance, cpu_node)
 
-        return min(self.cpu_nodes, key=nearness)
+        return min(self.cpu_nodes, key=farness)
 
     def fingerprint(self) -> str:
-        """Short hash of the hardware, independent of what this process may use and of free memory."""
+        """Return a short hash of the hardware, which depends neither on what this process may use nor on free memory."""
         identity = [
             self.model_name,
-            # Not its size: virtual machines are given and robbed of memory while they run.
+            # The size of a node's memory is left out, since a virtual machine is given and loses memory while it runs.
             [(n.id, n.cpus, n.memory_bytes > 0) for n in self.nodes],
             self.distances,
             sorted((c.level, c.kind, c.size_bytes, c.cpus) for c in self.caches),
@@ -283,67 +270,57 @@ class Topology:
         return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
 
     def to_json(self) -> dict[str, Any]:
-        """The whole as plain JSON values; sizes are bytes."""
+        """Return the whole topology as plain JSON values; sizes are bytes."""
         return {
-            "nodes": [
-                {
-                    "id": node.id,
-                    "cpus": list(node.cpus),
-                    "memory_bytes": node.memory_bytes,
-                    "free_bytes": node.free_bytes,
-                    "available_bytes": node.available_bytes,
-                    "effective": node.effective,
-                    "initiators": list(node.initiators),
-                }
-                for node in self.nodes
-            ],
+            "nodes": [vars(n) | {"cpus": list(n.cpus), "initiators": list(n.initiators)} for n in self.nodes],
             "distances": [list(row) for row in self.distances] if self.distances else None,
             "allowed_cpus": list(self.allowed_cpus),
             "allowed_nodes": list(self.allowed_nodes),
             "isolated_cpus": list(self.isolated_cpus),
-            "memory_limits": [vars(limit) for limit in self.memory_limits],
-            "gpus": [{"pci": gpu.pci, "node": gpu.node} for gpu in self.gpus],
+            "memory_limits": [{**vars(limit)} for limit in self.memory_limits],
+            "gpus": [{**vars(gpu)} for gpu in self.gpus],
             "sockets": [{"id": s, "cpus": [cpu.id for cpu in self.cpus if cpu.socket == s]} for s in self.sockets],
-            "cpus": [vars(cpu) for cpu in self.cpus],
+            "cpus": [{**vars(cpu)} for cpu in self.cpus],
             "caches": [vars(cache) | {"cpus": format_cpulist(cache.cpus)} for cache in self.caches],
             "model_name": self.model_name,
             "hypervisor": self.hypervisor,
             "emulated": self.emulated,
         }
 
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any]) -> Topology:
+        """Read back what ``to_json`` gave.
+
+        Older versions stored neither isolated CPUs nor memory limits, which are then taken for none, and the first one did not store
+        what is available, for which the free memory stands in.
+
+        Raises
+        ------
+        InvalidInput
+            It is something else; the message says what is wrong with it.
+        """
+        try:
+            return cls(
+                nodes=tuple(_stored_node(node) for node in stored["nodes"]),
+                cpus=tuple(Cpu(**cpu) for cpu in stored["cpus"]),
+                distances=tuple(map(tuple, stored["distances"])) if stored["distances"] else None,
+                allowed_cpus=tuple(stored["allowed_cpus"]),
+                allowed_nodes=tuple(stored["allowed_nodes"]),
+                caches=tuple(Cache(**cache | {"cpus": parse_cpulist(cache["cpus"])}) for cache in stored["caches"]),
+                gpus=tuple(Gpu(**gpu) for gpu in stored["gpus"]),
+                **{name: stored[name] for name in ("model_name", "hypervisor", "emulated")},
+                isolated_cpus=tuple(stored.get("isolated_cpus", ())),
+                memory_limits=tuple(MemoryLimit(**limit) for limit in stored.get("memory_limits", ())),
+            )
+        except (AttributeError, KeyError, TypeError) as error:
+            raise InvalidInput(f"a topology ({error!r}): expected what `numa-lab topology --json` prints") from error
+
+
+def _stored_node(stored: Mapping[str, Any]) -> Node:
+    lists = {name: tuple(stored[name]) for name in ("cpus", "initiators")}
+    return Node(**{"available_bytes": stored["free_bytes"], **stored, **lists})
+
 
 def spread(cpus: Sequence[int], count: int) -> tuple[int, ...]:
-    """So many of these CPUs, at even distances: spread over the caches."""
+    """Return so many of these CPUs, at even distances, so that they are spread over the caches."""
     return tuple(cpus[i * len(cpus) // count] for i in range(count))
-
-
-def read_topology(root: str | os.PathLike[str] = "/") -> Topology:
-    """Read the machine below `root` (``/``: this one, as the calling thread may use it).
-
-    Raises
-    ------
-    InvalidInput
-        `root` is no folder, or holds no sysfs.
-    """
-    files = MachineFiles(Path(root))
-    listed = files.node_cpus
-    allowed_cpus, allowed_nodes = files.allowed
-    memory = {node: read_memory(files, node, only=len(listed) == 1) for node in listed}
-    usable = tuple(node for node in allowed_nodes if memory[node][0])
-    info = files.text("proc/cpuinfo")
-    machine = Topology(
-        nodes=tuple(Node(node, of, *memory[node], False, files.initiators(node)) for node, of in listed.items()),
-        cpus=read_cpus(files, files.online, {cpu: node for node, of in listed.items() for cpu in of}),
-        distances=files.distances(),
-        allowed_cpus=allowed_cpus,
-        allowed_nodes=usable,
-        caches=read_caches(files, files.online),
-        gpus=read_gpus(files, list(listed)),
-        model_name=model_name(files, info),
-        hypervisor=hypervisor(files, info),
-        emulated=is_emulated(files, info),
-        isolated_cpus=files.isolated,
-        memory_limits=ControlGroups(files).memory_limits(),
-    )
-    nodes = (replace(node, effective=node.id in usable and bool(machine.cpus_of([node.id]))) for node in machine.nodes)
-    return replace(machine, nodes=tuple(nodes))

@@ -6,13 +6,14 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from numa_lab import __version__
-from numa_lab.errors import RunDirectoryError
+from numa_lab.errors import InvalidInput, RunDirectoryError
 from numa_lab.machine.topology import Topology
 from numa_lab.measurement.atomic_files import read_json
 
@@ -20,14 +21,54 @@ SCHEMA_VERSION = 1  # of all files of a run directory
 MACHINE = "machine.json"
 
 
-def machine_facts(topology: Topology) -> dict[str, Any]:
-    """Describe the machine and its software, as ``machine.json`` stores them.
+@dataclass(frozen=True)
+class Machine:
+    """A machine and its software, as ``machine.json`` of a run directory stores them.
 
-    Returns
-    -------
-    Plain JSON values. ``identity`` holds those that must agree before rows of two runs may be mixed, and ``fingerprint``
-    is their hash; ``topology`` is what ``Topology.to_json`` gives.
+    Attributes
+    ----------
+    fingerprint
+        The hash of `identity`. Every file of rows holds it too.
+    identity
+        The values that must agree before rows of two runs may be mixed, by name.
+    python, numa_lab
+        The versions that measured.
+    topology
+        The machine as the process saw it that measured.
+    findings
+        What ``numa-lab doctor`` found before the run, as plain JSON values; None where it did not look.
     """
+
+    fingerprint: str
+    identity: Mapping[str, str]
+    python: str
+    numa_lab: str
+    topology: Topology
+    findings: Sequence[Mapping[str, Any]] | None = None
+
+    def differences(self, other: Machine) -> list[str]:
+        """Return the identifying values in which another machine differs, as ``name: value against value``."""
+        return [
+            f"{name}: {self.identity.get(name)} against {other.identity.get(name)}"
+            for name in sorted({*self.identity, *other.identity})
+            if self.identity.get(name) != other.identity.get(name)
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values, as ``machine.json`` stores them."""
+        facts = {
+            "schema_version": SCHEMA_VERSION,
+            "fingerprint": self.fingerprint,
+            "identity": dict(self.identity),
+            "python": self.python,
+            "numa_lab": self.numa_lab,
+            "topology": self.topology.to_json(),
+        }
+        return facts if self.findings is None else facts | {"findings": list(self.findings)}
+
+
+def describe_machine(topology: Topology) -> Machine:
+    """Describe the machine of a topology, with the software that runs now."""
     identity = {
         "machine": topology.fingerprint(),
         "model": topology.model_name,
@@ -37,14 +78,7 @@ def machine_facts(topology: Topology) -> dict[str, Any]:
         **{name: _version(name) for name in ("torch", "numba")},
     }
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "fingerprint": digest[:16],
-        "identity": identity,
-        "python": platform.python_version(),
-        "numa_lab": __version__,
-        "topology": topology.to_json(),
-    }
+    return Machine(digest[:16], identity, platform.python_version(), __version__, topology)
 
 
 def _version(distribution: str) -> str:
@@ -54,12 +88,12 @@ def _version(distribution: str) -> str:
         return "not installed"
 
 
-def load_machine(run_dir: str | os.PathLike[str]) -> dict[str, Any]:
+def load_machine(run_dir: str | os.PathLike[str]) -> Machine:
     """Read ``machine.json`` of a run directory.
 
     Returns
     -------
-    What ``machine_facts`` gave when the run was measured.
+    The machine as it was described when the run was measured.
 
     Raises
     ------
@@ -74,19 +108,12 @@ def load_machine(run_dir: str | os.PathLike[str]) -> dict[str, Any]:
             f"{path} has schema version {stored!r}, expected {SCHEMA_VERSION}: measure again, "
             "or read it with the numa_lab that wrote it"
         )
-    if missing := {"fingerprint", "identity", "topology"} - set(facts):
+    if missing := {"fingerprint", "identity", "python", "numa_lab", "topology"} - set(facts):
         raise RunDirectoryError(f"{path} is damaged, without {sorted(missing)}: measure again")
-    return facts
-
-
-def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
-    """The identifying values in which two machines differ, as ``name: value against value``.
-
-    Both arguments are what ``machine_facts`` or ``load_machine`` gives.
-    """
-    left, right = first["identity"], second["identity"]
-    return [
-        f"{key}: {left.get(key)} against {right.get(key)}"
-        for key in sorted({*left, *right})
-        if left.get(key) != right.get(key)
-    ]
+    try:
+        topology = Topology.from_json(facts["topology"])
+    except InvalidInput as error:
+        raise RunDirectoryError(f"{path} is damaged, {error}: measure again") from error
+    return Machine(
+        facts["fingerprint"], facts["identity"], facts["python"], facts["numa_lab"], topology, facts.get("findings")
+    )

@@ -21,7 +21,7 @@ from numa_lab.machine.shell_commands import to_paste
 from numa_lab.machine.sysfs import format_cpulist
 from numa_lab.measurement.atomic_files import atomic_file, read_json
 from numa_lab.measurement.comparison import CASE
-from numa_lab.measurement.machine_facts import MACHINE, SCHEMA_VERSION, differences, load_machine
+from numa_lab.measurement.machine_facts import MACHINE, SCHEMA_VERSION, load_machine
 
 EXECUTIONS = "executions"
 PREDICTION = "prediction.json"
@@ -90,7 +90,7 @@ def write_rows(path: Path, rows: pd.DataFrame | Sequence[Mapping[str, object]], 
     rows
         What ``numa_lab.measurement.case_timing.sample_case`` gave, of all cases.
     fingerprint
-        That of the machine, which ``numa_lab.measurement.machine_facts`` computes.
+        That of the machine, as ``numa_lab.measurement.machine_facts`` computes it.
 
     Raises
     ------
@@ -173,7 +173,7 @@ def load_run(run_dir: str | os.PathLike[str]) -> pd.DataFrame:
     folder = Path(run_dir)
     if not folder.is_dir():
         raise RunDirectoryError(f"{folder} is not a directory: expected a run directory as `numa-lab sweep` writes it")
-    facts = load_machine(folder)
+    machine = load_machine(folder)
     files = sorted((folder / EXECUTIONS).glob("*.parquet"))
     if not files:
         outcomes = [read_json(path) for path in sorted((folder / EXECUTIONS).glob("*.json"))]
@@ -185,9 +185,9 @@ def load_run(run_dir: str | os.PathLike[str]) -> pd.DataFrame:
     frames = []
     for file in files:
         frame, fingerprint = read_rows(file)
-        if fingerprint != facts["fingerprint"]:
+        if fingerprint != machine.fingerprint:
             raise MachineMismatch(
-                f"{file.name} was measured on machine {fingerprint}, and {MACHINE} describes {facts['fingerprint']}: "
+                f"{file.name} was measured on machine {fingerprint}, and {MACHINE} describes {machine.fingerprint}: "
                 "move the file into a run directory of its own"
             )
         frames.append(frame)
@@ -216,9 +216,9 @@ def load_runs(run_dirs: Sequence[str | os.PathLike[str]], *, mix_machines: bool 
         The machines, or the CPUs that were allowed, differ and `mix_machines` is false; the message names what differs.
     """
     machines = [load_machine(run_dir) for run_dir in run_dirs]
-    for run_dir, facts in zip(run_dirs[1:], machines[1:], strict=True):
-        differing = differences(machines[0], facts)
-        first, other = (format_cpulist(machine["topology"].get("allowed_cpus", ())) for machine in (machines[0], facts))
+    for run_dir, machine in zip(run_dirs[1:], machines[1:], strict=True):
+        differing = machines[0].differences(machine)
+        first, other = (format_cpulist(each.topology.allowed_cpus) for each in (machines[0], machine))
         differing += [f"allowed CPUs: {first} against {other}"] if first != other else []
         if differing and not mix_machines:
             raise MachineMismatch(
@@ -227,8 +227,8 @@ def load_runs(run_dirs: Sequence[str | os.PathLike[str]], *, mix_machines: bool 
             )
     return pd.concat(
         [
-            load_run(run_dir).assign(machine=facts["fingerprint"])
-            for run_dir, facts in zip(run_dirs, machines, strict=True)
+            load_run(run_dir).assign(machine=machine.fingerprint)
+            for run_dir, machine in zip(run_dirs, machines, strict=True)
         ],
         ignore_index=True,
     )

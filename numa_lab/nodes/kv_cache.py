@@ -24,7 +24,7 @@ from numa_lab.attention import autocast
 from numa_lab.attention.checks import as_number, require_tensors
 from numa_lab.attention.graphs import between_graphs
 from numa_lab.errors import InvalidInput
-from numa_lab.machine.topology import read_topology
+from numa_lab.machine.topology_reader import read_topology
 from numa_lab.nodes import seats, sharded_attention
 from numa_lab.nodes.kv_segments import ShardedMemory
 from numa_lab.nodes.seats import Place

@@ -26,7 +26,8 @@ from typing import Any, NamedTuple, TypeVar
 
 from numa_lab.errors import InvalidInput, NumaLabError
 from numa_lab.machine import libnuma
-from numa_lab.machine.topology import Topology, read_topology
+from numa_lab.machine.topology import Topology
+from numa_lab.machine.topology_reader import read_topology
 from numa_lab.nodes.futures import Promise
 from numa_lab.placement import observation, recycled_memory, team_replacement
 from numa_lab.placement.binding import Binding, effective

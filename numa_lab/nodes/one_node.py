@@ -29,7 +29,7 @@ from numa_lab.attention.graphs import between_graphs
 from numa_lab.attention.scaled_dot_product import scaled_dot_product_attention_gqa
 from numa_lab.errors import InvalidInput
 from numa_lab.machine import gpus, libnuma
-from numa_lab.machine.topology import read_topology
+from numa_lab.machine.topology_reader import read_topology
 from numa_lab.nodes.node_context import NodeContext, entered_contexts
 from numa_lab.nodes.optimal_node import get_optimal_numa_node
 from numa_lab.placement import memory, observation, page_location, recycled_memory

@@ -23,10 +23,10 @@ import numpy as np
 import torch
 
 from numa_lab.attention.shapes import AttentionShape, preset
-from numa_lab.errors import InvalidInput, NodeUnavailable, NotPermitted
+from numa_lab.errors import InvalidInput, NotPermitted
 from numa_lab.machine import cache_folder, libnuma
-from numa_lab.machine.sysfs import format_cpulist
-from numa_lab.machine.topology import Topology, read_topology
+from numa_lab.machine.topology import Topology
+from numa_lab.machine.topology_reader import read_topology
 from numa_lab.measurement import pairwise
 from numa_lab.measurement.labels import AA_SUFFIX
 from numa_lab.measurement.receipts import RECEIPT_COLUMNS, contradictions
@@ -54,13 +54,7 @@ def rank(shape: AttentionShape | str | None = None, *, seconds: float | None = N
     if seconds is not None and not seconds > 0:
         raise InvalidInput(f"seconds={seconds}: expected a positive time for all visits, or None")
     topology = read_topology()
-    nodes = topology.effective_nodes
-    if not nodes:
-        raise NodeUnavailable(
-            "no node has both CPUs and memory that this process may use: allowed are CPUs "
-            f"{format_cpulist(topology.allowed_cpus) or 'none'} and memory of nodes "
-            f"{format_cpulist(topology.allowed_nodes) or 'none'}"
-        )
+    nodes = topology.require_effective_nodes()
     if len(nodes) == 1:
         return _unmeasured(topology)
     path = _cache_path(topology, chosen)

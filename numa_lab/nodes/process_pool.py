@@ -27,7 +27,7 @@ from numa_lab.errors import MissingDependency, NodeUnavailable, NotPermitted
 from numa_lab.machine import open_files
 from numa_lab.machine.page_maps import PAGE_BYTES
 from numa_lab.machine.sysfs import format_cpulist
-from numa_lab.machine.topology import read_topology
+from numa_lab.machine.topology_reader import read_topology
 from numa_lab.nodes import shared_memory
 from numa_lab.nodes.batch_attention import node_of
 from numa_lab.placement import observation

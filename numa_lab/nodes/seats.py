@@ -30,7 +30,8 @@ from numa_lab.attention.kernel_plan import Workspace
 from numa_lab.errors import NodeUnavailable, NumaLabError
 from numa_lab.machine import libnuma
 from numa_lab.machine.sysfs import format_cpulist
-from numa_lab.machine.topology import Topology, read_topology
+from numa_lab.machine.topology import Topology
+from numa_lab.machine.topology_reader import read_topology
 from numa_lab.placement import memory, observation, openmp, team_replacement, thread_state
 from numa_lab.placement.binding import effective
 from numa_lab.placement.pinned_team import PinnedTeam, TeamContext, TeamEntry, cpus_outside, topology_outside

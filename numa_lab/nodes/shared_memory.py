@@ -97,7 +97,7 @@ def clear_errors() -> Iterator[None]:
         In place of the error.
     """
     try:
-        with open_files.told("sharing a tensor"):
+        with open_files.explained("sharing a tensor"):
             yield
     except RuntimeError as error:
         text = str(error)

@@ -237,7 +237,7 @@ class Binding:
                 if node not in usable:
                     raise NodeUnavailable(
                         f"binding {self}: node {node} has no {what} that this process may use"
-                        f"{topology.isolated_words(node) * (what == 'CPUs')}; nodes with usable {what}: {format_cpulist(usable) or 'none'}"
+                        f"{topology.isolation_note(node) * (what == 'CPUs')}; nodes with usable {what}: {format_cpulist(usable) or 'none'}"
                     )
 
     @contextmanager

@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from numa_lab.errors import LimitReached, NodeUnavailable, NotPermitted
 from numa_lab.machine import affinity, free_memory, libnuma, new_threads, page_maps
 from numa_lab.machine.page_maps import PAGE_BYTES
-from numa_lab.machine.topology import Topology, read_topology
+from numa_lab.machine.topology import Topology
+from numa_lab.machine.topology_reader import read_topology
 from numa_lab.placement import page_location
 
 HUGE_PAGE_BYTES = page_maps.huge_page_bytes()  # 0 where the kernel has none

@@ -26,7 +26,8 @@ import numpy as np
 from numa_lab.errors import InvalidInput, NodeUnavailable, NumaLabError
 from numa_lab.machine import affinity, libnuma
 from numa_lab.machine.sysfs import format_cpulist
-from numa_lab.machine.topology import Topology, read_topology
+from numa_lab.machine.topology import Topology
+from numa_lab.machine.topology_reader import read_topology
 from numa_lab.placement import openmp, thread_state
 from numa_lab.placement.calling_thread import CallerAlone
 from numa_lab.placement.interrupt_safe import Entered, Exit, Ticket, end, entered, ticket_for

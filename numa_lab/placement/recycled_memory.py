@@ -27,7 +27,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from numa_lab.errors import MissingDependency, NumaLabError
 from numa_lab.machine import libnuma
-from numa_lab.machine.topology import read_topology
+from numa_lab.machine.topology_reader import read_topology
 from numa_lab.placement import page_location
 
 REST = 10  # times as long as giving back took in vain, before it is done again for the same node

@@ -15,7 +15,8 @@ from collections.abc import Collection, Sequence
 from numa_lab.errors import NodeUnavailable
 from numa_lab.machine import affinity
 from numa_lab.machine.sysfs import format_cpulist
-from numa_lab.machine.topology import Topology, read_topology
+from numa_lab.machine.topology import Topology
+from numa_lab.machine.topology_reader import read_topology
 from numa_lab.placement import openmp
 from numa_lab.placement.calling_thread import CallerAlone
 from numa_lab.placement.pinned_team import PinnedTeam, TeamContext, TeamEntry, cpus_outside

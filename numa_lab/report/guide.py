@@ -6,15 +6,14 @@ The two numbers of the source guide that stand in it are quoted as that guide's,
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import pandas as pd
 
 from numa_lab.machine.shell_commands import to_paste
 from numa_lab.measurement import comparison
 from numa_lab.measurement.labels import is_local
+from numa_lab.measurement.machine_facts import Machine
 from numa_lab.measurement.pairwise import Comparisons
 from numa_lab.placement.binding import Binding
 from numa_lab.report import verdicts
@@ -30,9 +29,7 @@ class Section:
     sentences: tuple[str, ...]
 
 
-def sections(
-    rows: pd.DataFrame, machine: Mapping[str, Any], compared: Comparisons, language: str = "en"
-) -> list[Section]:
+def sections(rows: pd.DataFrame, machine: Machine, compared: Comparisons, language: str = "en") -> list[Section]:
     """The guide's sections in one language: which node, remote memory, threads, batches, commands, what stays open."""
     text: _English | _Chinese = _Chinese() if language == "zh" else _English()
     facts = _Facts(rows, machine, compared)
@@ -43,12 +40,12 @@ def sections(
         Section(text.batch_title, (text.batch(facts),)),
         Section(text.open_title, (text.unclear(facts),)),
     ]
-    if machine["topology"]["emulated"]:
+    if machine.topology.emulated:
         found.insert(0, Section(text.emulated_title, (text.emulated,)))
     return found
 
 
-def markdown(rows: pd.DataFrame, machine: Mapping[str, Any], compared: Comparisons, language: str = "en") -> str:
+def markdown(rows: pd.DataFrame, machine: Machine, compared: Comparisons, language: str = "en") -> str:
     """The guide as Markdown, with the commands for this machine."""
     parts = [
         f"### {s.title}\n\n" + " ".join(filter(None, s.sentences)) for s in sections(rows, machine, compared, language)
@@ -61,10 +58,10 @@ def markdown(rows: pd.DataFrame, machine: Mapping[str, Any], compared: Compariso
 class _Facts:
     """What the sentences of both languages say, as numbers."""
 
-    def __init__(self, rows: pd.DataFrame, machine: Mapping[str, Any], compared: Comparisons) -> None:
+    def __init__(self, rows: pd.DataFrame, machine: Machine, compared: Comparisons) -> None:
         self.floor = compared.noise_floor
         self.local = [label for label in verdicts.bindings(rows) if is_local(label)]
-        self.nodes = len(verdicts.usable_nodes(machine))
+        self.nodes = len(machine.topology.effective_nodes)
         self.best = verdicts.best_node(compared)
         self.tie = verdicts.nodes_tie(compared)
         self.slow = ", ".join(map(str, verdicts.slow_nodes(compared)))

@@ -22,12 +22,12 @@ import pandas as pd
 from markupsafe import Markup, escape
 from pandas.api.types import is_numeric_dtype
 
-from numa_lab.bandwidth.node_bandwidths import PROBES
+from numa_lab.bandwidth.node_bandwidths import PROBES, load_probes
 from numa_lab.experiments.sweep_plan import load_plan
 from numa_lab.machine.shell_commands import to_paste
 from numa_lab.measurement import comparison
 from numa_lab.measurement.atomic_files import atomic_file, read_json
-from numa_lab.measurement.machine_facts import load_machine
+from numa_lab.measurement.machine_facts import MACHINE, Machine, load_machine
 from numa_lab.measurement.pairwise import Comparisons
 from numa_lab.measurement.results import load_prediction, load_run
 from numa_lab.report import figures, guide, receipts, tables, verdicts
@@ -80,7 +80,7 @@ def render(run_dir: Path) -> str:
     """The page of a run, with as much of it as ``MOST_BYTES`` allow."""
     rows, machine, plan = load_run(run_dir), load_machine(run_dir), asdict(load_plan(run_dir))
     compared, css = comparison.compare(rows), (TEMPLATES / "report.css").read_text(encoding="utf-8")
-    probes = read_json(run_dir / PROBES) if (run_dir / PROBES).exists() else None
+    probes = load_probes(run_dir)
     facts = _facts(run_dir, rows, machine, plan, compared) | {"css": Markup(css)}
     plots, machine_plots = (
         figures.run_figures(rows, load_prediction(run_dir)),
@@ -90,10 +90,14 @@ def render(run_dir: Path) -> str:
         _json_file(
             "comparisons.json", "every comparison, as `numa-lab verdict --json` prints them", compared.to_json()
         ),
-        _json_file("machine.json", "the facts of the machine and the findings of `numa-lab doctor`", machine),
+        _json_file(
+            "machine.json",
+            "the facts of the machine and the findings of `numa-lab doctor`",
+            read_json(run_dir / MACHINE),
+        ),
         _json_file("plan.json", "every planned execution with its command", plan),
     ]
-    files += [_json_file(PROBES, "bandwidth and latency between nodes", probes)] if probes else []
+    files += [_json_file(PROBES, "bandwidth and latency between nodes", read_json(run_dir / PROBES))] if probes else []
     template = _environment().get_template("report.html.j2")
     page = ""
     for attachments, dpi, left_out in _variants(rows, files, list(notebooks(run_dir, css))):
@@ -137,7 +141,7 @@ def _variants(
 def _facts(
     run_dir: Path,
     rows: pd.DataFrame,
-    machine: Mapping[str, Any],
+    machine: Machine,
     plan: Mapping[str, Any],
     compared: Comparisons,
 ) -> dict[str, Any]:
@@ -147,15 +151,15 @@ def _facts(
         notices.append(
             "**Sample data** that comes with numa_lab: it says nothing of your machine. Run `make report` there."
         )
-    if machine["topology"]["emulated"]:
+    if machine.topology.emulated:
         notices.append(
             "**Emulated machine**: software runs its instructions. Its times mean nothing; its placement does."
         )
     return {
-        "machine_name": machine["topology"]["model_name"] or "an unnamed processor",
+        "machine_name": machine.topology.model_name or "an unnamed processor",
         "plan": plan,
         "run_name": run_dir.resolve().name,
-        "measured_with": machine["numa_lab"],
+        "measured_with": machine.numa_lab,
         "row_count": f"{len(rows):,}",
         "notices": notices,
         "headline": verdicts.headline(rows, machine, compared),
@@ -175,8 +179,8 @@ def _facts(
         "nodes": tables.nodes(machine),
         "distances": tables.distances(machine),
         "gpus": tables.gpus(machine),
-        "findings": machine.get("findings", []),
-        "no_findings": "Nothing was found." if "findings" in machine else "`numa-lab doctor` did not look.",
+        "findings": machine.findings or [],
+        "no_findings": "Nothing was found." if machine.findings is not None else "`numa-lab doctor` did not look.",
         "receipts": tables.receipts(rows, machine),
         "receipt_notes": tables.receipt_notes(rows),
         "contradictions": _contradictions(rows, machine),
@@ -184,7 +188,7 @@ def _facts(
     }
 
 
-def _contradictions(rows: pd.DataFrame, machine: Mapping[str, Any]) -> list[str]:
+def _contradictions(rows: pd.DataFrame, machine: Machine) -> list[str]:
     """What receipts say against their labels: as many sentences as a reader looks at, and how many there are beyond."""
     found = receipts.found_contradictions(rows, machine)
     more = len(found) - MOST_ROWS

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import pandas as pd
 
+from numa_lab.bandwidth.node_bandwidths import NodeProbes
 from numa_lab.errors import UntrustedResult
+from numa_lab.measurement.machine_facts import Machine
 from numa_lab.measurement.receipts import contradictions
 from numa_lab.placement.receipt import least_huge_pages
 
@@ -28,14 +27,12 @@ def receipts_table(rows: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def found_contradictions(rows: pd.DataFrame, machine: Mapping[str, Any]) -> list[str]:
+def found_contradictions(rows: pd.DataFrame, machine: Machine) -> list[str]:
     """What the receipts of a run say against its labels, as sentences; its CPUs are those that it was allowed to use."""
-    topology = machine["topology"]
-    allowed = set(topology["allowed_cpus"])
-    return contradictions(rows, {node["id"]: allowed.intersection(node["cpus"]) for node in topology["nodes"]})
+    return contradictions(rows, machine.topology.allowed_node_cpus)
 
 
-def require_receipts(rows: pd.DataFrame, machine: Mapping[str, Any]) -> str:
+def require_receipts(rows: pd.DataFrame, machine: Machine) -> str:
     """Say that no receipt contradicts its binding.
 
     Raises
@@ -48,7 +45,7 @@ def require_receipts(rows: pd.DataFrame, machine: Mapping[str, Any]) -> str:
     return f"{len(rows)} rows of {rows['execution_id'].nunique()} executions: no receipt contradicts its binding."
 
 
-def require_probes(probes: Mapping[str, Any]) -> str:
+def require_probes(probes: NodeProbes) -> str:
     """Say for how many pairs of nodes limits were measured.
 
     Raises
@@ -56,7 +53,7 @@ def require_probes(probes: Mapping[str, Any]) -> str:
     UntrustedResult
         None could be measured; the message holds the probes' own notes.
     """
-    measured = sum(value is not None for row in probes["read_bytes_per_s"] for value in row)
+    measured = sum(value is not None for row in probes.read_bytes_per_s for value in row)
     if not measured:
-        raise UntrustedResult(f"No node's memory could be measured. {' '.join(probes['notes'])}")
+        raise UntrustedResult(f"No node's memory could be measured. {' '.join(probes.notes)}")
     return f"Limits were measured for {measured} pair(s) of CPU node and memory node."

@@ -15,6 +15,7 @@ import pandas as pd
 from numa_lab.machine.sysfs import format_cpulist
 from numa_lab.measurement.atomic_files import read_json
 from numa_lab.measurement.comparison import CASE
+from numa_lab.measurement.machine_facts import Machine
 from numa_lab.measurement.pairwise import Comparison, Comparisons
 from numa_lab.measurement.results import EXECUTIONS
 from numa_lab.measurement.significance import CONFIDENCE
@@ -54,58 +55,54 @@ def verdict_counts(compared: Comparisons) -> str:
     return f"Of {len(compared.comparisons)} comparisons {parts}; Holm's correction holds over all of them."
 
 
-def identity(machine: Mapping[str, Any]) -> pd.DataFrame:
+def identity(machine: Machine) -> pd.DataFrame:
     """What must agree before rows of two runs may be mixed, and what stands beside it."""
-    topology = machine["topology"]
+    topology = machine.topology
     facts = {
-        "fingerprint": machine["fingerprint"],
-        **machine["identity"],
-        "Python": machine["python"],
-        "numa_lab": machine["numa_lab"],
-        "hypervisor": topology["hypervisor"] or "none seen",
-        "CPUs of this process": format_cpulist(topology["allowed_cpus"]),
-        "memory nodes of this process": format_cpulist(topology["allowed_nodes"]),
+        "fingerprint": machine.fingerprint,
+        **machine.identity,
+        "Python": machine.python,
+        "numa_lab": machine.numa_lab,
+        "hypervisor": topology.hypervisor or "none seen",
+        "CPUs of this process": format_cpulist(topology.allowed_cpus),
+        "memory nodes of this process": format_cpulist(topology.allowed_nodes),
     }
     return pd.DataFrame({"fact": list(facts), "value": list(facts.values())})
 
 
-def nodes(machine: Mapping[str, Any]) -> pd.DataFrame:
+def nodes(machine: Machine) -> pd.DataFrame:
     """CPUs and memory of each node."""
     return pd.DataFrame(
         [
             {
-                "node": node["id"],
-                "CPUs": format_cpulist(node["cpus"]) or "none",
-                "memory (GiB)": round(node["memory_bytes"] / 2**30, 1),
-                "free (GiB)": round(node["free_bytes"] / 2**30, 1),
-                "usable by this process": "yes" if node["effective"] else "no",
+                "node": node.id,
+                "CPUs": format_cpulist(node.cpus) or "none",
+                "memory (GiB)": round(node.memory_bytes / 2**30, 1),
+                "free (GiB)": round(node.free_bytes / 2**30, 1),
+                "usable by this process": "yes" if node.effective else "no",
             }
-            for node in machine["topology"]["nodes"]
+            for node in machine.topology.nodes
         ]
     )
 
 
-def distances(machine: Mapping[str, Any]) -> pd.DataFrame | None:
+def distances(machine: Machine) -> pd.DataFrame | None:
     """The firmware's distances between nodes; None with one node, or where it tells none."""
-    topology = machine["topology"]
-    ids = [node["id"] for node in topology["nodes"]]
-    if not topology["distances"] or len(ids) < 2:
+    ids = machine.topology.node_ids
+    if not machine.topology.distances or len(ids) < 2:
         return None
-    table = pd.DataFrame(topology["distances"], columns=[f"to node {node}" for node in ids])
+    table = pd.DataFrame(machine.topology.distances, columns=[f"to node {node}" for node in ids])
     table.insert(0, "from node", ids)
     return table
 
 
-def gpus(machine: Mapping[str, Any]) -> pd.DataFrame:
+def gpus(machine: Machine) -> pd.DataFrame:
     """PCI address and node of each GPU."""
-    found = [
-        {"GPU": gpu["pci"], "node": "not told" if gpu["node"] is None else gpu["node"]}
-        for gpu in machine["topology"]["gpus"]
-    ]
+    found = [{"GPU": gpu.pci, "node": "not told" if gpu.node is None else gpu.node} for gpu in machine.topology.gpus]
     return pd.DataFrame(found)
 
 
-def receipts(rows: pd.DataFrame, machine: Mapping[str, Any]) -> pd.DataFrame:
+def receipts(rows: pd.DataFrame, machine: Machine) -> pd.DataFrame:
     """One row per label: binding requested, granted and seen, with the number of contradictions."""
     counts = {label: len(found_contradictions(group, machine)) for label, group in rows.groupby("label")}
     table = receipts_table(rows)

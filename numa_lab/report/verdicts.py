@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
 
+from numa_lab.bandwidth.node_bandwidths import Matrix, NodeProbes
 from numa_lab.machine.shell_commands import to_paste
 from numa_lab.measurement import comparison
 from numa_lab.measurement.labels import AA_SUFFIX, is_local
+from numa_lab.measurement.machine_facts import Machine
 from numa_lab.measurement.pairwise import Comparison, Comparisons
 from numa_lab.measurement.significance import MIN_EXECUTIONS
 from numa_lab.placement.binding import Binding
@@ -22,12 +24,12 @@ _UNSETTLED_IQR = 0.10
 _DRIFT = 0.5  # lag-1 autocorrelation beyond which the run order shows
 
 
-def headline(rows: pd.DataFrame, machine: Mapping[str, Any], compared: Comparisons) -> str:
+def headline(rows: pd.DataFrame, machine: Machine, compared: Comparisons) -> str:
     """The verdict of a run in one line."""
-    said = _EMULATED if machine["topology"]["emulated"] else ""
+    said = _EMULATED if machine.topology.emulated else ""
     labels, limit = bindings(rows), limit_sentence(rows)
     if not compared.comparisons:
-        return f"{said}{_nothing_to_compare(labels, usable_nodes(machine))} {limit}"
+        return f"{said}{_nothing_to_compare(labels, machine.topology.effective_nodes)} {limit}"
     claims = [c for c in compared.comparisons if c.verdict in ("slower", "faster")]
     if not claims:
         return f"{said}{_no_claim(compared)} {limit}"
@@ -40,17 +42,12 @@ def headline(rows: pd.DataFrame, machine: Mapping[str, Any], compared: Compariso
     )
 
 
-def _nothing_to_compare(labels: list[str], nodes: list[int]) -> str:
+def _nothing_to_compare(labels: list[str], nodes: Sequence[int]) -> str:
     if len(labels) > 1:
         return f"Nothing to compare: {', '.join(labels)} have no case in common, since their thread counts differ."
     if len(nodes) > 1:
         return f"One binding ({labels[0]}) on {len(nodes)} nodes: nothing to compare."
     return f"One node: nothing to compare ({labels[0]})."
-
-
-def usable_nodes(machine: Mapping[str, Any]) -> list[int]:
-    """Nodes whose CPUs and memory this process may use."""
-    return [node["id"] for node in machine["topology"]["nodes"] if node["effective"]]
 
 
 def _no_claim(compared: Comparisons) -> str:
@@ -158,10 +155,10 @@ def instability(rows: pd.DataFrame) -> list[str]:
     return found
 
 
-def commands(rows: pd.DataFrame, machine: Mapping[str, Any], compared: Comparisons) -> list[tuple[str, str]]:
+def commands(rows: pd.DataFrame, machine: Machine, compared: Comparisons) -> list[tuple[str, str]]:
     """What to type on this machine, each with its purpose."""
     local = [label for label in bindings(rows) if is_local(label)]
-    nodes = [Binding.parse(label).cpu_nodes[0] for label in local] or machine["topology"]["allowed_nodes"]
+    nodes = [Binding.parse(label).cpu_nodes[0] for label in local] or list(machine.topology.allowed_nodes)
     best = best_node(compared)
     chosen = best if best is not None else next((n for n in nodes if n not in slow_nodes(compared)), nodes[0])
     program, cpus = "python your_program.py", _cpus_of(chosen, machine)
@@ -180,11 +177,10 @@ def commands(rows: pd.DataFrame, machine: Mapping[str, Any], compared: Compariso
     return found
 
 
-def _cpus_of(node: int, machine: Mapping[str, Any]) -> str:
+def _cpus_of(node: int, machine: Machine) -> str:
     """What to tell numactl so that a program runs on a node, within the CPUs that the run was allowed to use."""
-    topology = machine["topology"]
-    usable = set(topology["allowed_cpus"]) - set(topology.get("isolated_cpus", ()))
-    return " ".join(cpu_options([node], {one["id"]: one["cpus"] for one in topology["nodes"]}, usable))
+    topology = machine.topology
+    return " ".join(cpu_options([node], topology.node_cpus, topology.cpus_of([node])))
 
 
 def best_node(compared: Comparisons) -> int | None:
@@ -227,21 +223,21 @@ def _between_local(compared: Comparisons) -> list[Comparison]:
     return [c for c in compared.comparisons if is_local(c.a) and is_local(c.b)]
 
 
-def bandwidth_sentence(probes: Mapping[str, Any]) -> str:
+def bandwidth_sentence(probes: NodeProbes) -> str:
     """How fast nodes read their own memory, and how much slower that of another node."""
-    return _matrix_sentence(probes, "read_bytes_per_s", "reads its own memory at", 1e-9, "GB/s")
+    return _matrix_sentence(probes.nodes, probes.read_bytes_per_s, "reads its own memory at", 1e-9, "GB/s")
 
 
-def latency_sentence(probes: Mapping[str, Any]) -> str:
+def latency_sentence(probes: NodeProbes) -> str:
     """How long a load from a node's own memory takes, and from that of another node."""
-    return _matrix_sentence(probes, "latency_ns", "waits for its own memory for", 1.0, "ns")
+    return _matrix_sentence(probes.nodes, probes.latency_ns, "waits for its own memory for", 1.0, "ns")
 
 
-def _matrix_sentence(probes: Mapping[str, Any], key: str, verb: str, scale: float, unit: str) -> str:
+def _matrix_sentence(nodes: Sequence[int], matrix: Matrix, verb: str, scale: float, unit: str) -> str:
     cells = {
         (cpu, mem): value * scale
-        for cpu, row in zip(probes["nodes"], probes[key], strict=True)
-        for mem, value in zip(probes["nodes"], row, strict=True)
+        for cpu, row in zip(nodes, matrix, strict=True)
+        for mem, value in zip(nodes, row, strict=True)
         if value is not None
     }
     local = {cpu: value for (cpu, mem), value in cells.items() if cpu == mem}

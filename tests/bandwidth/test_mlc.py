@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from numa_lab.bandwidth import mlc
-from numa_lab.bandwidth.node_bandwidths import Measured, socket_groups
+from numa_lab.bandwidth.node_bandwidths import NodeBandwidths, NodeProbes, socket_groups
 from numa_lab.errors import InvalidInput
 
 TEXT = {name: (mlc.FOLDER / f"{name}_mlc.txt").read_text() for name in mlc.PUBLISHED}
@@ -202,7 +202,7 @@ def test_an_unknown_machine_and_a_missing_file_are_named(tmp_path):
 def alike(latency):
     """Equal bandwidths, with these latencies."""
     nodes = tuple(range(len(latency)))
-    return Measured(nodes, tuple((1.0,) * len(nodes) for _ in nodes), tuple(map(tuple, latency)), None)
+    return NodeBandwidths(nodes, tuple((1.0,) * len(nodes) for _ in nodes), tuple(map(tuple, latency)), None)
 
 
 @pytest.mark.parametrize(
@@ -256,12 +256,17 @@ def test_probes_that_make_no_sense_are_refused(change, message):
         "nodes": [0, 1], "read_bytes_per_s": [[2.0, 1.0], [1.0, 2.0]], "latency_ns": [[1.0, 2.0], [2.0, 1.0]],
         "all_nodes_bytes_per_s": 3.0, "threads": [1, 1],
     }  # fmt: skip
-    assert Measured.from_json(probes).bandwidth(0, 1) == 1.0
+    assert NodeBandwidths.from_json(probes).bandwidth(0, 1) == 1.0
     if message:
         with pytest.raises(InvalidInput, match=message):
-            Measured.from_json(probes | change)
+            NodeBandwidths.from_json(probes | change)
     else:
-        assert Measured.from_json(probes | change).latency(0, 1) is None
+        assert NodeBandwidths.from_json(probes | change).latency(0, 1) is None
+    probes |= {"pages": {"0": {"0": 9}}, "notes": [], "seconds": 1.0}
+    assert NodeProbes.from_json(probes).to_json() == probes
+    for lacking in ({"pages": {"a": {}}}, {"threads": None}, {"latency_ns": None}):
+        with pytest.raises(InvalidInput):
+            NodeProbes.from_json(probes | lacking)
     del probes["latency_ns"]
     with pytest.raises(InvalidInput, match="probes without latency_ns"):
-        Measured.from_json(probes)
+        NodeBandwidths.from_json(probes)

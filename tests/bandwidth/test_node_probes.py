@@ -13,7 +13,7 @@ from numa_lab.attention import vectors
 from numa_lab.bandwidth import node_probes, read_probe
 from numa_lab.errors import InvalidInput, NumaLabError
 from numa_lab.machine.control_groups import MemoryLimit
-from numa_lab.machine.topology import read_topology
+from numa_lab.machine.topology_reader import read_topology
 from numa_lab.placement import memory, openmp, page_location
 
 

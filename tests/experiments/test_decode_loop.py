@@ -11,7 +11,7 @@ from numa_lab.attention.reference import attention as reference
 from numa_lab.attention.shapes import preset
 from numa_lab.errors import InvalidInput, UntrustedResult
 from numa_lab.experiments import decode_loop
-from numa_lab.machine.topology import read_topology
+from numa_lab.machine.topology_reader import read_topology
 from numa_lab.measurement.significance import Ratio
 from numa_lab.nodes.one_node import NUMAOptimizedGQA
 from numa_lab.placement import memory

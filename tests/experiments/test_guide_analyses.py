@@ -12,7 +12,7 @@ import pytest
 import analyze_numa_cpu_attention
 from numa_lab.errors import InvalidInput, NodeUnavailable
 from numa_lab.experiments import guide_analyses
-from numa_lab.machine.topology import read_topology
+from numa_lab.machine.topology_reader import read_topology
 from numa_lab.nodes.one_node import NUMAOptimizedGQA
 
 NODE = read_topology().effective_nodes[0]

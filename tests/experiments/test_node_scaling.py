@@ -5,11 +5,11 @@ import pandas as pd
 import pytest
 
 from numa_lab.attention.shapes import preset
-from numa_lab.bandwidth.node_bandwidths import Measured
+from numa_lab.bandwidth.node_bandwidths import NodeBandwidths
 from numa_lab.errors import InvalidInput, UntrustedResult
 from numa_lab.experiments import node_scaling
 from numa_lab.experiments.node_scaling import BATCH, ISOLATED, LOADED, ONE_PROCESS, SEQUENCE
-from numa_lab.machine.topology import read_topology
+from numa_lab.machine.topology_reader import read_topology
 
 SHAPE = preset("llama-3-8b", batch=1, q_len=1, kv_len=64)
 
@@ -25,7 +25,9 @@ def planted(speeds, wrong="", predicted=math.nan):
 def test_every_arm_is_visited_in_every_block_and_lies_where_it_is_computed():
     nodes = read_topology().node_ids
     rates = tuple(tuple(1e9 if cpu == mem else 5e8 for mem in nodes) for cpu in nodes)
-    rows = node_scaling.measure(SHAPE, inputs_per_node=2, seconds=0.01, measured=Measured(nodes, rates, None, 3e9))
+    rows = node_scaling.measure(
+        SHAPE, inputs_per_node=2, seconds=0.01, measured=NodeBandwidths(nodes, rates, None, 3e9)
+    )
     arms = node_scaling.arms_of(len(read_topology().effective_nodes))
     assert rows.groupby(["work", "nodes", "load"]).size().to_dict() == {
         (arm.work, arm.nodes, arm.load): node_scaling.MIN_BLOCKS for arm in arms
@@ -79,6 +81,6 @@ def test_a_node_under_load_expects_its_part_of_what_all_read_together(four_nodes
     rates = tuple(tuple(1e9 for _ in range(4)) for _ in range(4))
     work = node_scaling._Work(SHAPE, 4, None, four_nodes)
     arm = node_scaling.Arm(BATCH, 1, LOADED)
-    measured = Measured((0, 1, 2, 3), rates, None, 2e9)
+    measured = NodeBandwidths((0, 1, 2, 3), rates, None, 2e9)
     assert work.predict(arm, {0: 4}, measured, 4) == pytest.approx(4 * SHAPE.kv_bytes / 5e8)
     assert work.predict(node_scaling.Arm(BATCH, 1), {0: 4}, measured, 4) == pytest.approx(4 * SHAPE.kv_bytes / 1e9)

@@ -13,7 +13,7 @@ import pytest
 from numa_lab.errors import InvalidInput, MissingDependency
 from numa_lab.experiments import notebook_runner
 from numa_lab.experiments import supervisor as supervisor_module
-from numa_lab.machine.topology import read_topology
+from numa_lab.machine.topology_reader import read_topology
 from numa_lab.placement.binding import Binding
 
 

@@ -15,11 +15,13 @@ import psutil
 import pytest
 from click.testing import CliRunner
 
+from numa_lab.bandwidth.node_bandwidths import NodeProbes
 from numa_lab.cli import main
 from numa_lab.errors import InvalidInput, MachineMismatch, NodeUnavailable, RunDirectoryError, UntrustedResult
 from numa_lab.experiments import execution, notebook_files, notebook_runner, sweep, sweep_lock, sweep_plan
 from numa_lab.machine import libnuma
-from numa_lab.machine.topology import parse_cpulist, read_topology
+from numa_lab.machine.sysfs import parse_cpulist
+from numa_lab.machine.topology_reader import read_topology
 from numa_lab.measurement import atomic_files, comparison, machine_facts, results
 from numa_lab.report import receipts
 
@@ -322,9 +324,9 @@ def test_what_is_predicted_is_stored_before_anything_is_measured(tmp_path):
     planned, machine, measured = planned_sweep(), read_topology(), notebook_files.find(sweep.MEASURED_NOTEBOOK)
     assert sweep.predict(planned, tmp_path, measured, machine) == []
     assert results.load_prediction(tmp_path).empty, "nothing can be predicted without probes"
-    nodes = list(machine.node_ids)
+    nodes = machine.node_ids
     pairs = [[20e9 if cpu == mem else 10e9 for mem in nodes] for cpu in nodes]
-    probes = {"nodes": nodes, "read_bytes_per_s": pairs, "latency_ns": None, "all_nodes_bytes_per_s": None}
+    probes = NodeProbes(machine.node_ids, pairs, pairs, None, (1,) * len(nodes), {}, (), 1.0).to_json()
     atomic_files.write_json(tmp_path / sweep.PROBES, probes)
     assert sweep.predict(planned, tmp_path, measured, machine) == []
     predicted = results.load_prediction(tmp_path)

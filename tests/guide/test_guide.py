@@ -17,7 +17,7 @@ import numa_lab
 from numa_lab.attention.reference import attention as reference
 from numa_lab.machine import libnuma
 from numa_lab.machine.sysfs import format_cpulist
-from numa_lab.machine.topology import read_topology
+from numa_lab.machine.topology_reader import read_topology
 from numa_lab.placement import openmp
 
 ROOT = Path(__file__).parents[2]
@@ -126,7 +126,7 @@ def test_memory_that_is_allocated_before(names):
 COMPUTE = """
     import os, torch
     from numa_lab.placement import openmp
-    from numa_lab.machine.topology import read_topology
+    from numa_lab.machine.topology_reader import read_topology
     query, (key, value) = torch.ones(1, 8, 1, 64), torch.ones(2, 1, 2, 4096, 64)
     assert (numa_gqa.compute(query, key, value) == 1).all()
     with numa_gqa:

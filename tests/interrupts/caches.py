@@ -11,7 +11,7 @@ from torch import Tensor
 from interrupts.aim import Target
 from interrupts.cases import CPUS, HEAD_DIM, KV_HEADS, NODE, Q_HEADS, attention, case, numbers, require_close
 from numa_lab import NodeShardedKVCache
-from numa_lab.machine.topology import read_topology
+from numa_lab.machine.topology_reader import read_topology
 from numa_lab.nodes import kv_segments
 from numa_lab.nodes.seats import Place
 from numa_lab.placement import memory

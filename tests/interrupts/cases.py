@@ -9,7 +9,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from interrupts.aim import Case, Target
 from numa_lab import NUMAOptimizedGQA
-from numa_lab.machine.topology import read_topology
+from numa_lab.machine.topology_reader import read_topology
 
 NODE = read_topology().effective_nodes[0]
 CPUS = read_topology().cpus_for([NODE])

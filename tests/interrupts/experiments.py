@@ -15,7 +15,7 @@ from interrupts.cases import CPUS, NODE, case
 from numa_lab import NUMAOptimizedGQA
 from numa_lab.attention.shapes import preset
 from numa_lab.experiments import decode_loop, node_scaling
-from numa_lab.machine.topology import read_topology
+from numa_lab.machine.topology_reader import read_topology
 from numa_lab.measurement import case_timing
 from numa_lab.nodes import optimal_node
 from numa_lab.placement import memory

@@ -4,7 +4,7 @@ from numa_lab.errors import NodeUnavailable
 from numa_lab.machine import free_memory
 from numa_lab.machine.control_groups import ControlGroups, MemoryLimit
 from numa_lab.machine.sysfs import Tree
-from numa_lab.machine.topology import read_topology
+from numa_lab.machine.topology_reader import read_topology
 
 MIB = 1 << 20
 NONE = str(0x7FFFFFFFFFFFF000)

@@ -18,7 +18,7 @@ from numa_lab.errors import NotPermitted
 from numa_lab.machine import doctor, libnuma
 from numa_lab.machine.doctor import load, optional
 from numa_lab.machine.sysfs import Tree
-from numa_lab.machine.topology import read_topology
+from numa_lab.machine.topology_reader import read_topology
 
 CPUS = range(4)  # two on each of two nodes, each a core of its own
 NODE = "sys/devices/system/node/node{}/{}"

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from numa_lab.errors import InvalidInput, NodeUnavailable
 from numa_lab.machine import identity
 from numa_lab.machine.overview import overview
-from numa_lab.machine.sysfs import Tree
-from numa_lab.machine.topology import format_cpulist, parse_cpulist, read_topology
+from numa_lab.machine.sysfs import Tree, format_cpulist, parse_cpulist
+from numa_lab.machine.topology import Topology
+from numa_lab.machine.topology_reader import read_topology
 from numa_lab.placement.binding import Binding
 
 CAPTURED = Path(__file__).parents[1] / "topologies"
@@ -84,6 +85,7 @@ def test_every_captured_machine_is_read_right(captured, name):
     assert topology.physical_cores(online) == tuple(sorted(cores))
     assert all(topology.node_of_cpu(cpu) == node.id for node in topology.nodes for cpu in node.cpus)
     assert json.loads(json.dumps(found)) == found
+    assert Topology.from_json(found) == topology
     assert overview(topology)
 
 
@@ -501,6 +503,20 @@ def test_a_written_list_reads_back(numbers):
 def test_what_is_no_list_is_refused(text):
     with pytest.raises(InvalidInput, match=re.escape(repr(text))):
         parse_cpulist(text)
+
+
+def test_topologies_of_older_runs_are_read(four_nodes):
+    stored = four_nodes.to_json()
+    for node in stored["nodes"]:
+        del node["available_bytes"]
+    del stored["isolated_cpus"], stored["memory_limits"]
+    older = Topology.from_json(stored)
+    assert (older.isolated_cpus, older.memory_limits, older.cpus) == ((), (), four_nodes.cpus)
+    assert older.available_bytes([0]) == older.free_bytes([0])
+    del stored["allowed_cpus"]
+    for wrong in (stored, [], None):
+        with pytest.raises(InvalidInput, match="numa-lab topology --json"):
+            Topology.from_json(wrong)
 
 
 def test_without_any_effective_node_the_message_says_what_may_be_used(four_nodes):

@@ -2,7 +2,7 @@ import dataclasses
 
 from numa_lab.attention.shapes import preset
 from numa_lab.machine.control_groups import MemoryLimit
-from numa_lab.machine.topology import Cache
+from numa_lab.machine.hardware import Cache
 from numa_lab.measurement.case_timing import KVPool, pool_bytes
 
 

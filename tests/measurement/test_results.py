@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import pytest
@@ -11,17 +12,14 @@ def row(**changed):
     return values | changed
 
 
+def replace_in(path, old, new):
+    path.write_text(path.read_text().replace(old, new))
+
+
 @pytest.fixture
-def run_dir(tmp_path):
-    atomic_files.write_json(
-        tmp_path / "machine.json",
-        {
-            "schema_version": results.SCHEMA_VERSION,
-            "fingerprint": "here",
-            "topology": {},
-            "identity": {"model": "A", "nodes": "0"},
-        },
-    )
+def run_dir(tmp_path, synthetic_machine):
+    machine = dataclasses.replace(synthetic_machine(1), fingerprint="here", identity={"model": "A", "nodes": "0"})
+    atomic_files.write_json(tmp_path / "machine.json", machine.to_json())
     results.write_rows(tmp_path / "executions" / "one.parquet", [row(execution_id="one", order=1)], "here")
     results.write_rows(tmp_path / "executions" / "two.parquet", [row(execution_id="two", order=0)], "here")
     return tmp_path
@@ -49,6 +47,11 @@ def test_a_row_without_a_column_is_refused(tmp_path):
         (lambda d: (d / "machine.json").write_text("{"), RunDirectoryError, "damaged"),
         (lambda d: (d / "machine.json").write_text('{"schema_version": 1}'), RunDirectoryError, "without.*identity"),
         (lambda d: (d / "machine.json").write_text('{"schema_version": 99}'), RunDirectoryError, "schema version 99"),
+        (
+            lambda d: replace_in(d / "machine.json", '"gpus"', '"cards"'),
+            RunDirectoryError,
+            r"a topology \(KeyError\('gpus'\)\)",
+        ),
         (lambda d: [f.unlink() for f in d.glob("executions/*")], RunDirectoryError, "--resume"),
         (lambda d: (d / "executions/one.parquet").write_bytes(b"PAR1"), RunDirectoryError, r"one\.parquet"),
         (
@@ -88,7 +91,9 @@ def test_two_machines_are_mixed_on_request_only_and_keep_their_fingerprints(run_
 def test_runs_of_one_machine_with_different_cpus_are_not_mixed_silently(run_dir, tmp_path):
     facts = json.loads((run_dir / "machine.json").read_text())
     for name, cpus in (("wide", [0, 1]), ("narrow", [1])):
-        atomic_files.write_json(tmp_path / name / "machine.json", facts | {"topology": {"allowed_cpus": cpus}})
+        atomic_files.write_json(
+            tmp_path / name / "machine.json", facts | {"topology": facts["topology"] | {"allowed_cpus": cpus}}
+        )
         results.write_rows(tmp_path / name / "executions" / "x.parquet", [row()], "here")
     with pytest.raises(MachineMismatch, match="allowed CPUs: 0-1 against 1"):
         results.load_runs([tmp_path / "wide", tmp_path / "narrow"])

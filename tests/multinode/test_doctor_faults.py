@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from numa_lab.machine import doctor
-from numa_lab.machine.topology import read_topology
+from numa_lab.machine.topology_reader import read_topology
 from seccomp import refuse
 
 MIB = 1 << 20

@@ -7,7 +7,7 @@ import pytest
 from numa_lab.errors import NodeUnavailable
 from numa_lab.experiments import sweep_plan
 from numa_lab.machine import libnuma
-from numa_lab.machine.topology import read_topology
+from numa_lab.machine.topology_reader import read_topology
 from numa_lab.placement.binding import Binding, effective
 
 MACHINES = {  # CPUs of each node, nodes with memory, physical cores, effective nodes

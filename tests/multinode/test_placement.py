@@ -10,11 +10,11 @@ from seat_work import Work
 from multinode import witness
 from numa_lab.attention.reference import attention as reference
 from numa_lab.attention.shapes import preset
-from numa_lab.bandwidth.node_bandwidths import Measured
+from numa_lab.bandwidth.node_bandwidths import NodeBandwidths
 from numa_lab.errors import InvalidInput, NodeUnavailable
 from numa_lab.experiments import execution, node_scaling
 from numa_lab.machine import libnuma
-from numa_lab.machine.topology import read_topology
+from numa_lab.machine.topology_reader import read_topology
 from numa_lab.measurement import case_timing
 from numa_lab.measurement.case_timing import KVPool, sample_case
 from numa_lab.measurement.workloads import Case
@@ -359,7 +359,7 @@ def test_work_grows_over_nodes_each_where_it_lies(monkeypatch):
     monkeypatch.setattr(node_scaling, "MIN_BLOCKS", 1)
     monkeypatch.setattr(node_scaling, "VISIT_SECONDS", 0.0)
     rates = tuple(tuple(1e9 if cpu == mem else 5e8 for mem in range(4)) if cpu < 3 else (None,) * 4 for cpu in range(4))
-    measured = Measured((0, 1, 2, 3), rates, None, 3e9)
+    measured = NodeBandwidths((0, 1, 2, 3), rates, None, 3e9)
     rows = node_scaling.measure(SHAPE, inputs_per_node=1, seconds=0.01, measured=measured)
     assert len(rows) == len(node_scaling.arms_of(3)) == 12
     assert "10 visits: every thread ran" in node_scaling.require_placed(rows)

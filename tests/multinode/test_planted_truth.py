@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from numa_lab.attention.shapes import preset
-from numa_lab.machine.topology import read_topology
+from numa_lab.machine.topology_reader import read_topology
 from numa_lab.nodes.optimal_node import choose, rank
 
 SHAPE = preset("llama-3-8b", kv_len=512, q_heads=2, kv_heads=1, head_dim=64)  # small: software computes it

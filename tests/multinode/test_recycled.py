@@ -8,7 +8,7 @@ import torch
 
 from multinode import witness
 from numa_lab.machine import libnuma
-from numa_lab.machine.topology import read_topology
+from numa_lab.machine.topology_reader import read_topology
 from numa_lab.nodes.one_node import NUMAOptimizedGQA
 from numa_lab.nodes.thread_pool import NUMAThreadPool
 from numa_lab.placement import memory, page_location, pinned_team, recycled_memory

@@ -13,7 +13,7 @@ from multinode import witness
 from numa_lab.attention.shapes import preset
 from numa_lab.errors import NodeUnavailable, NotPermitted
 from numa_lab.machine import libnuma
-from numa_lab.machine.topology import read_topology
+from numa_lab.machine.topology_reader import read_topology
 from numa_lab.measurement.case_timing import KVPool, sample_case
 from numa_lab.measurement.workloads import Case
 from numa_lab.nodes import seats

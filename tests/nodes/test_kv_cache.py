@@ -8,7 +8,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from numa_lab.attention import partial
 from numa_lab.attention.reference import attention as reference
 from numa_lab.errors import InvalidInput
-from numa_lab.machine.topology import read_topology
+from numa_lab.machine.topology_reader import read_topology
 from numa_lab.nodes import kv_segments
 from numa_lab.nodes.kv_cache import NodeShardedKVCache
 from numa_lab.nodes.seats import Place

@@ -12,7 +12,7 @@ from concurrent.futures import CancelledError, as_completed, wait
 import pytest
 
 from numa_lab.errors import InvalidInput, NodeUnavailable, NumaLabError
-from numa_lab.machine.topology import read_topology
+from numa_lab.machine.topology_reader import read_topology
 from numa_lab.nodes.node_threads import NodeTeam, least_busy, run_each
 from numa_lab.placement import openmp
 

@@ -8,7 +8,7 @@ import pytest
 
 from numa_lab.attention.shapes import preset
 from numa_lab.errors import NodeUnavailable
-from numa_lab.machine.topology import read_topology
+from numa_lab.machine.topology_reader import read_topology
 from numa_lab.measurement import results
 from numa_lab.nodes import node_visits, optimal_node
 from numa_lab.nodes.node_visits import BLOCKS, Visits

@@ -11,7 +11,7 @@ from numa_lab.attention.scaled_dot_product import scaled_dot_product_attention_g
 from numa_lab.errors import InvalidInput, MissingDependency, NodeUnavailable
 from numa_lab.machine import libnuma
 from numa_lab.machine.hardware import Gpu
-from numa_lab.machine.topology import read_topology
+from numa_lab.machine.topology_reader import read_topology
 from numa_lab.nodes import one_node
 from numa_lab.nodes.one_node import NUMAOptimizedGQA
 from numa_lab.placement import openmp, page_location

@@ -5,7 +5,7 @@ import pytest
 
 from numa_lab.errors import InvalidInput, NodeUnavailable, UntrustedResult
 from numa_lab.machine import libnuma
-from numa_lab.machine.topology import read_topology
+from numa_lab.machine.topology_reader import read_topology
 from numa_lab.nodes import optimal_node, rankings
 from numa_lab.nodes.node_visits import Visits
 from numa_lab.nodes.optimal_node import bind_to_numa_node, get_optimal_numa_node, rank

@@ -10,7 +10,7 @@ import torch
 from numa_lab import gqa_attention
 from numa_lab.attention.reference import attention as reference
 from numa_lab.errors import NodeUnavailable
-from numa_lab.machine.topology import read_topology
+from numa_lab.machine.topology_reader import read_topology
 from numa_lab.nodes.process_pool import NUMAProcessPool
 from numa_lab.placement import page_location
 

@@ -9,7 +9,7 @@ from seat_work import Work
 from numa_lab.errors import NodeUnavailable
 from numa_lab.machine import libnuma
 from numa_lab.machine.sysfs import format_cpulist
-from numa_lab.machine.topology import read_topology
+from numa_lab.machine.topology_reader import read_topology
 from numa_lab.nodes import seats
 from numa_lab.nodes.seats import Place, Seats
 from numa_lab.placement import openmp

@@ -58,7 +58,7 @@ def test_too_many_open_files_are_told_with_the_limit():
     try:
         with (
             pytest.raises(LimitReached, match=r"a pipe: Too many open files\. .*ulimit -n \d+"),
-            open_files.told("a pipe"),
+            open_files.explained("a pipe"),
         ):
             while True:
                 opened.append(os.eventfd(0))
@@ -72,9 +72,9 @@ def test_too_many_open_files_are_told_with_the_limit():
 
 
 def test_other_errors_stay_what_they_are():
-    with pytest.raises(FileNotFoundError), open_files.told("nothing"):
+    with pytest.raises(FileNotFoundError), open_files.explained("nothing"):
         os.stat("/nowhere")
-    with pytest.raises(LimitReached, match=r"fs\.file-max"), open_files.told("a file"):
+    with pytest.raises(LimitReached, match=r"fs\.file-max"), open_files.explained("a file"):
         raise OSError(errno.ENFILE, "")
     with pytest.raises(RuntimeError, match="other"), shared_memory.clear_errors():
         raise RuntimeError("other")

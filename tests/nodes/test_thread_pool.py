@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from numa_lab.attention.reference import attention as reference
 from numa_lab.errors import InvalidInput, NodeUnavailable
-from numa_lab.machine.topology import read_topology
+from numa_lab.machine.topology_reader import read_topology
 from numa_lab.nodes import thread_pool
 from numa_lab.nodes.one_node import NUMAOptimizedGQA
 from numa_lab.nodes.thread_pool import NUMAThreadPool

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import seccomp
 from numa_lab.errors import InvalidInput, MissingDependency, NodeUnavailable
 from numa_lab.machine import libnuma
-from numa_lab.machine.topology import read_topology
+from numa_lab.machine.topology_reader import read_topology
 from numa_lab.placement.binding import Binding, MemPolicy, effective
 
 nodes = st.lists(st.integers(0, 40), min_size=1, max_size=6).map(lambda ids: tuple(sorted(set(ids))))
@@ -154,7 +154,7 @@ def test_a_node_that_does_not_exist_is_refused_and_nothing_changes():
 def test_effective_reads_what_numactl_set():
     node = read_topology().effective_nodes[0]
     code = (
-        "from numa_lab.placement.binding import effective\nfrom numa_lab.machine.topology import read_topology\n"
+        "from numa_lab.placement.binding import effective\nfrom numa_lab.machine.topology_reader import read_topology\n"
         "print(effective(read_topology()))"
     )
     for letter in ("m{}", "p{}", "P{}", "i{}", "m*", "l*"):
@@ -167,7 +167,7 @@ UNREAD = """
     import json, sys
     from numa_lab.machine import libnuma
     from numa_lab.placement.binding import effective
-    from numa_lab.machine.topology import read_topology
+    from numa_lab.machine.topology_reader import read_topology
     from seccomp import refuse
 
     libnuma.set_mempolicy(*json.loads(sys.argv[1]))

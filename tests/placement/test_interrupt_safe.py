@@ -6,7 +6,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from numa_lab.machine.topology import read_topology
+from numa_lab.machine.topology_reader import read_topology
 from numa_lab.placement.interrupt_safe import Entered, Exit, end, entered, ticket_for
 
 STATE = []

@@ -10,7 +10,7 @@ import torch
 
 from numa_lab.errors import LimitReached, MissingDependency, NodeUnavailable, NotPermitted
 from numa_lab.machine import libnuma
-from numa_lab.machine.topology import read_topology
+from numa_lab.machine.topology_reader import read_topology
 from numa_lab.placement import memory, page_location
 
 MIB = 1 << 20

@@ -9,7 +9,7 @@ import torch
 from numa_lab.errors import NodeUnavailable
 from numa_lab.machine import libnuma, page_maps
 from numa_lab.machine.sysfs import Tree
-from numa_lab.machine.topology import read_topology
+from numa_lab.machine.topology_reader import read_topology
 from numa_lab.placement import memory, page_location
 
 MIB = 1 << 20

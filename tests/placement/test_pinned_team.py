@@ -11,7 +11,7 @@ import torch
 
 from numa_lab.errors import InvalidInput, NodeUnavailable
 from numa_lab.machine import libnuma
-from numa_lab.machine.topology import read_topology
+from numa_lab.machine.topology_reader import read_topology
 from numa_lab.placement import openmp, pinned_team
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from numa_lab.machine import libnuma
-from numa_lab.machine.topology import read_topology
+from numa_lab.machine.topology_reader import read_topology
 from numa_lab.placement import memory, page_location, recycled_memory
 
 NODE = read_topology().effective_nodes[0]

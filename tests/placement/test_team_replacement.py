@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from numa_lab.errors import NodeUnavailable
-from numa_lab.machine.topology import Cpu, read_topology
+from numa_lab.machine.hardware import Cpu
+from numa_lab.machine.topology_reader import read_topology
 from numa_lab.nodes.one_node import NUMAOptimizedGQA
 from numa_lab.nodes.thread_pool import NUMAThreadPool
 from numa_lab.placement import openmp, pinned_team, team_replacement

@@ -6,6 +6,8 @@ import shutil
 import pytest
 from playwright.sync_api import sync_playwright
 
+from numa_lab.bandwidth.node_bandwidths import NodeProbes
+
 FLAGS = ["--disable-gpu", "--disable-background-networking", "--disable-component-update", "--no-first-run"]
 
 
@@ -35,13 +37,14 @@ def matrix_rows(synthetic_rows):
 
 @pytest.fixture
 def probes():
-    """What ``numa-lab probe --json`` prints for two nodes, the second without CPUs."""
-    return {
-        "nodes": [0, 1],
-        "read_bytes_per_s": [[40e9, 20e9], [None, None]],
-        "latency_ns": [[95.0, 180.0], [None, None]],
-        "all_nodes_bytes_per_s": 40e9,
-        "threads": [2, 0],
-        "seconds": 1.0,
-        "notes": [],
-    }
+    """Probes of two nodes, the second without CPUs."""
+    return NodeProbes(
+        nodes=(0, 1),
+        read_bytes_per_s=((40e9, 20e9), (None, None)),
+        latency_ns=((95.0, 180.0), (None, None)),
+        all_nodes_bytes_per_s=40e9,
+        threads=(2, 0),
+        pages={0: {0: 65536}, 1: {1: 65536}},
+        notes=(),
+        seconds=1.0,
+    )

@@ -60,7 +60,7 @@ def no_figures(monkeypatch):
 def notebook_run(synthetic_run, matrix_rows, monkeypatch, probes):
     """A run of two nodes with probes, and a notebook that shows a figure, a DataFrame, Markdown, JavaScript and an error."""
     run_dir = synthetic_run(matrix_rows, nodes=2)
-    write_json(run_dir / "probes.json", probes)
+    write_json(run_dir / "probes.json", probes.to_json())
     plot, shown = figures.spread(matrix_rows), []
     monkeypatch.setattr("IPython.display.display", lambda value, raw=False: shown.append(value))
     plot.show()

@@ -1,4 +1,5 @@
 import base64
+import dataclasses
 import io
 
 import matplotlib as mpl
@@ -110,7 +111,7 @@ def test_the_machines_heatmaps_leave_out_what_has_no_cpus(probes):
     assert "40 GB/s in all" in bandwidth.note
     assert "180 ns (CPUs of node 0, memory of node 1)" in latency.alt
     assert bandwidth.table.isna().to_numpy().sum() == 2
-    nothing = probes | {"read_bytes_per_s": [[None, None], [None, None]]}
+    nothing = dataclasses.replace(probes, read_bytes_per_s=((None, None), (None, None)))
     assert check(figures.bandwidth_heatmap(nothing)).missing
 
 

@@ -1,5 +1,8 @@
+import dataclasses
+
 import pytest
 
+from numa_lab.bandwidth.node_bandwidths import NodeProbes
 from numa_lab.errors import UntrustedResult
 from numa_lab.measurement import comparison
 from numa_lab.report import guide, receipts, verdicts
@@ -42,7 +45,8 @@ def test_the_best_node_is_named_only_where_one_was_shown(synthetic_rows, synthet
     compared = comparison.compare(rows)
     assert verdicts.best_node(compared) == 1
     assert verdicts.commands(rows, machine, compared)[0][1].startswith("numactl --cpunodebind=1 --membind=1")
-    machine["topology"]["allowed_cpus"] = [0, 1, 2]
+    topology = dataclasses.replace(machine.topology, allowed_cpus=(0, 1, 2))
+    machine = dataclasses.replace(machine, topology=topology)
     assert verdicts.commands(rows, machine, compared)[0][1].startswith("numactl --physcpubind=2 --membind=1")
     assert "numactl --cpunodebind=0 --membind=0" in verdicts.commands(rows, machine, compared)[-1][1]
     tie = comparison.compare(synthetic_rows(("c0m0", "c1m1"), executions=6))
@@ -97,20 +101,17 @@ def test_a_receipt_that_contradicts_its_label_fails(synthetic_rows, synthetic_ma
         receipts.require_receipts(rows.assign(effective="c0m*"), machine)
 
 
-def test_probe_sentences(synthetic_rows):
-    probes = {
-        "nodes": [0, 1, 3],
-        "read_bytes_per_s": [[100e9, 50e9, None], [40e9, 90e9, None], [None, None, None]],
-        "latency_ns": [[90.0, 180.0, None], [180.0, 90.0, None], [None, None, None]],
-        "notes": ["a note"],
-    }
+def test_probe_sentences():
+    bandwidths = ((100e9, 50e9, None), (40e9, 90e9, None), (None, None, None))
+    latencies = ((90.0, 180.0, None), (180.0, 90.0, None), (None, None, None))
+    probes = NodeProbes((0, 1, 3), bandwidths, latencies, None, (2, 2, 0), {}, ("a note",), 1.0)
     assert verdicts.bandwidth_sentence(probes) == (
         "Each of 2 node(s) reads its own memory at 90.0 to 100.0 GB/s; memory of another node gives 0.44 to 0.50 times that."
     )
     assert "2.00 to 2.00 times that" in verdicts.latency_sentence(probes)
     assert "4 pair(s)" in receipts.require_probes(probes)
     with pytest.raises(UntrustedResult, match="a note"):
-        receipts.require_probes(probes | {"read_bytes_per_s": [[None]]})
+        receipts.require_probes(dataclasses.replace(probes, read_bytes_per_s=((None,) * 3,) * 3))
 
 
 def test_a_node_is_best_only_where_it_beats_every_other_and_loses_nowhere(synthetic_rows, synthetic_machine):

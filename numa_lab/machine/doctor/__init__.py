@@ -1,8 +1,8 @@
-"""What on this machine spoils NUMA performance or its measurement, and the exact fix for each.
+"""Looks for what spoils NUMA performance or its measurement on this machine, and gives the exact fix for each finding.
 
-Limits: it looks only at what this process can see, and at load for less than a second; inside a container some of the fixes
-have to be typed on the host. All files are read below an injectable root. Only where that is ``/`` are the kernel's NUMA calls
-tried, the environment looked at and processes watched: of another machine its files tell all that is told.
+Limits: only what this process can see is looked at, and load for less than a second; inside a container some of the fixes
+have to be typed on the host. All files are read below a root that may be given. Only where that is ``/`` are the kernel's NUMA calls
+tried, the environment looked at and processes watched; of another machine there is nothing but its files.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ import numpy as np
 
 from numa_lab.machine import libnuma, new_threads
 from numa_lab.machine.doctor import given, host, load, optional, process
-from numa_lab.machine.doctor.examination import Finding, Machine
+from numa_lab.machine.doctor.examination import Evidence, Finding
 from numa_lab.machine.sysfs import Tree
-from numa_lab.machine.topology import Topology, read_topology
+from numa_lab.machine.topology import Topology
+from numa_lab.machine.topology_reader import read_topology
 
 __all__ = ["Finding", "examine", "render", "to_json"]
 
@@ -56,24 +57,24 @@ def examine(
     InvalidInput
         There is no sysfs below `root`.
     """
-    tree, found = Tree(Path(root)), topology or read_topology(root)
+    tree, topology = Tree(Path(root)), topology or read_topology(root)
     has_libnuma = not tree.live or libnuma.available()
-    machine = Machine(
+    evidence = Evidence(
         tree=tree,
-        topology=found,
+        topology=topology,
         environ=environ if environ is not None else os.environ if tree.live else {},
         has_libnuma=has_libnuma,
         refused=_refused_calls() if tree.live and has_libnuma else {},
-        load=load.look(tree, found.usable_cpus),
+        load=load.look(tree, topology.usable_cpus),
         lacking=optional.refused_calls() if tree.live else {},
     )
     checks = (*process.CHECKS, *optional.CHECKS, *given.CHECKS, *host.CHECKS)
-    findings = [finding for check in checks if (finding := check(machine))]
+    findings = [finding for check in checks if (finding := check(evidence))]
     return sorted(findings, key=lambda finding: _SEVERITIES.index(finding.severity))
 
 
 def _refused_calls() -> dict[str, int]:
-    """Try each NUMA call once; those that the kernel refuses, with the errno."""
+    """Try each NUMA call once, and return those that the kernel refuses, with the errno."""
     page = mmap.mmap(-1, mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     address = addressof(c_char.from_buffer(page))
     calls: dict[str, Callable[[], object]] = {
@@ -92,13 +93,12 @@ def _refused_calls() -> dict[str, int]:
                 refused[name] = error.errno or errno.EPERM
         return refused
 
-    # A policy belongs to a thread: what is set in one that ends at once needs no restoring. (Setting back what
-    # get_mempolicy says would lose the policy's flags.)
+    # A policy belongs to a thread, so one that is set on a thread that ends at once needs no restoring.
     return new_threads.run([attempt])[0]
 
 
 def render(findings: Sequence[Finding]) -> str:
-    """Findings as text for a terminal; each way to fix one stands on a line of its own, unbroken, to be copied."""
+    """Write findings as text for a terminal; each way to fix one stands on a line of its own, unbroken, to be copied."""
     if not findings:
         return "Nothing found that spoils NUMA performance here."
 
@@ -116,5 +116,5 @@ def render(findings: Sequence[Finding]) -> str:
 
 
 def to_json(findings: Sequence[Finding]) -> list[dict[str, Any]]:
-    """Findings as plain JSON values; `fixes` are the lines of `fix`."""
+    """Return findings as plain JSON values; `fixes` holds the lines of `fix`."""
     return [asdict(finding) | {"fixes": list(finding.fixes)} for finding in findings]

@@ -1,4 +1,4 @@
-"""What the checks look at, and what they answer."""
+"""Holds what the checks of the doctor look at, and what they return."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from typing import Literal
 
 from numa_lab.machine.control_groups import ControlGroups
 from numa_lab.machine.doctor.load import Load
+from numa_lab.machine.hardware import Node
 from numa_lab.machine.sysfs import Tree, parse_cpulist
-from numa_lab.machine.topology import Node, Topology
+from numa_lab.machine.topology import Topology
 
 Severity = Literal["problem", "warning", "info"]
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that spoils performance: its name, what was seen, why it matters, the exact fix, and how bad it is.
+    """Something that spoils performance: its name, what was seen, why it matters, the exact fix, and how bad it is.
 
-    Each line of the fix is a way of its own, to be copied as it stands: a shell takes what follows a ``#`` for a note.
+    Each line of the fix is enough by itself, and can be copied as it stands: a shell takes what follows a ``#`` for a comment.
     """
 
     name: str
@@ -35,7 +36,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Machine:
+class Evidence:
     """All that a check may look at: checks read nothing else, and change nothing."""
 
     tree: Tree
@@ -58,12 +59,12 @@ class Machine:
 
     @property
     def isolated(self) -> set[int]:
-        """CPUs that were set aside at boot, which are no one's loss and never advised."""
+        """CPUs that were set aside at boot: that they are not used is no fault, and no fix names them."""
         return set(self.topology.isolated_cpus)
 
     @property
     def cpuset_cpus(self) -> set[int]:
-        """CPUs of the innermost control group that limits them, with what the kernel grants; all online ones where none is told."""
+        """The CPUs of the innermost control group that limits them, with those that the kernel grants; all online CPUs without a limit."""
         for group in self._groups.folders("cpuset"):
             for name in ("cpuset.cpus.effective", "cpuset.effective_cpus"):
                 if listed := self.tree.text(f"{group}/{name}"):
@@ -80,4 +81,4 @@ class Machine:
         return ControlGroups(self.tree)
 
 
-Check = Callable[[Machine], Finding | None]
+Check = Callable[[Evidence], Finding | None]

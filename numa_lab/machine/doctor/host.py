@@ -1,33 +1,33 @@
-"""Faults of the machine that all its processes share: settings of the kernel, how memory is laid out and used, and load."""
+"""Checks the machine for faults that all its processes share: settings of the kernel, the layout and use of memory, and load."""
 
 from __future__ import annotations
 
 import re
 
-from numa_lab.machine.doctor.examination import Check, Finding, Machine
+from numa_lab.machine.doctor.examination import Check, Evidence, Finding
+from numa_lab.machine.hardware import Node
 from numa_lab.machine.identity import is_translated
 from numa_lab.machine.page_maps import HUGE_PAGES, huge_page_bytes
 from numa_lab.machine.sysfs import Tree, format_cpulist
-from numa_lab.machine.topology import Node
 
-NEARLY_FULL = 0.1  # of a node's memory is free
-CACHE_FILLS = 0.25  # of a node's memory, and
-CACHE_GATHERS = 0.8  # of the machine's file cache on one node: then large files were read there
-BUSY_CPUS = 0.25  # CPUs' worth of time that others take: a team waits for its slowest thread
-CAPTURED_AVERAGE = 2.0  # threads that run: one of them took the picture
-WAITED = 0.1  # of the time some thread waits for a CPU
-STOLEN = 0.05  # of the CPU time that was wanted
+NEARLY_FULL = 0.1  # a node of whose memory less is free is nearly full
+CACHE_FILLS = 0.25  # of a node's memory holds file cache, and
+CACHE_GATHERS = 0.8  # of the machine's file cache lies on this node: then large files were read there
+BUSY_CPUS = 0.25  # CPUs' worth of time that others take; a team waits for its slowest thread
+CAPTURED_AVERAGE = 2.0  # load average of a captured machine, of which one thread copied the files
+WAITED = 0.1  # share of the time in which a thread waited for a CPU
+STOLEN = 0.05  # share of the wanted CPU time that went to other guests
 UNEVEN = 1.1  # largest to smallest node: 1.14 with one of eight memory modules missing, 1.03 by what the kernel keeps
 
 
-def _emulated(machine: Machine) -> Finding | None:
-    if not machine.topology.emulated:
+def _emulated(evidence: Evidence) -> Finding | None:
+    if not evidence.topology.emulated:
         return None
     return Finding(
         "emulated",
-        f"software runs the instructions of this processor ({machine.topology.model_name})",
+        f"software runs the instructions of this processor ({evidence.topology.model_name})",
         "Placement is real here, but times mean nothing: all memory is equally far, and each instruction slow.",
-        _natively(machine.tree),
+        _natively(evidence.tree),
         "problem",
     )
 
@@ -41,9 +41,9 @@ def _natively(tree: Tree) -> str:
     return f"{guest} -accel kvm -cpu host   # starts the guest on the processor itself\nmeasure on real hardware"
 
 
-def _numa_balancing(machine: Machine) -> Finding | None:
-    mode = machine.tree.text("proc/sys/kernel/numa_balancing")
-    if mode in ("", "0") or len(machine.memory_nodes) < 2:
+def _numa_balancing(evidence: Evidence) -> Finding | None:
+    mode = evidence.tree.text("proc/sys/kernel/numa_balancing")
+    if mode in ("", "0") or len(evidence.memory_nodes) < 2:
         return None
     return Finding(
         "numa_balancing",
@@ -54,10 +54,10 @@ def _numa_balancing(machine: Machine) -> Finding | None:
     )
 
 
-def _transparent_huge_pages(machine: Machine) -> Finding | None:
-    folder, size = HUGE_PAGES, huge_page_bytes(machine.tree)
+def _transparent_huge_pages(evidence: Evidence) -> Finding | None:
+    folder, size = HUGE_PAGES, huge_page_bytes(evidence.tree)
     for name in (f"hugepages-{size >> 10}kB/enabled", "enabled"):  # the size's own setting stands above the general one
-        chosen = re.search(r"\[(\w+)\]", machine.tree.text(f"{folder}/{name}"))
+        chosen = re.search(r"\[(\w+)\]", evidence.tree.text(f"{folder}/{name}"))
         if chosen and chosen[1] != "inherit":
             break
     if not chosen or chosen[1] != "never":
@@ -71,9 +71,9 @@ def _transparent_huge_pages(machine: Machine) -> Finding | None:
     )
 
 
-def _smt(machine: Machine) -> Finding | None:
-    cpus = machine.topology.usable_cpus
-    cores = machine.topology.physical_cores(cpus)
+def _smt(evidence: Evidence) -> Finding | None:
+    cpus = evidence.topology.usable_cpus
+    cores = evidence.topology.physical_cores(cpus)
     if len(cores) == len(cpus):
         return None
     return Finding(
@@ -86,10 +86,10 @@ def _smt(machine: Machine) -> Finding | None:
     )
 
 
-def _cpu_governor(machine: Machine) -> Finding | None:
+def _cpu_governor(evidence: Evidence) -> Finding | None:
     slow: dict[str, list[int]] = {}
-    for cpu in sorted(machine.online):
-        governor = machine.tree.text(f"sys/devices/system/cpu/cpu{cpu}/cpufreq/scaling_governor")
+    for cpu in sorted(evidence.online):
+        governor = evidence.tree.text(f"sys/devices/system/cpu/cpu{cpu}/cpufreq/scaling_governor")
         if governor not in ("", "performance"):
             slow.setdefault(governor, []).append(cpu)
     if not slow:
@@ -103,12 +103,12 @@ def _cpu_governor(machine: Machine) -> Finding | None:
     )
 
 
-def _nearly_full_nodes(machine: Machine) -> Finding | None:
-    usable = [node for node in machine.memory_nodes if node.id in machine.topology.allowed_nodes]
+def _nearly_full_nodes(evidence: Evidence) -> Finding | None:
+    usable = [node for node in evidence.memory_nodes if node.id in evidence.topology.allowed_nodes]
     full = [node for node in usable if node.free_bytes < NEARLY_FULL * node.memory_bytes]
     if not full:
         return None
-    cached = {node.id: _file_cache_bytes(machine.tree, node) for node in full}
+    cached = {node.id: _file_cache_bytes(evidence.tree, node) for node in full}
     roomiest = max(usable, key=lambda node: node.free_bytes)
     ways = []
     if any(node.free_bytes + cached[node.id] >= NEARLY_FULL * node.memory_bytes for node in full):
@@ -130,9 +130,9 @@ def _nearly_full_nodes(machine: Machine) -> Finding | None:
     )
 
 
-def _file_cache(machine: Machine) -> Finding | None:
-    cached = {node.id: _file_cache_bytes(machine.tree, node) for node in machine.memory_nodes}
-    most = max(machine.memory_nodes, key=lambda node: cached[node.id], default=None)
+def _file_cache(evidence: Evidence) -> Finding | None:
+    cached = {node.id: _file_cache_bytes(evidence.tree, node) for node in evidence.memory_nodes}
+    most = max(evidence.memory_nodes, key=lambda node: cached[node.id], default=None)
     if most is None or len(cached) < 2:
         return None
     amount = cached[most.id]
@@ -149,7 +149,7 @@ def _file_cache(machine: Machine) -> Finding | None:
 
 
 def _file_cache_bytes(tree: Tree, node: Node) -> int:
-    """Bytes of file cache on a node that can be dropped; shared memory is counted among file pages and can't."""
+    """The bytes of file cache on a node that can be dropped; shared memory counts among file pages and can't be."""
     meminfo = dict(re.findall(r"(\w+):\s+(\d+) kB", tree.text(f"sys/devices/system/node/node{node.id}/meminfo")))
     return max(0, int(meminfo.get("FilePages", 0)) - int(meminfo.get("Shmem", 0))) * 1024
 
@@ -158,8 +158,8 @@ def _size(nbytes: int) -> str:
     return f"{nbytes / 2**30:.1f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:.0f} MiB"
 
 
-def _uneven_nodes(machine: Machine) -> Finding | None:
-    nodes = [node for node in machine.memory_nodes if node.cpus]  # CXL and HBM nodes differ by design
+def _uneven_nodes(evidence: Evidence) -> Finding | None:
+    nodes = [node for node in evidence.memory_nodes if node.cpus]  # CXL and HBM nodes differ by design
     sizes = [node.memory_bytes for node in nodes]
     if len(nodes) < 2 or max(sizes) < UNEVEN * min(sizes):
         return None
@@ -172,28 +172,30 @@ def _uneven_nodes(machine: Machine) -> Finding | None:
     )
 
 
-def _load(machine: Machine) -> Finding | None:
-    load = machine.load
+def _load(evidence: Evidence) -> Finding | None:
+    load = evidence.load
     crowded = load.others is None and ((load.average or 0) >= CAPTURED_AVERAGE or (load.waited or 0) >= WAITED)
-    if machine.topology.emulated or not (crowded or (load.others or 0) >= BUSY_CPUS):
+    if evidence.topology.emulated or not (crowded or (load.others or 0) >= BUSY_CPUS):
         return None
-    cpus = len(machine.topology.usable_cpus)
+    cpus = len(evidence.topology.usable_cpus)
     named = ", ".join(
-        f"{one.name} (process {one.pid}) {one.cpus:.0%} of one" for one in load.busiest if one.cpus >= 0.1
+        f"{process.name} (process {process.pid}) {process.cpus:.0%} of one"
+        for process in load.busiest
+        if process.cpus >= 0.1
     )
-    told = {
+    measures = {
         f"other processes took the time of {{:.1f}} CPUs, and this one may use {cpus}": load.others,
         "{}": named or None,
         "run queue {:.1f}": load.queued,
         "load average {:.1f}": load.average,
         "threads waited for a CPU in {:.0%} of the last 10 s": load.waited,
     }
-    busy = [one for one in load.busiest if one.cpus >= BUSY_CPUS]
-    pids, names = (" ".join(str(getattr(one, name)) for one in busy) for name in ("pid", "name"))
+    busy = [process for process in load.busiest if process.cpus >= BUSY_CPUS]
+    pids, names = (" ".join(str(getattr(process, name)) for process in busy) for name in ("pid", "name"))
     ways = [f"kill -STOP {pids}   # {names}; kill -CONT {pids} lets go on"] if busy else []
     return Finding(
         "load",
-        "; ".join(text.format(value) for text, value in told.items() if value is not None),
+        "; ".join(text.format(value) for text, value in measures.items() if value is not None),
         "Threads that share a core or the memory of a node with other work are slow by chance, and a team waits for its slowest: "
         "times scatter, and no placement helps.",
         "\n".join([*ways, "top -b -n 1 -o %CPU   # what runs, in a container on its host; end it or wait for it"]),
@@ -201,9 +203,9 @@ def _load(machine: Machine) -> Finding | None:
     )
 
 
-def _steal(machine: Machine) -> Finding | None:
-    stolen = machine.load.stolen or 0.0
-    if machine.topology.emulated or stolen < STOLEN:
+def _steal(evidence: Evidence) -> Finding | None:
+    stolen = evidence.load.stolen or 0.0
+    if evidence.topology.emulated or stolen < STOLEN:
         return None
     return Finding(
         "steal",

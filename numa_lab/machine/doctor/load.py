@@ -1,7 +1,7 @@
-"""What else runs on a machine now: its run queue, its busiest processes, and what its hypervisor gives to others.
+"""Looks at what else runs on a machine now: its run queue, its busiest processes, and the time that its hypervisor gives to others.
 
-Limits: a running machine is watched for a moment, and a process that sleeps during it is not seen. Of a captured one there are the
-averages that the kernel keeps. A container sees its own processes alone, and the time that all of the machine's take.
+Limits: a running machine is watched for a moment, and a process that sleeps during it is not seen. Of a captured machine there are
+only the averages that the kernel keeps. A container sees its own processes alone, but the CPU time of all processes of the machine.
 Source: proc_stat(5), proc_loadavg(5), the kernel's Documentation/accounting/psi.rst.
 """
 
@@ -18,14 +18,16 @@ import psutil
 from numa_lab.machine.sysfs import Tree
 
 SAMPLE_SECONDS = 0.4
-LOOKS = 4  # at the run queue, within the sample
-ENOUGH_TICKS = 50  # that were wanted within the sample: then it tells what is stolen, else all since boot does
-ENOUGH_SHARE = 0.01  # of the time since boot that was wanted: a machine that has done nothing tells nothing
+LOOKS = 4  # so often is the run queue looked at within the sample
+ENOUGH_TICKS = (
+    50  # wanted within the sample, for a stolen share of the sample; else that of all time since boot is taken
+)
+ENOUGH_SHARE = 0.01  # of the time since boot was wanted; a machine that has done less shows no stolen share
 
 
 @dataclass(frozen=True)
 class Busy:
-    """A process that ran: how many CPUs' worth of time it took."""
+    """A process that ran, and how many CPUs' worth of time it took."""
 
     pid: int
     name: str
@@ -34,7 +36,7 @@ class Busy:
 
 @dataclass(frozen=True)
 class Load:
-    """What runs beside this process; None where it is not told."""
+    """What runs beside this process; a value is None where nothing tells it."""
 
     others: float | None = None  # CPUs' worth of time that others took on the CPUs of this process
     busiest: tuple[Busy, ...] = ()
@@ -64,23 +66,25 @@ def look(tree: Tree, cpus: Collection[int]) -> Load:
     seconds, after = time.monotonic() - began, _ticks(tree, cpus)
     own = sum(this.cpu_times()[:2]) - own
     took = {pid: (name, now - ran[pid][1]) for pid, (name, now) in _seconds_by_pid().items() if pid in ran}
-    busiest = sorted((Busy(pid, name, used / seconds) for pid, (name, used) in took.items()), key=lambda one: -one.cpus)
+    busiest = sorted(
+        (Busy(pid, name, used / seconds) for pid, (name, used) in took.items()), key=lambda busy: -busy.cpus
+    )
     used, stolen, _ = (now - then for now, then in zip(after, before, strict=True))
     per_tick = os.sysconf("SC_CLK_TCK")
-    seen = sum(one.cpus for one in busiest)
+    seen = sum(busy.cpus for busy in busiest)
     return replace(
         kept,
         others=max(seen, (used / per_tick - own) / seconds),
-        busiest=tuple(one for one in busiest[:3] if one.cpus > 0),
+        busiest=tuple(busy for busy in busiest[:3] if busy.cpus > 0),
         queued=sum(queued) / len(queued) if queued else None,
         stolen=stolen / (used + stolen) if used + stolen >= ENOUGH_TICKS else _stolen_since_boot(*after),
     )
 
 
 def _ticks(tree: Tree, cpus: Collection[int]) -> tuple[int, int, int]:
-    """Ticks since boot in which these CPUs worked, could not since the host ran something else, and had nothing to do.
+    """The ticks since boot in which these CPUs worked, in which the host ran something else, and in which they had nothing to do.
 
-    Where a container is shown CPUs that are numbered otherwise, all of them count.
+    Where a container is shown CPUs with other numbers, all CPUs count.
     """
     lines = {
         name: list(map(int, ticks.split()))
@@ -102,9 +106,9 @@ def _stolen_since_boot(worked: int, stolen: int, idle: int) -> float | None:
 
 
 def _seconds_by_pid() -> dict[int, tuple[str, float]]:
-    """Name and CPU seconds of every other process that can be seen.
+    """The name and CPU seconds of every other process that can be seen.
 
-    A process chooses its name, and others copy it to a shell: only harmless signs of it are kept.
+    A process chooses its name, and users copy it to a shell, so only harmless signs of it are kept.
     """
     return {
         process.pid: (

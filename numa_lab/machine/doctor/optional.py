@@ -1,4 +1,4 @@
-"""What is optional and missing here: places to keep things, shared memory, descriptors, huge pages, threads and their masks."""
+"""Checks what is optional and may be missing: a cache folder, shared memory, open files, huge pages, threads and their masks."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import os
 import resource
 
 from numa_lab.machine import affinity, cache_folder
-from numa_lab.machine.doctor.examination import Check, Finding, Machine
+from numa_lab.machine.doctor.examination import Check, Evidence, Finding
 from numa_lab.machine.page_maps import PAGE_BYTES
 from numa_lab.machine.sysfs import format_cpulist
 
 
 def refused_calls() -> dict[str, int]:
-    """Try the calls that need no libnuma; those that the kernel refuses, with the errno. Nothing is changed."""
+    """Try the calls that need no libnuma, and return those that the kernel refuses, with the errno. Nothing is changed."""
     refused = {}
     try:
         os.sched_setaffinity(
             0, []
-        )  # no CPU at all, which is EINVAL to the kernel where nothing refuses the call before
+        )  # no CPU at all, for which the kernel answers EINVAL unless the call itself is refused
     except OSError as error:
         if error.errno in affinity.REFUSALS:
             refused["sched_setaffinity"] = error.errno
@@ -31,22 +31,22 @@ def refused_calls() -> dict[str, int]:
     return refused
 
 
-def _affinity_refused(machine: Machine) -> Finding | None:
-    code = machine.lacking.get("sched_setaffinity")
+def _affinity_refused(evidence: Evidence) -> Finding | None:
+    code = evidence.lacking.get("sched_setaffinity")
     if code is None:
         return None
     return Finding(
         "affinity_refused",
         f"the kernel refuses sched_setaffinity ({os.strerror(code)})",
         "So no thread can be pinned: NUMAOptimizedGQA, NUMAThreadPool and NodeShardedKVCache say so and stop; attention itself runs, "
-        f"on CPUs {format_cpulist(machine.topology.allowed_cpus)}, as the process was started.",
+        f"on CPUs {format_cpulist(evidence.topology.allowed_cpus)}, as the process was started.",
         "\n".join(affinity.ALLOW),
         "problem",
     )
 
 
-def _huge_pages_refused(machine: Machine) -> Finding | None:
-    code = machine.lacking.get("madvise")
+def _huge_pages_refused(evidence: Evidence) -> Finding | None:
+    code = evidence.lacking.get("madvise")
     if code is None:
         return None
     none = code == errno.EINVAL
@@ -62,9 +62,9 @@ def _huge_pages_refused(machine: Machine) -> Finding | None:
     )
 
 
-def _short_teams(machine: Machine) -> Finding | None:
-    cores = len({cpu.core for cpu in machine.topology.cpus})
-    given = {name: machine.environ.get(name, "").strip() for name in (*_LIMITS, "OMP_DYNAMIC")}
+def _short_teams(evidence: Evidence) -> Finding | None:
+    cores = len({cpu.core for cpu in evidence.topology.cpus})
+    given = {name: evidence.environ.get(name, "").strip() for name in (*_LIMITS, "OMP_DYNAMIC")}
     short = {
         name: value for name, value in given.items() if name in _LIMITS and value.isdecimal() and int(value) < cores
     }
@@ -85,8 +85,8 @@ def _short_teams(machine: Machine) -> Finding | None:
 _LIMITS = ("OMP_THREAD_LIMIT", "KMP_DEVICE_THREAD_LIMIT", "KMP_ALL_THREADS")  # the latter two are LLVM's and Intel's
 
 
-def _cache_folder(machine: Machine) -> Finding | None:
-    why = cache_folder.unusable() if machine.tree.live else ""
+def _cache_folder(evidence: Evidence) -> Finding | None:
+    why = cache_folder.unusable() if evidence.tree.live else ""
     if not why:
         return None
     return Finding(
@@ -98,8 +98,8 @@ def _cache_folder(machine: Machine) -> Finding | None:
     )
 
 
-def _shared_memory(machine: Machine) -> Finding | None:
-    if not machine.tree.live:
+def _shared_memory(evidence: Evidence) -> Finding | None:
+    if not evidence.tree.live:
         return None
     try:
         about = os.statvfs("/dev/shm")
@@ -119,9 +119,9 @@ def _shared_memory(machine: Machine) -> Finding | None:
     )
 
 
-def _open_files(machine: Machine) -> Finding | None:
+def _open_files(evidence: Evidence) -> Finding | None:
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if not machine.tree.live or soft == resource.RLIM_INFINITY or soft >= LEAST_FILES:
+    if not evidence.tree.live or soft == resource.RLIM_INFINITY or soft >= LEAST_FILES:
         return None
     return Finding(
         "open_files",

@@ -1,4 +1,4 @@
-"""Faults of this process: what it lacks, what the kernel refuses it, and what its environment does to its threads."""
+"""Checks this process: what it lacks, what the kernel refuses it, and what its environment does to its threads."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import os
 import re
 import shutil
 
-from numa_lab.machine.doctor.examination import Check, Finding, Machine
+from numa_lab.machine.doctor.examination import Check, Evidence, Finding
 from numa_lab.machine.shell_commands import to_install
 
 
-def _libnuma(machine: Machine) -> Finding | None:
-    if machine.has_libnuma:
+def _libnuma(evidence: Evidence) -> Finding | None:
+    if evidence.has_libnuma:
         return None
     return Finding(
         "libnuma",
@@ -23,11 +23,13 @@ def _libnuma(machine: Machine) -> Finding | None:
     )
 
 
-def _numactl(machine: Machine) -> Finding | None:
-    folders = machine.environ.get("PATH", os.defpath).split(os.pathsep)
-    below_root = os.pathsep.join(str(machine.tree.root / folder.lstrip("/")) for folder in folders)
-    told = any(machine.tree.has(folder) for folder in ("bin", "usr/bin"))  # a captured tree may hold no programs at all
-    if not told or shutil.which("numactl", path=below_root):
+def _numactl(evidence: Evidence) -> Finding | None:
+    folders = evidence.environ.get("PATH", os.defpath).split(os.pathsep)
+    below_root = os.pathsep.join(str(evidence.tree.root / folder.lstrip("/")) for folder in folders)
+    has_programs = any(
+        evidence.tree.has(folder) for folder in ("bin", "usr/bin")
+    )  # a captured tree may hold no programs at all
+    if not has_programs or shutil.which("numactl", path=below_root):
         return None
     return Finding(
         "numactl",
@@ -46,15 +48,15 @@ _LOST = {
 }
 
 
-def _numa_calls(machine: Machine) -> Finding | None:
-    if not machine.refused:
+def _numa_calls(evidence: Evidence) -> Finding | None:
+    if not evidence.refused:
         return None
-    if errno.ENOSYS in machine.refused.values():
+    if errno.ENOSYS in evidence.refused.values():
         fix = (
             "use a kernel that is built with CONFIG_NUMA=y\n"
             "docker run --runtime=runc IMAGE   # where the sandbox is gVisor"
         )
-    elif "move_pages" in machine.refused:  # which Docker's default profile allows with no capability
+    elif "move_pages" in evidence.refused:  # Docker's default profile refuses it whatever the capabilities
         fix = (
             "docker run --security-opt seccomp=unconfined IMAGE   # or a profile of your own that lists these calls\n"
             "securityContext: {seccompProfile: {type: Unconfined}}   # Kubernetes: in the container's spec"
@@ -66,18 +68,18 @@ def _numa_calls(machine: Machine) -> Finding | None:
         )
     return Finding(
         "numa_calls",
-        "the kernel refuses " + ", ".join(f"{call} ({os.strerror(code)})" for call, code in machine.refused.items()),
-        f"So {'; '.join(_LOST[call] for call in machine.refused)}.",
+        "the kernel refuses " + ", ".join(f"{call} ({os.strerror(code)})" for call, code in evidence.refused.items()),
+        f"So {'; '.join(_LOST[call] for call in evidence.refused)}.",
         fix,
-        "problem" if len(machine.memory_nodes) > 1 else "info",
+        "problem" if len(evidence.memory_nodes) > 1 else "info",
     )
 
 
-def _affinity_variables(machine: Machine) -> Finding | None:
+def _affinity_variables(evidence: Evidence) -> Finding | None:
     names = ["KMP_AFFINITY"]
-    if machine.environ.get("OMP_PROC_BIND", "").strip().lower() != "false":  # which also disarms the other two
+    if evidence.environ.get("OMP_PROC_BIND", "").strip().lower() != "false":  # false turns the other two off as well
         names += ["GOMP_CPU_AFFINITY", "OMP_PROC_BIND", "OMP_PLACES"]
-    values = {name: value for name in names if (value := machine.environ.get(name, "").strip())}
+    values = {name: value for name in names if (value := evidence.environ.get(name, "").strip())}
     if {"none", "disabled"} & set(values.get("KMP_AFFINITY", "").lower().split(",")):
         del values["KMP_AFFINITY"]
     if not values:
@@ -93,13 +95,13 @@ def _affinity_variables(machine: Machine) -> Finding | None:
     )
 
 
-def _thread_variables(machine: Machine) -> Finding | None:
-    topology = machine.topology
+def _thread_variables(evidence: Evidence) -> Finding | None:
+    topology = evidence.topology
     cores = len(topology.physical_cores(topology.allowed_cpus))
     sensible = {cores} | {len(topology.physical_cores(topology.cpus_of([node]))) for node in topology.node_ids}
     odd = {}
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-        first = machine.environ.get(name, "").split(",")[0].strip()  # OpenMP takes a number for each nesting level
+        first = evidence.environ.get(name, "").split(",")[0].strip()  # OpenMP takes a number for each nesting level
         if first.isdecimal() and int(first) not in sensible:
             odd[name] = first
     if not odd:
@@ -114,8 +116,8 @@ def _thread_variables(machine: Machine) -> Finding | None:
     )
 
 
-def _preloaded_allocator(machine: Machine) -> Finding | None:
-    preloaded = re.split(r"[\s:]+", machine.environ.get("LD_PRELOAD", "").strip())
+def _preloaded_allocator(evidence: Evidence) -> Finding | None:
+    preloaded = re.split(r"[\s:]+", evidence.environ.get("LD_PRELOAD", "").strip())
     allocators = [library for library in preloaded if re.search("jemalloc|tcmalloc|mimalloc", library)]
     if not allocators:
         return None

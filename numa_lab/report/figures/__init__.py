@@ -5,11 +5,9 @@ A figure never fails for what was not measured: it then says what is missing, an
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import pandas as pd
 
+from numa_lab.bandwidth.node_bandwidths import NodeProbes
 from numa_lab.report.figures.backends import overhead_by_backend
 from numa_lab.report.figures.certainty import cold_against_steady, run_order, spread
 from numa_lab.report.figures.experiments import decode_runs, node_scaling, ranking
@@ -54,6 +52,6 @@ def run_figures(rows: pd.DataFrame, predicted: pd.DataFrame) -> list[Plot]:
     return [*plots[:3], prediction(rows, predicted), *plots[3:]]
 
 
-def machine_figures(probes: Mapping[str, Any]) -> list[Plot]:
+def machine_figures(probes: NodeProbes) -> list[Plot]:
     """The figures of the machine's memory."""
     return [bandwidth_heatmap(probes), latency_heatmap(probes)]

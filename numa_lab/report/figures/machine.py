@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import pandas as pd
 from matplotlib.colors import Normalize
 
+from numa_lab.bandwidth.node_bandwidths import Matrix, NodeProbes
 from numa_lab.report.figures.placement import LARGEST_CELL_INCHES, heatmap
 from numa_lab.report.plots import WIDTH_INCHES, Plot, canvas, drawn, listed, nothing, number
 
 
 @drawn
-def bandwidth_heatmap(probes: Mapping[str, Any]) -> Plot:
+def bandwidth_heatmap(probes: NodeProbes) -> Plot:
     """Read bandwidth of each CPU node from each memory node, one node reading at a time.
 
     Parameters
     ----------
     probes
-        What ``numa-lab probe --json`` prints.
+        Those of ``node_probes.probe_nodes``, or of a run, as ``load_probes`` reads them.
     """
-    plot = _matrix(probes, "bandwidth", "Read bandwidth between nodes", "read_bytes_per_s", 1e-9, "GB/s", "cividis")
-    together = probes.get("all_nodes_bytes_per_s")
-    threads = listed(sorted({count for count in probes["threads"] if count}))
+    bandwidths = _scaled(probes, probes.read_bytes_per_s, 1e-9)
+    plot = _heatmap(bandwidths, "bandwidth", "Read bandwidth between nodes", "GB/s", "cividis")
+    together = probes.all_nodes_bytes_per_s
+    threads = listed(sorted({count for count in probes.threads if count}))
     note = f"One node reads at a time, with a thread on each of its physical cores ({threads})."
     if together:
         note += f" All nodes reading their own memory at once: {number(together / 1e9)} GB/s in all."
@@ -32,14 +32,20 @@ def bandwidth_heatmap(probes: Mapping[str, Any]) -> Plot:
 
 
 @drawn
-def latency_heatmap(probes: Mapping[str, Any]) -> Plot:
+def latency_heatmap(probes: NodeProbes) -> Plot:
     """Time of one load that waits for the load before it, from each CPU node to each memory node."""
-    return _matrix(probes, "latency", "Memory latency between nodes", "latency_ns", 1, "ns", "cividis_r")
+    latencies = _scaled(probes, probes.latency_ns, 1)
+    return _heatmap(latencies, "latency", "Memory latency between nodes", "ns", "cividis_r")
 
 
-def _matrix(probes: Mapping[str, Any], name: str, title: str, key: str, scale: float, unit: str, cmap: str) -> Plot:
-    nodes: Sequence[int] = probes["nodes"]
-    matrix = pd.DataFrame(probes[key], index=nodes, columns=nodes, dtype=float) * scale
+def _scaled(probes: NodeProbes, matrix: Matrix, scale: float) -> pd.DataFrame:
+    """A matrix with a row for each CPU node and a column for each memory node, NaN where nothing was measured."""
+    nodes = list(probes.nodes)
+    return pd.DataFrame(list(matrix), index=nodes, columns=nodes, dtype=float) * scale
+
+
+def _heatmap(matrix: pd.DataFrame, name: str, title: str, unit: str, cmap: str) -> Plot:
+    nodes = list(matrix.index)
     cells = matrix.stack().dropna()
     if cells.empty:
         return nothing(name, title, "No pair of nodes could be measured.")
