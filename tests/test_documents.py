@@ -268,6 +268,20 @@ def test_commands_and_links_in_the_text_lead_somewhere(page, workplace, monkeypa
         assert (page.parent / target).exists(), target
 
 
+@pytest.mark.parametrize("page", ["index.md", "decode-kernel.md"])
+def test_modules_and_names_on_a_page_are_there(page):
+    """A module is named by its path in the package, and its functions and classes after it, in parentheses or behind a colon."""
+    folder = ROOT / "numa_lab" / ("attention" if page == "decode-kernel.md" else "")
+    text = (ROOT / "docs" / page).read_text()
+    named = re.findall(r"`([\w./]+\.py)`(?: \(|:\s)?((?:`\w+`(?:, )?)*)", text)
+    assert len(named) > 10
+    for path, names in named:
+        places = [place for place in (folder / path, ROOT / path, ROOT / "bench" / path) if place.is_file()]
+        assert places, path
+        for name in re.findall(r"\w+", names):
+            assert re.search(rf"^(?:def|class) {name}\b|^{name}\b.*=", places[0].read_text(), re.MULTILINE), (path, name)
+
+
 def test_every_command_is_in_the_readme():
     shown = set(re.findall(r"^numa-lab (\w+)", (ROOT / "README.md").read_text(), re.MULTILINE))
     assert shown == set(main.commands)
