@@ -60,6 +60,8 @@ class _Parser(argparse.ArgumentParser):
     def parse_args(self, *args: Any, **kwargs: Any) -> Any:
         """Options, of which ``backends`` names what is here."""
         options = super().parse_args(*args, **kwargs)
+        os.environ[vectors.VARIABLE] = options.vectors  # for the processes that measure, too
+        vectors.host.cache_clear()
         introduce()
         if not hasattr(options, "backends"):
             return options
@@ -77,7 +79,10 @@ def introduce() -> None:
     """Print what the numbers are of."""
     topology = read_topology()
     nodes = format_cpulist(topology.effective_nodes)
-    print(f"{topology.model_name}, {len(cores_here())} cores of NUMA nodes {nodes}", flush=True)
+    print(
+        f"{topology.model_name}, {len(cores_here())} cores of NUMA nodes {nodes}, kernels for {vectors.chosen()}",
+        flush=True,
+    )
 
 
 def parser(description: str | None, turns: int, backends: Sequence[str] = ()) -> argparse.ArgumentParser:
@@ -91,6 +96,9 @@ def parser(description: str | None, turns: int, backends: Sequence[str] = ()) ->
     options.add_argument("--turns", type=int, default=turns)
     if why := decode.unavailable():
         options.error(f"the decode kernel can't run here: {why}")
+    options.add_argument(
+        "--vectors", default=vectors.chosen(), choices=vectors.available(), help="what kernels are made for"
+    )
     return options
 
 

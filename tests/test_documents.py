@@ -279,7 +279,10 @@ def test_modules_and_names_on_a_page_are_there(page):
         places = [place for place in (folder / path, ROOT / path, ROOT / "bench" / path) if place.is_file()]
         assert places, path
         for name in re.findall(r"\w+", names):
-            assert re.search(rf"^(?:def|class) {name}\b|^{name}\b.*=", places[0].read_text(), re.MULTILINE), (path, name)
+            assert re.search(rf"^(?:def|class) {name}\b|^{name}\b.*=", places[0].read_text(), re.MULTILINE), (
+                path,
+                name,
+            )
 
 
 def test_every_command_is_in_the_readme():
