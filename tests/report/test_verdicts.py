@@ -1,11 +1,13 @@
 import dataclasses
+import re
+from pathlib import Path
 
 import pytest
 
 from numa_lab.bandwidth.node_bandwidths import NodeProbes
 from numa_lab.errors import UntrustedResult
 from numa_lab.measurement import comparison
-from numa_lab.report import guide, receipts, verdicts
+from numa_lab.report import guide, guide_texts, receipts, verdicts
 
 LABELS = ("c0m0", "c0m1", "c1m0", "c1m1")
 
@@ -51,6 +53,12 @@ def test_the_best_node_is_named_only_where_one_was_shown(synthetic_rows, synthet
     assert "numactl --cpunodebind=0 --membind=0" in verdicts.commands(rows, machine, compared)[-1][1]
     tie = comparison.compare(synthetic_rows(("c0m0", "c1m1"), executions=6))
     assert verdicts.best_node(tie) is None
+
+
+def test_every_statement_of_the_guide_has_a_sentence_in_both_languages():
+    decided = set(re.findall(r'Statement\(\s*"([^"]+)"', Path(guide.__file__).read_text()))
+    english, chinese = (set(guide_texts.LANGUAGES[language]) for language in ("en", "zh"))
+    assert english == chinese > decided > {"best node", "remote cost"}
 
 
 def test_the_guide_says_the_same_in_both_languages(synthetic_rows, synthetic_machine):
