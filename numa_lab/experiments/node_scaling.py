@@ -13,30 +13,27 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
 import torch
-from torch import Tensor
 
 from numa_lab.attention.gqa import gqa_attention
 from numa_lab.attention.shapes import AttentionShape
 from numa_lab.bandwidth.node_bandwidths import NodeBandwidths
-from numa_lab.bandwidth.read_probe import read_once
 from numa_lab.bandwidth.roofline import Roofline
 from numa_lab.errors import InvalidInput, UntrustedResult
+from numa_lab.experiments.node_load import NodeLoad
 from numa_lab.machine.topology import Topology
 from numa_lab.machine.topology_reader import read_topology
 from numa_lab.measurement import timing
 from numa_lab.measurement.blocks import randomized_blocks
 from numa_lab.measurement.significance import ratio_of_medians
 from numa_lab.nodes.kv_cache import NodeShardedKVCache
-from numa_lab.nodes.node_threads import NodeTeam
 from numa_lab.nodes.thread_pool import NUMAThreadPool
-from numa_lab.placement import memory, page_location
+from numa_lab.placement import page_location
 from numa_lab.placement.receipt import Receipt
 
 BATCH, SEQUENCE = "a batch", "one sequence"
@@ -45,10 +42,6 @@ ONE_PROCESS = 0  # in place of a number of nodes
 MIN_BLOCKS = 5
 VISIT_SECONDS = 0.05
 LEAST_CALLS = 3
-LOAD_CACHE_MULTIPLE = 4  # what a node reads under load exceeds its caches so many times
-LOAD_BYTES = 64 << 20  # and is at least so large
-EMULATED_LOAD_BYTES = 1 << 20
-LOAD_STARTS_SECONDS = 0.02
 
 
 @dataclass(frozen=True)
@@ -109,7 +102,7 @@ def measure(
     all_nodes = topology.effective_nodes
     count = inputs_per_node * len(all_nodes)
     rows: list[dict[str, object]] = []
-    with NUMAThreadPool() as pool, _Load(topology, all_nodes) as load:
+    with NUMAThreadPool() as pool, NodeLoad(topology, all_nodes) as load:
         work = _Work(shape, count, pool, topology)
         for block, arm in randomized_blocks(arms_of(len(all_nodes)), MIN_BLOCKS, seconds=seconds):
             used = all_nodes[: arm.nodes]
@@ -127,7 +120,7 @@ def measure(
 
 
 def arms_of(nodes: int) -> list[Arm]:
-    """The arms on a machine of so many nodes: every number of them up to four, then powers of two, and all."""
+    """Return the arms on a machine of so many nodes: every number of them up to four, then powers of two, and all."""
     counts = sorted({*range(1, min(nodes, 4) + 1), *(1 << i for i in range(nodes.bit_length())), nodes})
     loads = {count: [ISOLATED, LOADED] if 0 < count < nodes else [ISOLATED] for count in (ONE_PROCESS, *counts)}
     return [Arm(work, count, load) for work in (BATCH, SEQUENCE) for count in loads for load in loads[count]]
@@ -171,10 +164,10 @@ class _Work:
 
         def contradictions() -> list[str]:
             lie = {node: [page_location.home(key) for key in keys[at :: len(nodes)]] for at, node in enumerate(nodes)}
-            found = [
+            misplaced = [
                 f"an input for node {n} lies on node {home}." for n, homes in lie.items() for home in homes if home != n
             ]
-            return found + self._against(self._pool.receipts(), nodes)
+            return misplaced + self._against(self._pool.receipts(), nodes)
 
         tokens = {node: len(keys[at :: len(nodes)]) for at, node in enumerate(nodes)}
         return Visit(lambda: self._pool.parallel_gqa_compute(self._queries, keys, values), contradictions, tokens)
@@ -193,20 +186,20 @@ class _Work:
         return Visit(lambda: cache.attend(query), lambda: self._against(cache.receipts(), nodes), cache.tokens_per_node)
 
     def _against(self, receipts: dict[int, Receipt], nodes: Sequence[int]) -> list[str]:
-        """What receipts of nodes say against threads and pages there."""
-        found = []
+        """Return what receipts of nodes say against threads and pages there."""
+        contradictions = []
         for node in nodes:
-            found += receipts[node].contradictions(self._topology.cpus_of([node]), [node])
+            contradictions += receipts[node].contradictions(self._topology.cpus_of([node]), [node])
             for name, pages in receipts[node].pages_after.items():
-                found += [
+                contradictions += [
                     f"{count} pages of {name} lie on node {home} instead of {node}."
                     for home, count in pages.items()
                     if home != node
                 ]
-        return found
+        return contradictions
 
     def predict(self, arm: Arm, shares: dict[int, int], measured: NodeBandwidths | None, all_nodes: int) -> float:
-        """Seconds that bandwidths let expect for an arm; NaN where nothing is known, or nothing is placed."""
+        """Return the seconds that bandwidths let expect for an arm; NaN where nothing is known, or nothing is placed."""
         if not measured or not shares:
             return math.nan
         if arm.work == BATCH:
@@ -223,76 +216,30 @@ class _Work:
         return max(alone, shape.kv_bytes / (together * arm.nodes / all_nodes))
 
 
-class _Load:
-    """Nodes that read their own memory as fast as they can, while that is wanted."""
-
-    def __init__(self, topology: Topology, nodes: Sequence[int]) -> None:
-        self._topology, self._nodes = topology, nodes
-        self._readers: dict[int, tuple[NodeTeam, Tensor]] = {}
-        self._stop = [True]  # not empty where reading is to end; no Event, which an interrupt may leave locked
-
-    def __enter__(self) -> _Load:
-        if len(self._nodes) > 1:  # else there is no other node
-            for node in self._nodes:
-                team = NodeTeam(node, name=f"numa-load-{node}")
-                cache = self._topology.last_cache_bytes_of(team.cpus)
-                nbytes = (
-                    EMULATED_LOAD_BYTES if self._topology.emulated else max(LOAD_BYTES, LOAD_CACHE_MULTIPLE * cache)
-                )
-                buffer = memory.empty((nbytes // 8 * 8,), torch.uint8, node)
-                self._readers[node] = team, buffer
-                team.submit(buffer.fill_, 1).result()
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        self._stop.append(True)
-        for team, _ in self._readers.values():
-            team.shutdown()
-
-    @contextmanager
-    def on(self, nodes: Sequence[int]) -> Iterator[None]:
-        """Let some nodes read until the end of the block."""
-        stop = self._stop = []
-
-        def read(buffer: Tensor, threads: int) -> None:
-            while not stop:
-                read_once(buffer, threads)
-
-        running = [team.submit(read, buffer, len(team.cpus)) for team, buffer in map(self._readers.__getitem__, nodes)]
-        try:
-            if running:
-                time.sleep(LOAD_STARTS_SECONDS)
-            yield
-        finally:
-            stop.append(True)
-            for future in running:
-                future.result()
-
-
 def sentence(rows: pd.DataFrame) -> str:
-    """What came out, in words."""
+    """Return what came out, as sentences."""
     most = int(rows["nodes"].max())
-    told = [] if most > 1 else ["One node: there is no scaling over nodes to show."]
-    for work, of in rows.groupby("work"):
-        taken = {key: part["seconds"].to_numpy() for key, part in of.groupby(["nodes", "load"])}
+    sentences = [] if most > 1 else ["One node: there is no scaling over nodes to show."]
+    for work, visits in rows.groupby("work"):
+        taken = {key: part["seconds"].to_numpy() for key, part in visits.groupby(["nodes", "load"])}
         everyone = f"{most} nodes" if most > 1 else "1 node"
 
         def ratio(slow: tuple[int, str], fast: tuple[int, str], taken: dict[Any, Any] = taken) -> str:
             return ratio_of_medians(taken[slow], taken[fast]).describe("the speed")
 
-        told.append(
+        sentences.append(
             f"{str(work).capitalize()} on {everyone} against one process: {ratio((ONE_PROCESS, ISOLATED), (most, ISOLATED))}."
         )
         if most > 1:
-            told.append(
+            sentences.append(
                 f"On {everyone} against one of them: {ratio((1, ISOLATED), (most, ISOLATED))} (linear would be {most})."
             )
-            told.append(f"One node while the others are under load: {ratio((1, ISOLATED), (1, LOADED))}.")
-    return " ".join(told)
+            sentences.append(f"One node while the others are under load: {ratio((1, ISOLATED), (1, LOADED))}.")
+    return " ".join(sentences)
 
 
 def prediction_sentence(rows: pd.DataFrame) -> str:
-    """How far what was measured lies from what bandwidths let expect."""
+    """Return a sentence on how far what was measured lies from what bandwidths let expect."""
     placed = rows[rows["predicted"].notna()]
     if placed.empty:
         return "Nothing was predicted."
