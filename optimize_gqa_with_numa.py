@@ -1,16 +1,19 @@
 """The source guide's helpers by the names that it imports them by; run as a script, what they gain on this machine."""
 
 import argparse
+from typing import TYPE_CHECKING
 
 from numa_lab import (
     NUMAOptimizedGQA,
     NUMAThreadPool,
     bind_to_numa_node,
     get_optimal_numa_node,
-    rank_nodes,
     scaled_dot_product_attention_gqa,
 )
 from numa_lab.errors import run_script
+
+if TYPE_CHECKING:
+    from numa_lab import rank_nodes
 
 __all__ = [
     "NUMAOptimizedGQA",
@@ -20,6 +23,15 @@ __all__ = [
     "rank_nodes",
     "scaled_dot_product_attention_gqa",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """Import ``rank_nodes`` when it is first used: it needs the notebook suite, and the other helpers do not."""
+    if name == "rank_nodes":
+        from numa_lab import rank_nodes
+
+        return rank_nodes
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def main() -> None:
@@ -43,14 +55,14 @@ def main() -> None:
     )
     print("\n".join(guide_analyses.before_and_after(helper, shape, seconds=options.seconds).sentences()))
     node = helper.node
-    words = " ".join(Binding((node,)).numactl(read_topology()))
+    numactl = " ".join(Binding((node,)).numactl(read_topology()))
     print(f"""
 Three ways of use:
   one call         with NUMAOptimizedGQA(numa_node={node}) as numa_gqa: output = numa_gqa.compute(query, key, value)
   a batch          NUMAThreadPool().parallel_gqa_compute(queries, keys, values)
-  a long service   {words} --membind={node} python ...
+  a long service   {numactl} --membind={node} python ...
 
-Also: {words} python ...   (memory of any node)
+Also: {numactl} python ...   (memory of any node)
       numactl --preferred={node} python ...     (this node's memory first, beside a GPU)""")
 
 

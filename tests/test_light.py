@@ -45,7 +45,15 @@ def test_public_names_need_no_package_of_the_laboratory():
 
 
 @pytest.mark.parametrize(
-    "words", [["sweep", "--dry-run"], ["report", "data/sample"], ["verdict", "data/sample"], ["load_run"], ["script"]]
+    "words",
+    [
+        ["sweep", "--dry-run"],
+        ["report", "data/sample"],
+        ["verdict", "data/sample"],
+        ["load_run"],
+        ["analyze_numa_cpu_attention"],
+        ["optimize_gqa_with_numa"],
+    ],
 )
 def test_what_needs_the_laboratory_says_how_to_install_it(words):
     script = f"""
@@ -57,12 +65,11 @@ def test_what_needs_the_laboratory_says_how_to_install_it(words):
                 from numa_lab import load_run
             except ImportError as error:
                 sys.exit(str(error))
-        if {words} == ["script"]:
-            import analyze_numa_cpu_attention
-            from numa_lab.errors import run_script
+        if {words}[0].endswith(("_numa", "_attention")):
+            import runpy
 
             sys.argv[1:] = []
-            run_script(analyze_numa_cpu_attention.main)
+            runpy.run_module({words}[0], run_name="__main__")
         from numa_lab.cli import main
 
         main({words})
