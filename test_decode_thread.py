@@ -51,10 +51,12 @@ def main() -> None:
     shape, message = fit(wanted, read_topology().available_bytes([helper.node]) // (4 * layers))
     sizes = f"{layers} layers, batch {shape.batch}, kv_len {shape.kv_len}."
     print(f"Node {helper.node}, {helper.threads} threads; {sizes} {message}".rstrip())
-    found = decode_loop.compare(helper, shape, attend_with=attn, layers=layers, seconds=options.seconds)
-    print(found.sentence())
-    print(f"Pages of K per node: with the helper {found.receipt.pages_after['keys']}, without {found.pages_without}.")
-    print("\n".join(found.receipt.notes) or "The receipt has nothing to add.")
+    compared = decode_loop.compare(helper, shape, attend_with=attn, layers=layers, seconds=options.seconds)
+    print(compared.sentence())
+    print(
+        f"Pages of K per node: with the helper {compared.receipt.pages_after['keys']}, without {compared.pages_without}."
+    )
+    print("\n".join(compared.receipt.notes) or "The receipt has nothing to add.")
 
 
 if __name__ == "__main__":

@@ -212,12 +212,12 @@ def settle(call: Callable[[], object]) -> None:
 
 def error(name: str, shape: AttentionShape) -> float:
     """Largest distance from float64, in units of the largest output; over one KV head and its query heads."""
-    one = shape.replace(batch=1, kv_heads=1, q_heads=shape.group)
+    single = shape.replace(batch=1, kv_heads=1, q_heads=shape.group)
     torch.manual_seed(0)
-    query = query_of(one)
-    key, value = torch.randn(2, 1, 1, one.kv_len, one.head_dim).to(query.dtype)
+    query = query_of(single)
+    key, value = torch.randn(2, 1, 1, single.kv_len, single.head_dim).to(query.dtype)
     expected, _ = reference(query, key, value, enable_gqa=True)
-    output = contender(name, one, [(key, value)], query)(0)
+    output = contender(name, single, [(key, value)], query)(0)
     return float((output - expected).abs().max() / expected.abs().max())
 
 

@@ -42,7 +42,7 @@ class Case:
 def cases() -> dict[str, Case]:
     """The cases by name: one differs from the first in what its name says."""
     base = AttentionShape(1, 32, 8, 1, 32768, 128, "bfloat16")
-    found = {
+    named = {
         "group 4": base,
         "group 1": base.replace(q_heads=8),
         "group 2": base.replace(q_heads=16),
@@ -57,12 +57,12 @@ def cases() -> dict[str, Case]:
         "q_len 16, group 4": base.replace(q_len=16),
     }
     more = {
-        f"{name}, {dtype}": found[name].replace(dtype=dtype)
+        f"{name}, {dtype}": named[name].replace(dtype=dtype)
         for dtype in ("float32", "float16")
         for name in ("group 4", "group 1", "group 7", "group 8", "group 32", "batch 8, kv_len 4096", "head_dim 80")
     }
-    strided = {f"{name}, [B, S, H, D]": Case(found[name], strided=True) for name in ("group 4", "batch 8, kv_len 4096")}
-    return {name: Case(shape) for name, shape in (found | more).items()} | strided
+    strided = {f"{name}, [B, S, H, D]": Case(named[name], strided=True) for name in ("group 4", "batch 8, kv_len 4096")}
+    return {name: Case(shape) for name, shape in (named | more).items()} | strided
 
 
 def rate(case: Case, pool: KVPool, name: str) -> Callable[[], float]:
@@ -108,13 +108,13 @@ def measure(wanted: dict[str, Case], names: list[str], turns: int, until: float)
     read, vector = rates["limit", "read"], rates["limit", "vector"]
     rows = []
     for case_name, name in errors:
-        case, found = wanted[case_name], rates[case_name, name]
+        case, bytes_per_s = wanted[case_name], rates[case_name, name]
         ceiling = vector / common.multiply_adds_per_vector(case.shape)
         rows.append(
             {
                 "case": case_name, "threads": threads, "backend": name, "dtype": case.shape.dtype,
-                "bytes_per_s": found, "read_bytes_per_s": read, "ceiling_bytes_per_s": ceiling,
-                "share_of_limit": found / read, "share_of_roofline": found / min(read, ceiling),
+                "bytes_per_s": bytes_per_s, "read_bytes_per_s": read, "ceiling_bytes_per_s": ceiling,
+                "share_of_limit": bytes_per_s / read, "share_of_roofline": bytes_per_s / min(read, ceiling),
                 "error": errors[case_name, name], "turns": len(samples[case_name, name]),
             }
         )  # fmt: skip
@@ -171,20 +171,20 @@ def main() -> None:
     wanted = {name: case for name, case in cases().items() if re.search(pattern, name)}
     cores = len(common.cores_here())
     counts = options.threads or (sorted({1, cores}) if options.full else [cores])
-    found = []
+    tables = []
     for number, threads in enumerate(counts):
         now = time.monotonic()
         seconds = math.inf if options.full else (begin + SECONDS - now) / (len(counts) - number)
         arguments = wanted, options.backends, options.turns, now + seconds
         rows = common.in_own_process(threads, measure, *arguments, seconds=seconds)
-        found.append(rows)
+        tables.append(rows)
         read, turns = rows["read_bytes_per_s"].iloc[0] / 1e9, rows["turns"].iloc[0]
         print(
             f"\n{threads} threads, read limit {read:.1f} GB/s, medians of {turns} turns; "
             "share of the limit, of the roofline, GB/s, error"
         )
         print(show(rows), flush=True)
-    rows = pd.concat(found)
+    rows = pd.concat(tables)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     rows.to_parquet(options.out.with_suffix(".parquet"))
     if rows["case"].str.match(DRAWN).any():

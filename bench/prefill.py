@@ -15,14 +15,14 @@ from numa_lab.attention.shapes import AttentionShape
 def cases() -> dict[str, tuple[AttentionShape, bool]]:
     """The shapes by name, and whether they are causal: a whole prompt is, a piece behind a cache sees all of it."""
     base = AttentionShape(1, 32, 8, 1, 1, 128, "bfloat16")
-    found = {}
+    named = {}
     for dtype in ("bfloat16", "float32", "float16"):
         for q_heads in (8, 32, 64):
             for q_len, kv_len in ((16, 16), (64, 64), (512, 512), (2048, 2048), (17, 4096), (64, 4096), (512, 4096)):
                 causal = q_len == kv_len
                 name = f"{dtype}, {q_heads}/8 heads, {'causal ' if causal else ''}{q_len} on {kv_len}"
-                found[name] = base.replace(dtype=dtype, q_heads=q_heads, q_len=q_len, kv_len=kv_len), causal
-    return found
+                named[name] = base.replace(dtype=dtype, q_heads=q_heads, q_len=q_len, kv_len=kv_len), causal
+    return named
 
 
 def measure(wanted: dict[str, tuple[AttentionShape, bool]], names: list[str], turns: int) -> pd.DataFrame:

@@ -29,7 +29,7 @@ def nothing(_data):  # type: ignore[no-untyped-def]
 def measure(turns: int) -> dict[tuple[str, str], float]:
     """Median seconds by seats and by what is done."""
     cores, node = common.cores_here(), read_topology().effective_nodes[0]
-    found = {}
+    seconds = {}
     for count in SEATS:  # one after the other: where their number changes, threads are ended and started
         place = Place(node, tuple(cores[seat % len(cores)] for seat in range(count)))
         own, no_jobs = seats_of((place,)), (ctypes.c_int64 * 2)()
@@ -41,8 +41,8 @@ def measure(turns: int) -> dict[tuple[str, str], float]:
         }
         work = {(f"{count} seats", name): common.seconds_of(call, 1) for name, call in calls.items()}
         work[f"{count} seats", INSIDE] = _inside(ReservedSeats((place,)), common.seconds_of(calls[OUTSIDE], 1))
-        found |= common.medians(work, turns)
-    return found
+        seconds |= common.medians(work, turns)
+    return seconds
 
 
 def _inside(taken: ReservedSeats, seconds: Callable[[], float]) -> Callable[[], float]:

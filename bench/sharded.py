@@ -246,10 +246,10 @@ def batch(turns: int) -> str:
         }
         work = {name: common.seconds_of(call, 1) for name, call in calls.items()}
         limits = {f"read by {count}": common.read_limit(block, count) for count in (1, len(cpus))}
-        found = common.medians(work | limits, turns)
+        seconds = common.medians(work | limits, turns)
     return (
-        f"{len(cpus)} cores compute {found['one'] / found['pool']:.2f} times as fast as one; "
-        f"{len(cpus)} cores read {found[f'read by {len(cpus)}'] / found['read by 1']:.2f} times as fast as one"
+        f"{len(cpus)} cores compute {seconds['one'] / seconds['pool']:.2f} times as fast as one; "
+        f"{len(cpus)} cores read {seconds[f'read by {len(cpus)}'] / seconds['read by 1']:.2f} times as fast as one"
     )
 
 

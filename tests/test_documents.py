@@ -27,7 +27,7 @@ from sybil.parsers.markdown.lexers import RawFencedCodeBlockLexer
 from sybil.parsers.rest import DocTestParser
 
 from numa_lab.cli import main
-from numa_lab.experiments import notebook_files, notebook_runner, sweep, sweep_plan
+from numa_lab.experiments import notebook_files, notebook_runner, sweep, sweep_bindings, sweep_plan
 from numa_lab.machine.topology_reader import read_topology
 
 ROOT = Path(__file__).parents[1]
@@ -94,7 +94,7 @@ def workplace(tmp_path_factory):
     shutil.copytree(ROOT, copy, ignore=ignored)
     shutil.copytree(ROOT / "data/sample/guest", copy / "data/runs/sample")
     planned = sweep_plan.make_plan(
-        profile="smoke", bindings=sweep_plan.choose_bindings("local", TOPOLOGY), topology=TOPOLOGY,
+        profile="smoke", bindings=sweep_bindings.choose_bindings("local", TOPOLOGY), topology=TOPOLOGY,
         measured=notebook_files.find(sweep.MEASURED_NOTEBOOK), parameters={}, run_id="planned", command="numa-lab sweep",
     )  # fmt: skip
     sweep_plan.prepare(planned, copy / "data/runs/planned", TOPOLOGY)

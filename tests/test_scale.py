@@ -12,7 +12,7 @@ import pytest
 from numa_lab.attention.shapes import preset
 from numa_lab.bandwidth import advisor
 from numa_lab.bandwidth.node_bandwidths import NodeBandwidths
-from numa_lab.experiments import notebook_files, sweep_plan
+from numa_lab.experiments import notebook_files, sweep_bindings, sweep_plan
 from numa_lab.machine.overview import overview
 from numa_lab.machine.sysfs import format_cpulist
 from numa_lab.machine.topology_reader import read_topology
@@ -32,7 +32,7 @@ def test_a_large_machine_is_read_and_planned(captured, name, bindings):
     root = captured(name)
     begin = time.process_time()
     topology = read_topology(root)
-    chosen = sweep_plan.choose_bindings("matrix", topology)
+    chosen = sweep_bindings.choose_bindings("matrix", topology)
     made = sweep_plan.make_plan(
         profile="quick",
         bindings=chosen,
@@ -92,7 +92,7 @@ def test_72_nodes_with_4608_cpus_are_read_and_planned(largest, monkeypatch):
     assert (len(topology.cpus), len(topology.sockets), topology.last_cache_bytes) == (CPUS, 36, NODES * 32 << 20)
     assert topology.cpus_for([71]) == tuple(range(71 * 32, 72 * 32))
     assert f"\n  71  248.0 GiB  238.4 GiB  yes            {format_cpulist(topology.node_cpus[71])}\n" in text
-    chosen = sweep_plan.choose_bindings("matrix", topology)
+    chosen = sweep_bindings.choose_bindings("matrix", topology)
     made = sweep_plan.make_plan(
         profile="quick", bindings=chosen, topology=topology, measured=MEASURED, parameters={}, run_id="x", command=""
     )

@@ -23,11 +23,11 @@ def topology(as_json: bool, root: str) -> None:
     from numa_lab.machine.overview import overview
     from numa_lab.machine.topology_reader import read_topology
 
-    found = read_topology(root)
+    machine = read_topology(root)
     if as_json:
-        print_json(found.to_json())
+        print_json(machine.to_json())
     else:
-        click.echo(overview(found))
+        click.echo(overview(machine))
 
 
 @click.command()
@@ -59,11 +59,11 @@ def probe(as_json: bool, seconds: float) -> None:
             bar.length = total
             bar.update(done - bar.pos, what)
 
-        found = node_probes.probe_nodes(read_topology(), seconds=seconds, progress=progress)
+        probes = node_probes.probe_nodes(read_topology(), seconds=seconds, progress=progress)
     if as_json:
-        print_json(found.to_json())
+        print_json(probes.to_json())
     else:
-        click.echo(node_probes.render(found))
+        click.echo(node_probes.render(probes))
 
 
 @click.command()

@@ -5,15 +5,13 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import click
 
 from numa_lab.cli.group import INTERRUPTED, json_option, print_json
-from numa_lab.errors import InvalidInput, NumaLabError, UntrustedResult
-from numa_lab.machine.shell_commands import near, to_paste
+from numa_lab.errors import NumaLabError, UntrustedResult
 
 
 @click.command()
@@ -68,36 +66,24 @@ def sweep(
 
     The path of the run directory is the last line on stdout.
     """
-    from numa_lab.experiments import notebook_files, notebook_runner
+    from numa_lab.experiments import notebook_files, notebook_runner, sweep_resume
     from numa_lab.experiments import sweep as sweeps
     from numa_lab.experiments import sweep_plan as plans
     from numa_lab.machine.topology_reader import read_topology
-    from numa_lab.measurement.workloads import PROFILES
 
     measured = notebook_files.find(notebook_path or sweeps.MEASURED_NOTEBOOK)
     machine = read_topology()
     if resume:
         plan, run_dir = plans.load_plan(resume), resume
-        plans.check_resumable(plan, resume, machine, measured)
+        sweep_resume.check_resumable(plan, resume, machine, measured)
     else:
-        if profile not in PROFILES:
-            raise InvalidInput(f"profile {profile!r}: expected one of {', '.join(PROFILES)}")
-        run_id = out.name if out else f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{profile}"
-        run_dir = out or Path("data") / "runs" / run_id
-        plan = plans.make_plan(
-            profile=profile,
-            bindings=plans.choose_bindings(bindings or PROFILES[profile].bindings, machine),
-            topology=machine,
-            measured=measured,
-            parameters=notebook_runner.parse_parameters(measured, parameters),
-            run_id=run_id,
-            command=plans.typed(_typed(profile, bindings, executions, notebook_path, parameters), machine),
-            executions=executions or 0,
-        )
+        plan, run_dir = plans.plan_run(
+            profile=profile, bindings=bindings, executions=executions, notebook=notebook_path, parameters=parameters,
+            out=out, measured=measured, topology=machine,
+        )  # fmt: skip
     if dry_run:
-        places = {"notebooks": near(measured.parent), f"notebooks/{measured.name}": near(measured)}
-        for planned in plans.missing(plan, run_dir):
-            click.echo(to_paste(*(places.get(word, word) for word in shlex.split(planned.command))))
+        for command in plans.commands(plan, run_dir, measured):
+            click.echo(command)
         click.echo(
             f"{len(plan.executions)} executions, about {plan.estimated_seconds:.0f} s; nothing was started", err=True
         )
@@ -116,18 +102,8 @@ def sweep(
     if failed:
         raise NumaLabError(
             f"{failed} of {len(plan.executions)} executions failed; the report lists them with their reasons, "
-            f"and `{plans.resume_command(run_dir, machine)}` tries them again"
+            f"and `{sweep_resume.resume_command(run_dir, machine)}` tries them again"
         )
-
-
-def _typed(
-    profile: str, bindings: str | None, executions: int | None, notebook_path: str | None, parameters: Sequence[str]
-) -> list[str]:
-    """The words that measure the same again."""
-    words = ["numa-lab", "sweep", "--profile", profile]
-    for option, value in (("--bindings", bindings), ("--executions", executions), ("--notebook", notebook_path)):
-        words += [option, str(value)] if value else []
-    return [*words, *(word for pair in parameters for word in ("-p", pair))]
 
 
 def _run(plan: Any, run_dir: Path, machine: Any, measured: Path, *, probes: bool) -> int:
@@ -137,6 +113,7 @@ def _run(plan: Any, run_dir: Path, machine: Any, measured: Path, *, probes: bool
     from numa_lab.bandwidth.node_bandwidths import PROBES
     from numa_lab.experiments import sweep as sweeps
     from numa_lab.experiments import sweep_plan as plans
+    from numa_lab.experiments import sweep_resume
     from numa_lab.experiments.progress import ticking
 
     todo = plans.missing(plan, run_dir)
@@ -160,7 +137,7 @@ def _run(plan: Any, run_dir: Path, machine: Any, measured: Path, *, probes: bool
         except KeyboardInterrupt:
             bar.close()
             click.echo(
-                f"numa-lab: stopped; what has finished is usable, `{plans.resume_command(run_dir, machine)}` does the rest",
+                f"numa-lab: stopped; what has finished is usable, `{sweep_resume.resume_command(run_dir, machine)}` does the rest",
                 err=True,
             )
             sys.exit(INTERRUPTED)
@@ -178,12 +155,12 @@ def verdict(run_dir: Path, as_json: bool) -> None:
     from numa_lab.report import verdicts
 
     rows = load_run(run_dir)
-    found = compare(rows)
+    compared = compare(rows)
     if as_json:
-        print_json(found.to_json())
+        print_json(compared.to_json())
     else:
-        click.echo(verdicts.headline(rows, load_machine(run_dir), found))
-        for comparison in found.comparisons:
+        click.echo(verdicts.headline(rows, load_machine(run_dir), compared))
+        for comparison in compared.comparisons:
             click.echo(f"  {comparison.sentence()}")
 
 

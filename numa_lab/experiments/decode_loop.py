@@ -83,7 +83,7 @@ def plain_attention(_layer: Layer, query: Tensor, keys: Tensor, values: Tensor) 
 
 
 def helper_attention(helper: NUMAOptimizedGQA) -> Attend:
-    """The same, with the helper entered at every call, as the source guide does it."""
+    """Return what computes as ``plain_attention`` does, with the helper entered at every call, as the source guide does it."""
 
     def attend(_layer: Layer, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         with helper:
@@ -116,7 +116,7 @@ class Comparison:
     pages_without: dict[int, int]  # of the first layer's K of the last run without the helper
 
     def receipts_table(self) -> pd.DataFrame:
-        """Where the threads with the helper were allowed and seen, and where K of the first layer lay in either kind of run."""
+        """Return a table of where threads with the helper were allowed and seen, and where K of the first layer lay in either."""
         seen = {"allowed CPUs": format_cpulist({cpu for t in self.receipt.threads for cpu in t.allowed})}
         seen["seen on CPUs"] = format_cpulist(self.receipt.observed_cpus)
         return pd.DataFrame([
@@ -125,10 +125,10 @@ class Comparison:
         ]).fillna("not looked at")  # fmt: skip
 
     def sentence(self) -> str:
-        """What came out, in words."""
+        """Return what came out, in words."""
         medians = self.runs.groupby("helper")["tokens_per_s"].median()
-        told = f"{medians[WITH]:.1f} tokens/s with the helper and {medians[WITHOUT]:.1f} without"
-        return f"{told}: {self.speedup.describe('as many')}."
+        speeds = f"{medians[WITH]:.1f} tokens/s with the helper and {medians[WITHOUT]:.1f} without"
+        return f"{speeds}: {self.speedup.describe('as many')}."
 
 
 def compare(

@@ -106,7 +106,7 @@ class Execution:
 
     def describe(self) -> pd.DataFrame:
         """Machine, binding and cost, to be shown before anything is measured."""
-        cases, found = self.workload.cases(len(self.cores)), openmp.runtime()
+        cases, library = self.workload.cases(len(self.cores)), openmp.runtime()
         facts = {
             "machine": self.topology.model_name,
             "label": self.label,
@@ -114,7 +114,7 @@ class Execution:
             "effective": str(self.effective),
             "allowed CPUs": format_cpulist(os.sched_getaffinity(0)),
             "computing threads": f"up to {len(self.cores)}, one per physical core",
-            "OpenMP": found.description if found else "torch's library was not found",
+            "OpenMP": library.description if library else "torch's library was not found",
             "pages seen by": page_location.locator(),
             "cases": f"{len(cases)}, about {len(cases) * self.workload.profile.case_seconds * 1.5:.0f} s",
             "scaled": self.workload.message or "no",
@@ -170,7 +170,7 @@ class Execution:
         return pd.DataFrame(rows)
 
     def _calls(self) -> list[tuple[Case, str]]:
-        """Each case and what computes it; one also by torch, to show what a slow kernel hides."""
+        """Return each case and what computes it; one also by torch, to show what a slow kernel hides."""
         cases = self.workload.cases(len(self.cores))
         calls = [(case, self.backend) for case in cases]
         if self.backend == "auto" and not decode.unavailable():
@@ -220,7 +220,7 @@ class Execution:
 
 
 def _wrong_backends(rows: pd.DataFrame) -> list[str]:
-    """A sentence for each kind of case whose backend is further from float64 than its dtype explains."""
+    """Return a sentence for each kind of case whose backend is further from float64 than its dtype explains."""
     wrong = []
     kinds = rows[["backend", "phase", "dtype", "q_heads", "kv_heads", "head_dim"]].drop_duplicates()
     for backend, phase, dtype, q_heads, kv_heads, head_dim in kinds.itertuples(index=False):

@@ -59,7 +59,7 @@ class Cell:
 
 
 def guide_shape(topology: Topology, *, full: bool = False) -> tuple[AttentionShape, str]:
-    """The guide's attention, scaled to the memory of the smallest node, and a message that says how; '' if it was not.
+    """Return the guide's attention, scaled to the memory of the smallest node, and a message that says how; '' if it was not.
 
     A batch of 512 where `full` is asked for, else of 8.
     """
@@ -71,7 +71,7 @@ def guide_shape(topology: Topology, *, full: bool = False) -> tuple[AttentionSha
 
 
 def cells(topology: Topology, shape: AttentionShape) -> list[Cell]:
-    """All configurations of the four analyses on this machine.
+    """Return all configurations of the four analyses on this machine.
 
     Raises
     ------
@@ -81,15 +81,15 @@ def cells(topology: Topology, shape: AttentionShape) -> list[Cell]:
     nodes = topology.require_effective_nodes()
     cores = {node: len(topology.cpus_for([node])) for node in nodes}
     standard = shape.replace(kv_heads=shape.q_heads)
-    found = []
+    cells = []
     for node in nodes:
-        found += [Cell("memory_allocation", node, node, Case(one, cores[node])) for one in (shape, standard)]
+        cells += [Cell("memory_allocation", node, node, Case(part, cores[node])) for part in (shape, standard)]
         batches = sorted({max(1, shape.batch // divisor) for divisor in (1, 2, 4, 8)})
-        found += [Cell("batch_sizes", node, node, Case(shape.replace(batch=batch), cores[node])) for batch in batches]
+        cells += [Cell("batch_sizes", node, node, Case(shape.replace(batch=batch), cores[node])) for batch in batches]
         threads = sorted({1, max(1, cores[node] // 2), cores[node]})
-        found += [Cell("thread_affinity", node, node, Case(shape, count)) for count in threads]
-        found += [Cell("cross_numa", node, memory, Case(shape, cores[node])) for memory in nodes]
-    return found
+        cells += [Cell("thread_affinity", node, node, Case(shape, count)) for count in threads]
+        cells += [Cell("cross_numa", node, memory, Case(shape, cores[node])) for memory in nodes]
+    return cells
 
 
 def measure(
@@ -143,7 +143,7 @@ def measure(
 
 
 def results(topology: Topology, rows: pd.DataFrame, message: str) -> dict[str, Any]:
-    """What ``numa_attention_results.json`` holds: the guide's four tables, the two spreads, machine and receipts.
+    """Return what ``numa_attention_results.json`` holds: the guide's four tables, the two spreads, machine and receipts.
 
     Times are seconds per call; a visit counts as one measurement, by the median of its samples.
     """
@@ -151,7 +151,7 @@ def results(topology: Topology, rows: pd.DataFrame, message: str) -> dict[str, A
     visits = rows[~rows["cold"]].groupby(keys, as_index=False, sort=False)["seconds"].median()
     per_analysis = {str(name): table for name, table in visits.groupby("analysis")}
     allocation = {
-        node: _allocation(of) for node, of in per_analysis["memory_allocation"].groupby("cpu_nodes", sort=True)
+        node: _allocation(group) for node, group in per_analysis["memory_allocation"].groupby("cpu_nodes", sort=True)
     }
     wrong = contradictions(rows, topology.allowed_node_cpus)
     return {
@@ -163,10 +163,10 @@ def results(topology: Topology, rows: pd.DataFrame, message: str) -> dict[str, A
             f"mem_{memory}_compute_{compute}": {
                 "memory_node": int(memory),
                 "compute_node": int(compute),
-                "avg_time": float(of["seconds"].mean()),
+                "avg_time": float(group["seconds"].mean()),
                 "is_local": memory == compute,
             }
-            for (memory, compute), of in per_analysis["cross_numa"].groupby(["mem_nodes", "cpu_nodes"])
+            for (memory, compute), group in per_analysis["cross_numa"].groupby(["mem_nodes", "cpu_nodes"])
         },
         **_spreads(rows[rows["analysis"] == "memory_allocation"]),
         "machine": describe_machine(topology).to_json(),
@@ -181,37 +181,37 @@ def results(topology: Topology, rows: pd.DataFrame, message: str) -> dict[str, A
 
 
 def _allocation(visits: pd.DataFrame) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, of in (("gqa", visits["attention"] != "mha"), ("std", visits["attention"] == "mha")):
-        times = [float(seconds) for seconds in visits.loc[of, "seconds"]]
-        found |= {f"avg_time_{name}": statistics.mean(times), f"std_time_{name}": statistics.stdev(times)}
-        found[f"times_{name}"] = times
-    return {**found, "min_time_gqa": min(found["times_gqa"]), "max_time_gqa": max(found["times_gqa"])}
+    table: dict[str, Any] = {}
+    for name, chosen in (("gqa", visits["attention"] != "mha"), ("std", visits["attention"] == "mha")):
+        times = [float(seconds) for seconds in visits.loc[chosen, "seconds"]]
+        table |= {f"avg_time_{name}": statistics.mean(times), f"std_time_{name}": statistics.stdev(times)}
+        table[f"times_{name}"] = times
+    return {**table, "min_time_gqa": min(table["times_gqa"]), "max_time_gqa": max(table["times_gqa"])}
 
 
 def _nested(visits: pd.DataFrame, column: str) -> dict[str, dict[str, float]]:
     return {
-        str(value): {str(node): float(s) for node, s in of.groupby("cpu_nodes")["seconds"].median().items()}
-        for value, of in visits.groupby(column)
+        str(value): {str(node): float(s) for node, s in group.groupby("cpu_nodes")["seconds"].median().items()}
+        for value, group in visits.groupby(column)
     }
 
 
 def _spreads(rows: pd.DataFrame) -> dict[str, float | None]:
     """By how many percent the slowest node is slower than the fastest, and what equal nodes would show; None: one node."""
     # Nodes with fewer cores compute with fewer threads, or by another backend, and are compared all the same.
-    found = comparison.spread(rows.assign(threads=0, backend="auto"))
-    told: dict[str, float | None] = {}
-    for name, of in (("gqa", found["attention"] != "mha"), ("std", found["attention"] == "mha")):
+    spreads = comparison.spread(rows.assign(threads=0, backend="auto"))
+    percents: dict[str, float | None] = {}
+    for name, chosen in (("gqa", spreads["attention"] != "mha"), ("std", spreads["attention"] == "mha")):
         for key, column in ((f"spread_{name}_percent", "spread"), (f"spread_{name}_by_chance_percent", "by_chance")):
-            share = float(found.loc[of, column].iloc[0])
-            told[key] = None if math.isnan(share) else 100 * share
-    return told
+            share = float(spreads.loc[chosen, column].iloc[0])
+            percents[key] = None if math.isnan(share) else 100 * share
+    return percents
 
 
-def spread_sentence(found: Mapping[str, Any], name: str) -> str:
-    """The spread of `gqa` or `std` in ``results``, in words."""
+def spread_sentence(measured: Mapping[str, Any], name: str) -> str:
+    """Return a sentence on the spread of `gqa` or `std` in what ``results`` returned."""
     kind = {"gqa": "GQA", "std": "Standard attention"}[name]
-    spread, by_chance = found[f"spread_{name}_percent"], found[f"spread_{name}_by_chance_percent"]
+    spread, by_chance = measured[f"spread_{name}_percent"], measured[f"spread_{name}_by_chance_percent"]
     if spread is None:
         return f"{kind}: one node, nothing to compare."
     return (
@@ -229,7 +229,7 @@ class BeforeAndAfter:
     both: Ratio
 
     def sentences(self) -> list[str]:
-        """One for each ratio, "no difference was shown" included."""
+        """Return one for each ratio, "no difference was shown" included."""
         named = {"The kernel": self.kernel, "The placement": self.placement, "Both together": self.both}
         return [f"{name}: {ratio.describe('as fast')}." for name, ratio in named.items()]
 
@@ -279,6 +279,6 @@ def _call(attend: Callable[..., Tensor], tensors: Sequence[Tensor]) -> Callable[
 
 
 def this_machine(*, full: bool) -> tuple[Topology, AttentionShape, str]:
-    """The machine, the guide's attention on it, and how that was scaled."""
+    """Return the machine, the guide's attention on it, and how that was scaled."""
     topology = read_topology()
     return (topology, *guide_shape(topology, full=full))

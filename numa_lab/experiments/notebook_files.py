@@ -12,12 +12,12 @@ _PACKAGE = Path(__file__).parents[1]
 
 
 def clone() -> Path | None:
-    """The folder of the clone that this package is part of; None where a wheel was installed."""
+    """Return the folder of the clone that this package is part of; None where a wheel was installed."""
     return None if (_PACKAGE / "notebooks").is_dir() else _PACKAGE.parent
 
 
 def folder() -> Path:
-    """The folder that holds the project's notebooks."""
+    """Return the folder that holds the project's notebooks."""
     return (clone() or _PACKAGE) / "notebooks"
 
 

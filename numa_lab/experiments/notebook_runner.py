@@ -9,6 +9,7 @@ its own children from all others (see ``numa_lab.experiments.supervisor``).
 from __future__ import annotations
 
 import ast
+import hashlib
 import json
 import os
 import shutil
@@ -38,9 +39,15 @@ _SUPERVISOR = Path(__file__).with_name("supervisor.py")
 
 
 def read(path: Path) -> nbformat.NotebookNode:
-    """A notebook file in the current format."""
+    """Return a notebook file in the current format."""
     found: nbformat.NotebookNode = nbformat.read(path, as_version=4)
     return found
+
+
+def digest(path: Path) -> str:
+    """Return a hash of what a notebook does: of its cells' sources, and not of their outputs."""
+    cells = [(cell.cell_type, cell.source) for cell in read(path).cells]
+    return hashlib.sha256(json.dumps(cells).encode()).hexdigest()
 
 
 def parameters_of(path: Path) -> dict[str, dict[str, Any]]:
@@ -119,7 +126,7 @@ def command(
     python: str = "python",
     topology: Topology | None = None,
 ) -> list[str]:
-    """The words that execute `notebook` under a binding, within the CPUs that `topology` says this process may use."""
+    """Return the words that execute `notebook` under a binding, within the CPUs that `topology` says this process may use."""
     bind = binding.numactl(topology) if binding else []
     papermill = [python, "-m", "papermill", str(notebook), str(output), "--cwd", str(notebook.parent)]
     options = ["--no-progress-bar", "--autosave-cell-every", "0"]
@@ -159,13 +166,15 @@ def execute(
     check_parameters(notebook, parameters)
     require_tools(binding)
     topology = topology or (read_topology() if binding and binding.cpu_nodes else None)
-    words = command(notebook.resolve(), output.resolve(), parameters, binding, python=sys.executable, topology=topology)
+    command_words = command(
+        notebook.resolve(), output.resolve(), parameters, binding, python=sys.executable, topology=topology
+    )
     output.unlink(missing_ok=True)
     output.parent.mkdir(parents=True, exist_ok=True)
     begin = time.monotonic()
     with open(log, "wb") as stream:
         process = subprocess.Popen(
-            [sys.executable, "-IS", str(_SUPERVISOR), str(os.getpid()), *words],
+            [sys.executable, "-IS", str(_SUPERVISOR), str(os.getpid()), *command_words],
             stdin=subprocess.DEVNULL,
             stdout=stream,
             stderr=subprocess.STDOUT,
@@ -216,9 +225,9 @@ def failure(outcome: Outcome, log: Path) -> str:
         return f"It did not end within {LIMIT_SECONDS} s and was killed {where}."
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     if any(line.startswith("usage: numactl") for line in lines):  # of which it then prints all
-        said = lines[0].removeprefix("libnuma: Warning: ")
+        warning = lines[0].removeprefix("libnuma: Warning: ")
         return (
-            f"numactl refused the binding, since {said}: were CPUs or nodes taken away meanwhile (taskset, cpuset, hotplug)? "
+            f"numactl refused the binding, since {warning}: were CPUs or nodes taken away meanwhile (taskset, cpuset, hotplug)? "
             f"Start a new sweep {where}."
         )
     last = lines[-1] if lines else "it printed nothing"

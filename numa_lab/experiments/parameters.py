@@ -32,7 +32,7 @@ _HOW_TO_GIVE = {  # of papermill's options only -r takes a text as it is, and fo
 
 
 def wrong_type(name: str, value: object, kind: str) -> str:
-    """What is wrong with a value for a parameter that was declared as `kind`; empty where it fits."""
+    """Return what is wrong with a value for a parameter that was declared as `kind`; empty where it fits."""
     allowed = _TYPES.get(kind)
     if allowed is None or (isinstance(value, allowed) and (bool in allowed or not isinstance(value, bool))):
         return ""
@@ -67,18 +67,20 @@ def _declared(source: str) -> dict[str, tuple[str, str, str]]:
         return {}
     lines = source.splitlines()
     return {
-        one.target.id: (
-            ast.unparse(one.annotation),
-            ast.unparse(one.value),
-            lines[one.lineno - 1].partition("#")[2].strip(),
+        statement.target.id: (
+            ast.unparse(statement.annotation),
+            ast.unparse(statement.value),
+            lines[statement.lineno - 1].partition("#")[2].strip(),
         )
-        for one in statements
-        if isinstance(one, ast.AnnAssign) and isinstance(one.target, ast.Name) and one.value is not None
+        for statement in statements
+        if isinstance(statement, ast.AnnAssign)
+        and isinstance(statement.target, ast.Name)
+        and statement.value is not None
     }
 
 
 def find_run(run_dir: str) -> Path:
-    """The run directory that a notebook was given; for the empty text the sample that is committed with this project.
+    """Return the run directory that a notebook was given; for the empty text the sample that is committed with this project.
 
     A relative path starts in the folder where the notebook runs. Where it leads nowhere from there, it is taken from the
     clone's notebooks, then from the clone.

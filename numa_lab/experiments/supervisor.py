@@ -85,7 +85,7 @@ def end_children() -> None:
 
 def children() -> set[int]:
     """Process ids of the children of this process, those that have ended included."""
-    found = set()
+    process_ids = set()
     for name in filter(str.isdecimal, os.listdir("/proc")):
         try:
             with open(f"/proc/{name}/stat", "rb") as stat:
@@ -93,8 +93,8 @@ def children() -> set[int]:
         except (FileNotFoundError, ProcessLookupError):
             continue
         if parent == os.getpid():
-            found.add(int(name))
-    return found
+            process_ids.add(int(name))
+    return process_ids
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ from numa_lab.bandwidth.node_bandwidths import PROBES, load_probes
 from numa_lab.errors import InvalidInput, NumaLabError, RunDirectoryError, UntrustedResult
 from numa_lab.experiments import notebook_files, notebook_runner
 from numa_lab.experiments.sweep_lock import alone as alone
-from numa_lab.experiments.sweep_plan import Plan, Planned, expected_cases, missing, resume_command
+from numa_lab.experiments.sweep_plan import Planned, SweepPlan, expected_cases, missing
+from numa_lab.experiments.sweep_resume import resume_command
 from numa_lab.machine.libnuma import interleave_weights
 from numa_lab.machine.shell_commands import to_paste
 from numa_lab.machine.sysfs import format_cpulist
@@ -38,7 +39,7 @@ MOST_TOLD = 3  # contradictions of one execution
 HOPELESS = 3  # first executions that fail alike: the others would, too
 
 
-def execute(plan: Plan, planned: Planned, run_dir: Path, measured: Path, topology: Topology) -> list[str]:
+def execute(plan: SweepPlan, planned: Planned, run_dir: Path, measured: Path, topology: Topology) -> list[str]:
     """Run one execution and pass it through the gate; the reasons for which it was refused, none for a good one.
 
     Rows that were refused stay under ``rejected/``, and are not used.
@@ -110,14 +111,14 @@ def gate(
 
 
 def _misplaced(rows: pd.DataFrame, planned: Planned, topology: Topology) -> list[str]:
-    """What the receipts contradict, and what to do about it."""
-    told = contradictions(rows, topology.allowed_node_cpus)
-    if not told:
+    """Return what the receipts contradict, and what to do about it."""
+    contradicted = contradictions(rows, topology.allowed_node_cpus)
+    if not contradicted:
         return []
-    more = [f"And {len(told) - MOST_TOLD} more of this kind."] if len(told) > MOST_TOLD else []
+    more = [f"And {len(contradicted) - MOST_TOLD} more of this kind."] if len(contradicted) > MOST_TOLD else []
     allowed = format_cpulist(topology.allowed_cpus)
     return [
-        *told[:MOST_TOLD],
+        *contradicted[:MOST_TOLD],
         *more,
         f"So this was not {planned.binding} within the CPUs {allowed} that this sweep may use: "
         f"`{to_paste('numa-lab', 'doctor')}` looks for what moves threads and pages.",
@@ -140,14 +141,14 @@ def _wrong_rows(rows: pd.DataFrame, planned: Planned, topology: Topology, expect
             )
     if not (rows["seconds"] > 0).all() or not (rows["limit_bytes_per_s"] > 0).all():
         wrong.append("Some times or memory limits are not positive.")
-    found = {key: sum(~group["cold"]) for key, group in rows.groupby(list(CASE_KEY))}
-    absent = [key for case in expected if (key := case_key(case)) not in found]
+    samples_of = {key: sum(~group["cold"]) for key, group in rows.groupby(list(CASE_KEY))}
+    absent = [key for case in expected if (key := case_key(case)) not in samples_of]
     if absent:
         wrong.append(
             f"{len(absent)} of {len(expected)} cases were not measured, the first of them {case_words(absent[0])}."
-            + _why_absent(max(key[-1] for key in found), max(case.threads for case in expected), planned, topology)
+            + _why_absent(max(key[-1] for key in samples_of), max(case.threads for case in expected), planned, topology)
         )
-    if few := [key for key, samples in found.items() if samples < MIN_SAMPLES]:
+    if few := [key for key, samples in samples_of.items() if samples < MIN_SAMPLES]:
         wrong.append(
             f"{len(few)} cases have fewer than {MIN_SAMPLES} steady samples, the first of them {case_words(few[0])}: a notebook "
             "must hand on all of them."
@@ -156,7 +157,7 @@ def _wrong_rows(rows: pd.DataFrame, planned: Planned, topology: Topology, expect
 
 
 def _why_absent(computed: int, expected: int, planned: Planned, topology: Topology) -> str:
-    """A sentence on the threads that an execution had, where they were others than its CPUs let expect."""
+    """Return a sentence on the threads that an execution had, where they were others than its CPUs let expect."""
     if computed == expected:
         return ""
     cpus = format_cpulist(topology.cpus_of(planned.binding.cpu_nodes or topology.node_ids))
@@ -176,7 +177,7 @@ def measure_machine(run_dir: Path) -> list[str]:
     return [f"{source.name}: {notebook_runner.failure(outcome, log)}"] if outcome.exit_status != 0 else []
 
 
-def predict(plan: Plan, run_dir: Path, measured: Path, topology: Topology) -> list[str]:
+def predict(plan: SweepPlan, run_dir: Path, measured: Path, topology: Topology) -> list[str]:
     """Store what memory allows for each decode case under each binding, before any is measured; why not, as sentences.
 
     It follows from ``probes.json``, and without that there is no prediction.
@@ -195,22 +196,27 @@ def predict(plan: Plan, run_dir: Path, measured: Path, topology: Topology) -> li
     try:
         if (probes := load_probes(run_dir)) is None:
             return []
-        by_weight = {node for one in bindings if one.policy is MemPolicy.WEIGHTED_INTERLEAVE for node in one.mem_nodes}
+        by_weight = {
+            node
+            for binding in bindings
+            if binding.policy is MemPolicy.WEIGHTED_INTERLEAVE
+            for node in binding.mem_nodes
+        }
         weights = interleave_weights(by_weight) if by_weight else None
-        found = predict_bindings([(binding, case.shape) for binding, case in cases], topology, probes, weights)
+        predictions = predict_bindings([(binding, case.shape) for binding, case in cases], topology, probes, weights)
     except (InvalidInput, RunDirectoryError) as error:
         return [f"Nothing was predicted: {error}"]
     rows = [
         {"label": str(binding), "attention": case.shape.kind, "threads": case.threads, **asdict(case.shape),
          "seconds": strategy.seconds, "limit": strategy.limit}
-        for (binding, case), strategy in zip(cases, found, strict=True)
+        for (binding, case), strategy in zip(cases, predictions, strict=True)
         if strategy
     ]  # fmt: skip
     write_json(run_dir / PREDICTION, {"schema_version": SCHEMA_VERSION, "rows": rows})
     return []
 
 
-def run(plan: Plan, run_dir: Path, topology: Topology, measured: Path) -> Iterator[tuple[Planned, list[str]]]:
+def run(plan: SweepPlan, run_dir: Path, topology: Topology, measured: Path) -> Iterator[tuple[Planned, list[str]]]:
     """Run what is missing, one execution at a time; yields each with the reasons for which the gate refused it.
 
     Raises
@@ -234,5 +240,5 @@ def run(plan: Plan, run_dir: Path, topology: Topology, measured: Path) -> Iterat
 
 
 def _cause(reasons: Sequence[str]) -> str:
-    """The first reason without what differs between executions: keys, labels and numbers."""
+    """Return the first reason without what differs between executions: keys, labels and numbers."""
     return re.sub(r"\b[0-9a-f]{12}\b|\bc[\d*][\d,*-]*[A-Za-z][\d,*-]+(~aa)?|\d[\d.,:-]*", "#", "".join(reasons[:1]))

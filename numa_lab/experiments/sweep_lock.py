@@ -115,7 +115,7 @@ def _take_file() -> int | None:
 
 
 def _locker(descriptor: int) -> int:
-    """The process that holds the lock on a file, 0 where it can't be seen from here (proc_locks(5))."""
+    """Return the process that holds the lock on a file, 0 where it can't be seen from here (proc_locks(5))."""
     file = os.fstat(descriptor)
     place = f"{os.major(file.st_dev):02x}:{os.minor(file.st_dev):02x}:{file.st_ino}"
     try:

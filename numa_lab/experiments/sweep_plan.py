@@ -1,4 +1,4 @@
-"""The plan of a sweep: which bindings, how often, in which order, and what of it is still missing.
+"""The plan of a sweep: what is executed, how often and in which order, and what of it is still missing.
 
 An execution's key is the hash of notebook, parameters, binding, machine, CPUs and block, so that a resumed sweep repeats
 nothing and notices a changed notebook.
@@ -11,85 +11,28 @@ import json
 import random
 import shlex
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from numa_lab.attention.backend_names import require_backend
-from numa_lab.errors import InvalidInput, MachineMismatch, MissingDependency, NodeUnavailable, RunDirectoryError
-from numa_lab.experiments import notebook_runner
+from numa_lab.errors import InvalidInput, RunDirectoryError
+from numa_lab.experiments import notebook_runner, sweep_bindings
 from numa_lab.machine import doctor
-from numa_lab.machine.shell_commands import to_paste
-from numa_lab.machine.sysfs import format_cpulist
+from numa_lab.machine.shell_commands import near, to_paste
 from numa_lab.machine.topology import Topology
 from numa_lab.measurement.atomic_files import read_json, write_json
 from numa_lab.measurement.blocks import randomized_blocks
 from numa_lab.measurement.labels import AA_SUFFIX
-from numa_lab.measurement.machine_facts import MACHINE, SCHEMA_VERSION, describe_machine, load_machine
+from numa_lab.measurement.machine_facts import MACHINE, SCHEMA_VERSION, describe_machine
 from numa_lab.measurement.results import EXECUTIONS
 from numa_lab.measurement.workloads import PROFILES, Case, usable_bytes, workload
-from numa_lab.placement.binding import Binding, MemPolicy
+from numa_lab.placement.binding import Binding
 from numa_lab.placement.numactl import taskset_words
 
 PLAN = "plan.json"
 OVERHEAD_SECONDS = 10  # of one execution before and after its cases: papermill, imports, first compilation
-
-
-def choose_bindings(spec: str, topology: Topology) -> list[Binding]:
-    """Bindings by name, or of a list of labels.
-
-    ``local``: each node with its own memory; ``matrix``: every CPU node with every memory node; ``all``: besides these
-    the CPUs of all nodes with memory interleaved over all nodes, also by weight where Linux and numactl can, and touched
-    first by one thread on the first node; and nothing bound.
-
-    Raises
-    ------
-    InvalidInput, NodeUnavailable
-        A label can't be read, or this process can't be bound so.
-    """
-    cpu_nodes = [node for node in topology.node_ids if topology.cpus_of([node])]
-    mem_nodes = [node for node in topology.allowed_nodes if topology.node(node).memory_bytes]
-    local = [Binding((node,), (node,), MemPolicy.BIND) for node in cpu_nodes if node in mem_nodes]
-    matrix = [Binding((cpu,), (mem,), MemPolicy.BIND) for cpu in cpu_nodes for mem in mem_nodes]
-    if spec == "local":
-        bindings = local
-    elif spec == "matrix":
-        bindings = matrix
-    elif spec == "all":
-        bindings = [*matrix, *(_of_all(cpu_nodes, mem_nodes, topology) if len(mem_nodes) > 1 else ()), Binding()]
-    else:
-        bindings = [Binding.parse(label) for label in _labels(spec)]
-    if not bindings:
-        try:
-            topology.require_effective_nodes()
-        except NodeUnavailable as error:
-            raise NodeUnavailable(f"bindings {spec!r}: {error}, or try matrix, or name labels") from error
-    for binding in bindings:
-        binding.require(topology)
-    return list(dict.fromkeys(bindings))
-
-
-def _of_all(cpu_nodes: list[int], mem_nodes: list[int], topology: Topology) -> list[Binding]:
-    """What most programs do with all nodes, on purpose or by accident."""
-    cpus, mems = tuple(cpu_nodes), tuple(mem_nodes)
-    found = [Binding(cpus, mems, MemPolicy.INTERLEAVE)]
-    weighted = Binding(cpus, mems, MemPolicy.WEIGHTED_INTERLEAVE)
-    with suppress(MissingDependency):  # who names the label is told what is missing
-        weighted.require(topology)
-        notebook_runner.require_tools(weighted)
-        found.append(weighted)
-    touchers = [node for node in cpu_nodes if node in mem_nodes][:1]
-    return [*found, *(Binding(cpus, (node,), MemPolicy.FIRST_TOUCH) for node in touchers)]
-
-
-def _labels(spec: str) -> list[str]:
-    # Node lists hold commas too (c0,2m0): a label ends before the next c.
-    labels = ["c" + part.rstrip(",") for part in spec.split("c") if part]
-    if not labels or not spec.startswith("c"):
-        raise InvalidInput(f"bindings {spec!r}: expected local, matrix, all, or labels such as c0m0,c0m1")
-    return labels
 
 
 @dataclass(frozen=True)
@@ -109,7 +52,7 @@ class Planned:
 
 
 @dataclass(frozen=True)
-class Plan:
+class SweepPlan:
     """What a sweep will run, as stored in ``plan.json``."""
 
     schema_version: int
@@ -136,8 +79,8 @@ def make_plan(
     command: str,
     executions: int = 0,
     seed: int | None = None,
-) -> Plan:
-    """Plan a sweep: in each block every label once, in random order, and the first local binding twice (the A/A pair).
+) -> SweepPlan:
+    """SweepPlan a sweep: in each block every label once, in random order, and the first local binding twice (the A/A pair).
 
     Raises
     ------
@@ -157,7 +100,7 @@ def make_plan(
         require_backend(given["backend"])
     twin = next((binding for binding in bindings if binding.is_local), bindings[0])
     labels = [*map(str, bindings), f"{twin}{AA_SUFFIX}"]
-    content, machine = _content(measured), describe_machine(topology).fingerprint
+    content, machine = notebook_runner.digest(measured), describe_machine(topology).fingerprint
     case_seconds = PROFILES[profile].case_seconds
     all_given = notebook_runner.defaults(measured) | given
     seconds = {
@@ -170,27 +113,79 @@ def make_plan(
         identity = json.dumps([content, given, label, machine, cpus, block], sort_keys=True)
         key = hashlib.sha256(identity.encode()).hexdigest()[:12]
         # numactl can't say who touches first, so who types the command tells the notebook.
-        told = {"execution": {"binding": str(binding)}} if binding.asked_of_kernel != binding else {}
+        to_notebook = {"execution": {"binding": str(binding)}} if binding.asked_of_kernel != binding else {}
         words = notebook_runner.command(
-            Path("notebooks") / measured.name, Path(f"{label}.ipynb"), given | told, binding, topology=topology
+            Path("notebooks") / measured.name, Path(f"{label}.ipynb"), given | to_notebook, binding, topology=topology
         )
         # Without CPU nodes a command takes the CPUs of who types it.
         command_line = shlex.join(words) if binding.cpu_nodes else typed(words, topology)
         planned.append(Planned(key, block, len(planned), label, command_line))
-    return Plan(
+    return SweepPlan(
         SCHEMA_VERSION, run_id, datetime.now(UTC).isoformat(timespec="seconds"), profile, tuple(labels), measured.name,
         content, given, command, tuple(planned), round(sum(seconds[str(p.binding)] for p in planned)),
     )  # fmt: skip
 
 
-def _content(path: Path) -> str:
-    """Hash of what a notebook does: its cells' sources, not their outputs."""
-    cells = notebook_runner.read(path).cells
-    return hashlib.sha256(json.dumps([(cell.cell_type, cell.source) for cell in cells]).encode()).hexdigest()
+def plan_run(
+    *,
+    profile: str,
+    bindings: str | None,
+    executions: int | None,
+    notebook: str | None,
+    parameters: Sequence[str],
+    out: Path | None,
+    measured: Path,
+    topology: Topology,
+) -> tuple[SweepPlan, Path]:
+    """Plan a new run as ``numa-lab sweep`` is asked for it.
+
+    Parameters
+    ----------
+    profile, bindings, executions
+        A profile, and what takes the place of its bindings and of its number of executions.
+    notebook
+        What the user named as the measured notebook; None for the project's own.
+    parameters
+        Parameters of the measured notebook, as ``NAME=VALUE``.
+    out
+        The run directory; a new one in ``data/runs`` where None is given.
+    measured
+        The measured notebook.
+    topology
+        The machine.
+
+    Returns
+    -------
+    tuple[SweepPlan, Path]
+        The plan, and the run directory, which is not made yet.
+
+    Raises
+    ------
+    InvalidInput, NodeUnavailable
+        As ``make_plan`` and ``sweep_bindings.choose_bindings`` say.
+    """
+    if profile not in PROFILES:
+        raise InvalidInput(f"profile {profile!r}: expected one of {', '.join(PROFILES)}")
+    run_id = out.name if out else f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{profile}"
+    again: list[object] = ["numa-lab", "sweep", "--profile", profile]
+    for option, value in (("--bindings", bindings), ("--executions", executions), ("--notebook", notebook)):
+        again += [option, value] if value else []
+    again += [word for pair in parameters for word in ("-p", pair)]
+    plan = make_plan(
+        profile=profile,
+        bindings=sweep_bindings.choose_bindings(bindings or PROFILES[profile].bindings, topology),
+        topology=topology,
+        measured=measured,
+        parameters=notebook_runner.parse_parameters(measured, parameters),
+        run_id=run_id,
+        command=typed(again, topology),
+        executions=executions or 0,
+    )
+    return plan, out or Path("data") / "runs" / run_id
 
 
 def expected_cases(parameters: Mapping[str, Any], binding: Binding, topology: Topology) -> list[Case]:
-    """The cases that an execution must hold; none where its notebook does not take the parameters of a workload.
+    """Return the cases that an execution must hold; none where its notebook does not take the parameters of a workload.
 
     `parameters` are all of the notebook's, its defaults included.
 
@@ -207,7 +202,7 @@ def expected_cases(parameters: Mapping[str, Any], binding: Binding, topology: To
     return chosen.cases(len(cores))
 
 
-def load_plan(run_dir: Path) -> Plan:
+def load_plan(run_dir: Path) -> SweepPlan:
     """``plan.json`` of a run directory.
 
     Raises
@@ -220,12 +215,12 @@ def load_plan(run_dir: Path) -> Plan:
         raise RunDirectoryError(f"{run_dir / PLAN}: expected schema version {SCHEMA_VERSION}; start a new sweep")
     try:
         executions = tuple(Planned(**planned) for planned in stored["executions"])
-        return Plan(**stored | {"bindings": tuple(stored["bindings"]), "executions": executions})
+        return SweepPlan(**stored | {"bindings": tuple(stored["bindings"]), "executions": executions})
     except (KeyError, TypeError) as error:
         raise RunDirectoryError(f"{run_dir / PLAN} is damaged ({error}): start a new sweep") from error
 
 
-def prepare(plan: Plan, run_dir: Path, topology: Topology) -> None:
+def prepare(plan: SweepPlan, run_dir: Path, topology: Topology) -> None:
     """Create the run directory with its plan and the facts of the machine, before anything is measured.
 
     Raises
@@ -242,57 +237,21 @@ def prepare(plan: Plan, run_dir: Path, topology: Topology) -> None:
     write_json(run_dir / PLAN, asdict(plan))
 
 
-def check_resumable(plan: Plan, run_dir: Path, topology: Topology, measured: Path) -> None:
-    """Refuse to finish a run on another machine, with other CPUs or nodes of it, or with another notebook than it began.
-
-    Raises
-    ------
-    MachineMismatch
-        Naming the values that differ.
-    RunDirectoryError
-        The notebook has changed.
-    """
-    begun = load_machine(run_dir)
-    differing = begun.differences(describe_machine(topology))
-    if differing:
-        raise MachineMismatch(f"{run_dir} was begun on another machine: {'; '.join(differing)}. Start a new sweep here")
-    if other := _other_share(begun.topology, topology, run_dir):
-        raise MachineMismatch(f"{run_dir} was begun {other}, or start a new sweep")
-    if _content(measured) != plan.notebook_sha256:
-        raise RunDirectoryError(
-            f"{measured.name} has changed since {run_dir} was begun: start a new sweep, or restore the notebook"
-        )
-
-
-def _other_share(begun: Topology, topology: Topology, run_dir: Path) -> str:
-    """What this process may use otherwise than the one that began, and how to go on; empty where it is the same."""
-    cpus, now = set(begun.allowed_cpus), set(topology.allowed_cpus)
-    if cpus != now:
-        again = f"type `{to_paste('taskset', '-c', format_cpulist(cpus), 'numa-lab', 'sweep', '--resume', run_dir)}`"
-        return (
-            f"on CPUs {format_cpulist(cpus)}, and this process may use {format_cpulist(now)}: that would be another "
-            f"measurement. To go on {again if cpus < now else 'let it use the same (taskset, cpuset)'}"
-        )
-    nodes, now = set(begun.allowed_nodes), set(topology.allowed_nodes)
-    if nodes != now:
-        return (
-            f"with memory of nodes {format_cpulist(nodes)}, and this process may use that of {format_cpulist(now)}: that "
-            "would be another measurement. To go on let it use the same (cpuset)"
-        )
-    return ""
-
-
 def typed(words: Sequence[object], topology: Topology) -> str:
-    """A command as it is typed to run on the CPUs of this process, wherever it is typed."""
+    """Return a command as it is typed to run on the CPUs of this process, wherever it is typed."""
     return shlex.join([*taskset_words(topology), *map(str, words)])
 
 
-def resume_command(run_dir: Path, topology: Topology) -> str:
-    """What to type to run what is missing in a run directory."""
-    return to_paste(*taskset_words(topology), "numa-lab", "sweep", "--resume", run_dir)
+def commands(plan: SweepPlan, run_dir: Path, measured: Path) -> list[str]:
+    """Return the commands of the executions that are missing, each to be pasted where one is."""
+    places = {"notebooks": near(measured.parent), f"notebooks/{measured.name}": near(measured)}
+    return [
+        to_paste(*(places.get(word, word) for word in shlex.split(planned.command)))
+        for planned in missing(plan, run_dir)
+    ]
 
 
-def missing(plan: Plan, run_dir: Path) -> list[Planned]:
+def missing(plan: SweepPlan, run_dir: Path) -> list[Planned]:
     """Executions that have not passed the gate yet, in run order."""
     return [
         planned

@@ -34,7 +34,7 @@ _SIZES = ("batch", "q_heads", "kv_heads", "q_len", "kv_len", "head_dim", "dtype"
 
 
 def pool_bytes(topology: Topology, cpus: Sequence[int], largest_kv_bytes: int, sharers: int = 1) -> int:
-    """How large a ``KVPool`` has to be: enough for the largest case, and several times the last-level caches.
+    """Return how large a ``KVPool`` has to be: enough for the largest case, and several times the last-level caches.
 
     Parameters
     ----------
@@ -217,7 +217,7 @@ def _query(shape: AttentionShape) -> torch.Tensor:
 
 
 def _notes(timed: timing.Timing, moved: int) -> tuple[str, ...]:
-    """What the receipt could not see, or what makes the timing doubtful; `moved` counts the pages that the kernel moved."""
+    """Return what the receipt could not see, or what makes the timing doubtful; `moved` counts the pages that the kernel moved."""
     doubts = {
         f"kernel.numa_balancing moved {moved} pages on this machine meanwhile": moved > 0,
         "torch's OpenMP library was not found: its threads were not pinned one by one": openmp.runtime() is None,

@@ -30,7 +30,7 @@ def execution_medians(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _cases(medians: pd.DataFrame) -> Iterator[tuple[dict[str, Any], dict[str, NDArray[np.float64]]]]:
-    """Each case of ``execution_medians``: the values of ``CASE``, and the seconds of each label's executions."""
+    """Return each case of ``execution_medians``: the values of ``CASE``, and the seconds of each label's executions."""
     for values, case in medians.groupby(list(CASE), sort=False):
         samples = {str(label): group["seconds"].to_numpy() for label, group in case.groupby("label")}
         yield {name: _plain(value) for name, value in zip(CASE, values, strict=True)}, samples
@@ -61,7 +61,7 @@ def compare(rows: pd.DataFrame) -> Comparisons:
 
 
 def spread(rows: pd.DataFrame) -> pd.DataFrame:
-    """How much slower the slowest local binding is than the fastest, for each case of tidy rows.
+    """Return how much slower the slowest local binding is than the fastest, for each case of tidy rows.
 
     The largest of several medians over the smallest is above 1 by chance alone, so `by_chance` gives the spread that is
     to be expected where all bindings are equal: the median over shuffled labels.

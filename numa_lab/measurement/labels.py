@@ -13,6 +13,6 @@ def by_number(label: str) -> list[str | int]:
 
 
 def is_local(label: str) -> bool:
-    """Whether a label binds the CPUs of one node to the memory of that node, as c3m3 does."""
+    """Return whether a label binds the CPUs of one node to the memory of that node, as c3m3 does."""
     cpus, _, memory = label.removesuffix(AA_SUFFIX).removeprefix("c").partition("m")
     return cpus == memory and cpus.isdecimal()

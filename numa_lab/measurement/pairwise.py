@@ -68,7 +68,7 @@ class Comparison:
 
 
 def _tie(floor: float) -> float:
-    """The largest difference that two bindings may have and be called the same."""
+    """Return the largest difference that two bindings may have and be called the same."""
     return min(max(floor, EQUIVALENCE_MARGIN), LARGEST_TIE)
 
 

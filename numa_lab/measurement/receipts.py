@@ -12,7 +12,7 @@ RECEIPT_COLUMNS = ("requested", "effective", "observed")
 
 
 def contradictions(rows: Mapping[str, Iterable[Any]], node_cpus: Mapping[int, Collection[int]]) -> list[str]:
-    """Each way in which a receipt contradicts its binding, as a sentence, and each sentence once.
+    """Return each way in which a receipt contradicts its binding, as a sentence, and each sentence once.
 
     Receipts of older runs don't hold the size of the team: there the threads that were seen are held against the column
     ``threads``.

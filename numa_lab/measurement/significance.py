@@ -134,7 +134,7 @@ def all_ratios(
 
 
 def spread_of_medians(samples: Sequence[NDArray[np.float64]]) -> tuple[float, float, float]:
-    """How far the largest median of several samples may lie above the smallest: an interval, and what chance alone gives.
+    """Return how far the largest median of several samples may lie above the smallest: an interval, and what chance alone gives.
 
     The interval is that of the largest of all pairwise differences, at a confidence level that holds for all pairs
     together. Resampling the spread itself can't do: the largest over the smallest of several medians is never 1, so in

@@ -99,7 +99,7 @@ def measure(
 
 
 def _halves_agree(values: list[float]) -> bool:
-    """Whether the older and the newer half of the last values have nearly the same median."""
+    """Return whether the older and the newer half of the last values have nearly the same median."""
     half = len(values) // 2
     if half < 2:  # two single values agree by chance
         return False

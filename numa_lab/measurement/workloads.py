@@ -53,7 +53,7 @@ CASE_KEY = ("attention", "phase", "batch", "q_heads", "kv_heads", "q_len", "kv_l
 
 
 def case_key(case: Case) -> tuple[object, ...]:
-    """The values of ``CASE_KEY``, as tidy rows hold them."""
+    """Return the values of ``CASE_KEY``, as tidy rows hold them."""
     return (case.shape.kind, *(getattr(case.shape, name) for name in CASE_KEY[1:-1]), case.threads)
 
 
@@ -105,7 +105,7 @@ class Workload:
 
 
 def usable_bytes(topology: Topology, binding: Binding) -> int:
-    """How many bytes K and V may take under a binding, by the memory of its nodes and by the limits of control groups."""
+    """Return how many bytes K and V may take under a binding, by the memory of its nodes and by the limits of control groups."""
     return int(MEMORY_SHARE * topology.capacity_bytes(binding.mem_nodes or topology.allowed_nodes))
 
 

@@ -44,19 +44,19 @@ def attach(name: str, description: str, content: bytes, media_type: str) -> Atta
 
 
 def data_uri(content: bytes, media_type: str) -> str:
-    """A ``data:`` address that holds the content."""
+    """Return a ``data:`` address that holds the content."""
     return f"data:{media_type};base64,{base64.b64encode(content).decode()}"
 
 
 def rows_csv(rows: pd.DataFrame) -> Attachment:
-    """All samples as CSV, without the receipts' columns."""
+    """Return all samples as CSV, without the receipts' columns."""
     table = rows.drop(columns=RECEIPT_COLUMNS)
     description = f"the {len(rows)} samples, one row each; the receipts' JSON is in the run directory's Parquet files"
     return attach("rows.csv", description, _csv(table), "text/csv")
 
 
 def medians_csv(rows: pd.DataFrame) -> Attachment:
-    """One row per execution and case as CSV, for runs whose samples are too many."""
+    """Return one row per execution and case as CSV, for runs whose samples are too many."""
     table = cases.medians(rows)
     return attach("medians.csv", f"{len(table)} medians, one row per execution and case", _csv(table), "text/csv")
 
@@ -66,7 +66,7 @@ def _csv(table: pd.DataFrame) -> bytes:
 
 
 def notebooks(run_dir: Path, css: str) -> Iterator[Attachment | str]:
-    """The executed notebooks of a run as pages of their own; a sentence for each that can't be attached."""
+    """Return the executed notebooks of a run as pages of their own; a sentence for each that can't be attached."""
     for path in sorted((run_dir / "notebooks").glob("*.ipynb")):
         try:
             page = notebook_page(path, css)
@@ -77,7 +77,7 @@ def notebooks(run_dir: Path, css: str) -> Iterator[Attachment | str]:
 
 
 def notebook_page(path: Path, css: str) -> str:
-    """An executed notebook as one HTML page without scripts, outside requests, or images without alternative text.
+    """Return an executed notebook as one HTML page without scripts, outside requests, or images without alternative text.
 
     Raises
     ------

@@ -14,16 +14,16 @@ _FACTS = ["cpu_nodes", "mem_nodes", "policy", "kv_bytes", "flops", "limit_bytes_
 
 
 def medians(rows: pd.DataFrame) -> pd.DataFrame:
-    """One row per execution and case: `seconds` as ``stats.execution_medians`` has them, beside what figures need.
+    """Return one row per execution and case: `seconds` as ``comparison.execution_medians`` has them, beside what figures need.
 
     `cold_seconds` is the first call. The halves of the A/A pair stay apart; cases without a steady sample are left out.
     """
-    found, keys = execution_medians(rows), ["execution_id", *CASE]
-    if found.empty:
-        return found.reindex(columns=[*found.columns, *_FACTS, "cold_seconds"])
+    medians, keys = execution_medians(rows), ["execution_id", *CASE]
+    if medians.empty:
+        return medians.reindex(columns=[*medians.columns, *_FACTS, "cold_seconds"])
     facts = rows.groupby(keys)[_FACTS].first()
     cold = rows[rows["cold"]].groupby(keys)["seconds"].first().rename("cold_seconds")
-    return found.join(facts, on=keys).join(cold, on=keys)
+    return medians.join(facts, on=keys).join(cold, on=keys)
 
 
 def without_twin(rows: pd.DataFrame) -> pd.DataFrame:
@@ -48,7 +48,7 @@ def whole_bindings(cases: pd.DataFrame) -> pd.DataFrame:
 
 
 def fastest_backend(cases: pd.DataFrame) -> pd.DataFrame:
-    """Where several backends were measured, the rows of the fastest for each kind, phase and dtype."""
+    """Return the rows of the fastest backend for each kind, phase and dtype."""
     kind = ["phase", "attention", "dtype"]
     medians = cases.groupby([*kind, "backend"], as_index=False)["seconds"].median()
     fastest = medians.loc[medians.groupby(kind)["seconds"].idxmin(), [*kind, "backend"]]
@@ -56,14 +56,14 @@ def fastest_backend(cases: pd.DataFrame) -> pd.DataFrame:
 
 
 def _most_measured(phase: pd.DataFrame) -> pd.DataFrame:
-    """The rows of one phase at the sizes that most combinations of kind, dtype and thread count share; the larger of equals."""
+    """Return the rows of one phase at the sizes that most combinations of kind, dtype and thread count share; the larger of equals."""
     variety = phase[[*SIZES, "attention", "dtype", "threads"]].drop_duplicates().value_counts(SIZES)
     size = variety[variety == variety.max()].index.max()
     return phase[(phase[SIZES] == list(size)).all(axis=1)]
 
 
 def main_dtype(cases: pd.DataFrame) -> str:
-    """The dtype in which most cases were measured; of equals the first in the alphabet: bfloat16."""
+    """Return the dtype in which most cases were measured; of equals the first in the alphabet: bfloat16."""
     variety = cases[list(CASE)].drop_duplicates().value_counts("dtype")
     return str(min(variety[variety == variety.max()].index))
 
@@ -75,12 +75,12 @@ def local(cases: pd.DataFrame) -> pd.DataFrame:
 
 
 def case_name(attention: str, phase: str, dtype: str = "") -> str:
-    """A case in a heading: "GQA decode, bfloat16"."""
+    """Return a case in a heading: "GQA decode, bfloat16"."""
     return f"{KINDS.get(attention, attention)} {phase}{f', {dtype}' if dtype else ''}"
 
 
 def panels(cases: pd.DataFrame) -> list[tuple[str, str]]:
-    """The pairs of attention and phase that were measured, in the order in which figures show them."""
-    found = set(zip(cases["attention"], cases["phase"], strict=True))
-    kinds = [*KINDS, *sorted({attention for attention, _ in found} - set(KINDS))]
-    return [(attention, phase) for attention in kinds for phase in PHASES if (attention, phase) in found]
+    """Return the pairs of attention and phase that were measured, in the order in which figures show them."""
+    measured = set(zip(cases["attention"], cases["phase"], strict=True))
+    kinds = [*KINDS, *sorted({attention for attention, _ in measured} - set(KINDS))]
+    return [(attention, phase) for attention in kinds for phase in PHASES if (attention, phase) in measured]

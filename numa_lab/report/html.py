@@ -77,7 +77,7 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
 
 
 def render(run_dir: Path) -> str:
-    """The page of a run, with as much of it as ``MOST_BYTES`` allow."""
+    """Return the page of a run, with as much of it as ``MOST_BYTES`` allow."""
     rows, machine, plan = load_run(run_dir), load_machine(run_dir), asdict(load_plan(run_dir))
     compared, css = comparison.compare(rows), (TEMPLATES / "report.css").read_text(encoding="utf-8")
     probes = load_probes(run_dir)
@@ -116,7 +116,7 @@ def render(run_dir: Path) -> str:
 def _variants(
     rows: pd.DataFrame, files: list[Attachment], found: Sequence[Attachment | str]
 ) -> Iterator[tuple[list[Attachment], float, list[str]]]:
-    """What the page may hold, each time less: attachments, pixels per inch of the figures, and what was left out."""
+    """Return what the page may hold, each time less: attachments, pixels per inch of the figures, and what was left out."""
     left_out = [notebook for notebook in found if isinstance(notebook, str)]
     pages = []
     for page in found:
@@ -145,7 +145,7 @@ def _facts(
     plan: Mapping[str, Any],
     compared: Comparisons,
 ) -> dict[str, Any]:
-    """All of the page but figures and attachments."""
+    """Return all of the page but figures and attachments."""
     notices = []
     if run_dir.resolve().name == SAMPLE:
         notices.append(
@@ -189,15 +189,15 @@ def _facts(
 
 
 def _contradictions(rows: pd.DataFrame, machine: Machine) -> list[str]:
-    """What receipts say against their labels: as many sentences as a reader looks at, and how many there are beyond."""
-    found = receipts.found_contradictions(rows, machine)
-    more = len(found) - MOST_ROWS
+    """Return what receipts say against their labels: as many sentences as a reader looks at, and how many there are beyond."""
+    contradictions = receipts.found_contradictions(rows, machine)
+    more = len(contradictions) - MOST_ROWS
     rest = [f"And {more} more."] if more > 0 else []
-    return [*found[:MOST_ROWS], *rest] or ["No receipt contradicts its binding."]
+    return [*contradictions[:MOST_ROWS], *rest] or ["No receipt contradicts its binding."]
 
 
 def _shown(plot: Plot, dpi: float) -> dict[str, Any]:
-    """A figure as the template takes it; where there is nothing to draw, its note alone."""
+    """Return a figure as the template takes it; where there is nothing to draw, its note alone."""
     width, height = plot.figure.get_size_inches()
     return {
         "name": plot.name,
@@ -227,13 +227,13 @@ def _environment() -> jinja2.Environment:
 
 
 def _cell(value: object) -> str:
-    """A value in a table: three digits that count, and a dash for what is not known."""
+    """Return a value in a table: three digits that count, and a dash for what is not known."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "–"
     return number(float(value)) if isinstance(value, float | np.floating) else str(value)
 
 
 def _prose(sentence: str) -> Markup:
-    """A sentence in which `code` and **strong words** are marked as in Markdown; all else is text."""
+    """Return a sentence in which `code` and **strong words** are marked as in Markdown; all else is text."""
     marked = re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(sentence)))
     return Markup(re.sub(r"\*\*([^*]+)\*\*", r"<strong>\1</strong>", marked))

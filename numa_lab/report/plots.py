@@ -84,7 +84,7 @@ class Plot:
     missing: bool = False
 
     def png(self, dpi: float = DPI) -> bytes:
-        """The figure as a PNG of at most 256 colours, which halves its size and can't be seen."""
+        """Return the figure as a PNG of at most 256 colours, which halves its size and can't be seen."""
         drawn, packed = io.BytesIO(), io.BytesIO()
         with mpl.rc_context(_STYLE):
             self.figure.savefig(drawn, format="png", dpi=dpi)
@@ -94,7 +94,7 @@ class Plot:
         return packed.getvalue()
 
     def svg(self) -> bytes:
-        """The figure as SVG with its letters as text; the same bytes for the same data."""
+        """Return the figure as SVG with its letters as text; the same bytes for the same data."""
         drawn = io.BytesIO()
         with mpl.rc_context(_STYLE):
             self.figure.savefig(drawn, format="svg", metadata={"Date": None})
@@ -113,7 +113,7 @@ class Plot:
 
 
 def table_markup(table: pd.DataFrame) -> str:
-    """A table as HTML without an index, whose cells are escaped."""
+    """Return a table as HTML without an index, whose cells are escaped."""
     markup: str = table.to_html(index=False, border=0, na_rep="–", justify="left", float_format=number)
     return markup
 
@@ -135,7 +135,7 @@ def drawn(function: Callable[_Arguments, Plot]) -> Callable[_Arguments, Plot]:
 
 
 def canvas(rows: int = 1, columns: int = 1, *, height: float, **options: Any) -> tuple[Figure, list[Axes]]:
-    """An empty figure of the common width and of `height` inches, and its axes row by row."""
+    """Return an empty figure of the common width and of `height` inches, and its axes row by row."""
     figure = Figure(figsize=(WIDTH_INCHES, height), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, **options)
     return figure, [ax for row in axes for ax in row]

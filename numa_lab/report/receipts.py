@@ -12,7 +12,7 @@ from numa_lab.placement.receipt import least_huge_pages
 
 
 def receipts_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """One row per label: what was requested, what the kernel granted, and what was seen."""
+    """Return one row per label: what was requested, what the kernel granted, and what was seen."""
 
     def distinct(values: pd.Series[str]) -> str:
         return " | ".join(sorted(set(values)))
@@ -28,7 +28,7 @@ def receipts_table(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def found_contradictions(rows: pd.DataFrame, machine: Machine) -> list[str]:
-    """What the receipts of a run say against its labels, as sentences; its CPUs are those that it was allowed to use."""
+    """Return what the receipts of a run say against its labels, as sentences; its CPUs are those that it was allowed to use."""
     return contradictions(rows, machine.topology.allowed_node_cpus)
 
 

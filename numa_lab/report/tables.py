@@ -48,15 +48,15 @@ def _comparison(c: Comparison) -> dict[str, object]:
 
 
 def verdict_counts(compared: Comparisons) -> str:
-    """How many comparisons came out how, in a sentence."""
+    """Return how many comparisons came out how, in a sentence."""
     counts = Counter("a difference" if c.verdict in _DIFFERENT else c.verdict for c in compared.comparisons)
-    told = {"a difference": "show a difference", "same": "are ties", "unclear": "stay unclear"}
-    parts = ", ".join(f"{counts[verdict]} {words}" for verdict, words in told.items())
+    verbs = {"a difference": "show a difference", "same": "are ties", "unclear": "stay unclear"}
+    parts = ", ".join(f"{counts[verdict]} {words}" for verdict, words in verbs.items())
     return f"Of {len(compared.comparisons)} comparisons {parts}; Holm's correction holds over all of them."
 
 
 def identity(machine: Machine) -> pd.DataFrame:
-    """What must agree before rows of two runs may be mixed, and what stands beside it."""
+    """Return what must agree before rows of two runs may be mixed, and what stands beside it."""
     topology = machine.topology
     facts = {
         "fingerprint": machine.fingerprint,
@@ -87,7 +87,7 @@ def nodes(machine: Machine) -> pd.DataFrame:
 
 
 def distances(machine: Machine) -> pd.DataFrame | None:
-    """The firmware's distances between nodes; None with one node, or where it tells none."""
+    """Return the firmware's distances between nodes; None with one node, or where it tells none."""
     ids = machine.topology.node_ids
     if not machine.topology.distances or len(ids) < 2:
         return None
@@ -98,12 +98,12 @@ def distances(machine: Machine) -> pd.DataFrame | None:
 
 def gpus(machine: Machine) -> pd.DataFrame:
     """PCI address and node of each GPU."""
-    found = [{"GPU": gpu.pci, "node": "not told" if gpu.node is None else gpu.node} for gpu in machine.topology.gpus]
-    return pd.DataFrame(found)
+    gpus = [{"GPU": gpu.pci, "node": "not told" if gpu.node is None else gpu.node} for gpu in machine.topology.gpus]
+    return pd.DataFrame(gpus)
 
 
 def receipts(rows: pd.DataFrame, machine: Machine) -> pd.DataFrame:
-    """One row per label: binding requested, granted and seen, with the number of contradictions."""
+    """Return one row per label: binding requested, granted and seen, with the number of contradictions."""
     counts = {label: len(found_contradictions(group, machine)) for label, group in rows.groupby("label")}
     table = receipts_table(rows)
     shares = {
@@ -116,7 +116,7 @@ def receipts(rows: pd.DataFrame, machine: Machine) -> pd.DataFrame:
 
 
 def receipt_notes(rows: pd.DataFrame) -> list[str]:
-    """What receipts say could not be seen or is doubtful, each with how often it was said."""
+    """Return what receipts say could not be seen or is doubtful, each with how often it was said."""
     seen = rows.drop_duplicates(["execution_id", *CASE])
     counts = Counter(note for observed in seen["observed"] for note in json.loads(observed)["notes"])
     return [f"In {count} of {len(seen)} measured cases: {note}." for note, count in counts.most_common()]

@@ -25,18 +25,18 @@ _DRIFT = 0.5  # lag-1 autocorrelation beyond which the run order shows
 
 
 def headline(rows: pd.DataFrame, machine: Machine, compared: Comparisons) -> str:
-    """The verdict of a run in one line."""
-    said = _EMULATED if machine.topology.emulated else ""
+    """Return the verdict of a run in one line."""
+    warning = _EMULATED if machine.topology.emulated else ""
     labels, limit = bindings(rows), limit_sentence(rows)
     if not compared.comparisons:
-        return f"{said}{_nothing_to_compare(labels, machine.topology.effective_nodes)} {limit}"
+        return f"{warning}{_nothing_to_compare(labels, machine.topology.effective_nodes)} {limit}"
     claims = [c for c in compared.comparisons if c.verdict in ("slower", "faster")]
     if not claims:
-        return f"{said}{_no_claim(compared)} {limit}"
+        return f"{warning}{_no_claim(compared)} {limit}"
     worst = max(claims, key=lambda c: abs(math.log(c.ratio)))
     slow, fast, ratio, low, high = worst.slower_first()
     return (
-        f"{said}{slow} takes {ratio:.2f} times as long as {fast} [{low:.2f}, {high:.2f}] in "
+        f"{warning}{slow} takes {ratio:.2f} times as long as {fast} [{low:.2f}, {high:.2f}] in "
         f"{_case(worst.case)}: {len(claims)} of {len(compared.comparisons)} comparisons show a difference above the "
         f"noise floor ({_percent(compared.noise_floor)})."
     )
@@ -64,7 +64,7 @@ def _no_claim(compared: Comparisons) -> str:
 
 
 def limit_sentence(rows: pd.DataFrame) -> str:
-    """Which share of the memory read limit decode reaches, at its best and its worst kind and dtype."""
+    """Return a sentence on the share of the memory read limit that decode reaches, at its best and its worst kind and dtype."""
     kinds = _limit_shares(rows)
     if kinds.empty:
         return "No decode was measured, so nothing is said of the memory limit."
@@ -88,7 +88,7 @@ def _limit_shares(rows: pd.DataFrame) -> pd.Series[float]:
 
 
 def placement_sentence(rows: pd.DataFrame) -> str:
-    """Where pages lay and threads ran, over all rows."""
+    """Return a sentence on where pages lay and threads ran, over all rows."""
     share, cpus = rows["local_page_share"], sorted(set(rows["observed_cpus"]))
     where = f"all pages were local to the CPUs that computed ({', '.join(cpus)})"
     if (share < 1).any():
@@ -101,7 +101,7 @@ def placement_sentence(rows: pd.DataFrame) -> str:
 
 
 def cold_sentence(rows: pd.DataFrame) -> str:
-    """How much longer the first call takes than the steady state."""
+    """Return a sentence on how much longer the first call takes than the steady state."""
     keys = ["execution_id", *comparison.CASE]
     cold = rows[rows["cold"]].groupby(keys)["seconds"].first()
     steady = rows[~rows["cold"]].groupby(keys)["seconds"].median()
@@ -115,7 +115,7 @@ def cold_sentence(rows: pd.DataFrame) -> str:
 
 
 def noise_sentence(rows: pd.DataFrame, compared: Comparisons) -> str:
-    """The noise floor, the drift over the run order, and whether more executions are needed."""
+    """Return a sentence on the noise floor, the drift over the run order, and whether more executions are needed."""
     order = comparison.run_order(rows)
     drift = comparison.lag1_autocorrelation(order["relative"].tolist())
     floor = (
@@ -129,62 +129,62 @@ def noise_sentence(rows: pd.DataFrame, compared: Comparisons) -> str:
 
 
 def instability(rows: pd.DataFrame) -> list[str]:
-    """What makes the results doubtful and what to do about it, as sentences; empty where nothing does."""
-    found = []
+    """Return what makes the results doubtful and what to do about it, as sentences; empty where nothing does."""
+    doubts = []
     medians = comparison.execution_medians(rows)
     quartiles = (
         rows[~rows["cold"]].groupby(["execution_id", *comparison.CASE])["seconds"].quantile([0.25, 0.5, 0.75]).unstack()
     )
     wide = ((quartiles[0.75] - quartiles[0.25]) / quartiles[0.5] > _UNSETTLED_IQR).mean()
     if wide > 0.25:
-        found.append(
+        doubts.append(
             f"In {wide:.0%} of the cases the middle half of the samples spans more than {_UNSETTLED_IQR:.0%}: "
             f"something else runs on this machine; stop it, or run `{to_paste('numa-lab', 'doctor')}`."
         )
     few = medians.groupby("label")["execution_id"].nunique().min()
     if few < MIN_EXECUTIONS + 2:
-        found.append(
+        doubts.append(
             f"{few} execution(s) per binding can't show a small effect: "
             f"run `{to_paste('numa-lab', 'sweep', '--profile', 'standard')}`."
         )
     drift = comparison.lag1_autocorrelation(comparison.run_order(rows)["relative"].tolist())
     if abs(drift) > _DRIFT:
-        found.append(
+        doubts.append(
             f"The times follow the run order (lag-1 autocorrelation {drift:.2f}): the machine was changing; repeat it."
         )
-    return found
+    return doubts
 
 
 def commands(rows: pd.DataFrame, machine: Machine, compared: Comparisons) -> list[tuple[str, str]]:
-    """What to type on this machine, each with its purpose."""
+    """Return what to type on this machine, as pairs of a purpose and a command."""
     local = [label for label in bindings(rows) if is_local(label)]
     nodes = [Binding.parse(label).cpu_nodes[0] for label in local] or list(machine.topology.allowed_nodes)
     best = best_node(compared)
     chosen = best if best is not None else next((n for n in nodes if n not in slow_nodes(compared)), nodes[0])
     program, cpus = "python your_program.py", _cpus_of(chosen, machine)
-    found = [
+    purposes = [
         ("Run on one node, with memory of that node only", f"numactl {cpus} --membind={chosen} {program}"),
         ("The same, but let memory overflow to other nodes", f"numactl {cpus} --preferred={chosen} {program}"),
         ("Bind the CPUs only; memory follows the first touch", f"numactl {cpus} {program}"),
     ]
     if len(nodes) > 1:
-        found.append(
+        purposes.append(
             (
                 "One process per node, for batches and long-running services",
                 " & ".join(f"numactl {_cpus_of(node, machine)} --membind={node} {program}" for node in nodes),
             )
         )
-    return found
+    return purposes
 
 
 def _cpus_of(node: int, machine: Machine) -> str:
-    """What to tell numactl so that a program runs on a node, within the CPUs that the run was allowed to use."""
+    """Return what to tell numactl so that a program runs on a node, within the CPUs that the run was allowed to use."""
     topology = machine.topology
     return " ".join(cpu_options([node], topology.node_cpus, topology.cpus_of([node])))
 
 
 def best_node(compared: Comparisons) -> int | None:
-    """The node that is faster than each other local one in some case and slower in none; None where no node is."""
+    """Return the node that is faster than each other local one in some case and slower in none; None where no node is."""
     beaten = _beaten(compared)
     losers = set().union(*beaten.values())
     best = [node for node in beaten.keys() - losers if beaten[node] == beaten.keys() - {node}]
@@ -209,13 +209,13 @@ def _beaten(compared: Comparisons) -> dict[int, set[int]]:
 
 
 def nodes_tie(compared: Comparisons) -> bool:
-    """Whether the local bindings were shown to be the same in every case, which is more than that none was shown to differ."""
+    """Return whether the local bindings were shown to be the same in every case, which is more than that none was shown to differ."""
     verdicts = {c.verdict for c in _between_local(compared)}
     return verdicts == {"same"}
 
 
 def nodes_differ(compared: Comparisons) -> bool:
-    """Whether two local bindings differ in some case."""
+    """Return whether two local bindings differ in some case."""
     return any(c.verdict in ("slower", "faster") for c in _between_local(compared))
 
 
@@ -224,12 +224,12 @@ def _between_local(compared: Comparisons) -> list[Comparison]:
 
 
 def bandwidth_sentence(probes: NodeProbes) -> str:
-    """How fast nodes read their own memory, and how much slower that of another node."""
+    """Return a sentence on how fast nodes read their own memory, and how much slower that of another node."""
     return _matrix_sentence(probes.nodes, probes.read_bytes_per_s, "reads its own memory at", 1e-9, "GB/s")
 
 
 def latency_sentence(probes: NodeProbes) -> str:
-    """How long a load from a node's own memory takes, and from that of another node."""
+    """Return a sentence on how long a load from a node's own memory takes, and from that of another node."""
     return _matrix_sentence(probes.nodes, probes.latency_ns, "waits for its own memory for", 1.0, "ns")
 
 
@@ -246,14 +246,17 @@ def _matrix_sentence(nodes: Sequence[int], matrix: Matrix, verb: str, scale: flo
         return "No node could reach memory of its own."
     low, high = min(local.values()), max(local.values())
     each = f"{low:.1f} {unit}" if len(local) == 1 else f"{low:.1f} to {high:.1f} {unit}"
-    said = f"Each of {len(local)} node(s) {verb} {each}; "
+    own_memory = f"Each of {len(local)} node(s) {verb} {each}; "
     if not remote:
-        return said + "there is no other node's memory to compare with."
-    return said + f"memory of another node gives {min(remote.values()):.2f} to {max(remote.values()):.2f} times that."
+        return own_memory + "there is no other node's memory to compare with."
+    return (
+        own_memory
+        + f"memory of another node gives {min(remote.values()):.2f} to {max(remote.values()):.2f} times that."
+    )
 
 
 def bindings(rows: pd.DataFrame) -> list[str]:
-    """Labels of a run without that of the A/A twin."""
+    """Return labels of a run without that of the A/A twin."""
     return sorted(label for label in set(rows["label"]) if not label.endswith(AA_SUFFIX))
 
 

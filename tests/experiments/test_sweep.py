@@ -18,7 +18,16 @@ from click.testing import CliRunner
 from numa_lab.bandwidth.node_bandwidths import NodeProbes
 from numa_lab.cli import main
 from numa_lab.errors import InvalidInput, MachineMismatch, NodeUnavailable, RunDirectoryError, UntrustedResult
-from numa_lab.experiments import execution, notebook_files, notebook_runner, sweep, sweep_lock, sweep_plan
+from numa_lab.experiments import (
+    execution,
+    notebook_files,
+    notebook_runner,
+    sweep,
+    sweep_bindings,
+    sweep_lock,
+    sweep_plan,
+    sweep_resume,
+)
 from numa_lab.machine import libnuma
 from numa_lab.machine.sysfs import parse_cpulist
 from numa_lab.machine.topology_reader import read_topology
@@ -31,7 +40,7 @@ MEASURED = notebook_files.find(sweep.MEASURED_NOTEBOOK)
 def planned_sweep(executions=2, bindings="local", parameters=None, seed=1, measured=MEASURED):
     topology = read_topology()
     return sweep_plan.make_plan(
-        profile="smoke", bindings=sweep_plan.choose_bindings(bindings, topology), topology=topology, measured=measured,
+        profile="smoke", bindings=sweep_bindings.choose_bindings(bindings, topology), topology=topology, measured=measured,
         parameters=parameters or {}, run_id="test", command="numa-lab sweep", executions=executions, seed=seed,
     )  # fmt: skip
 
@@ -55,16 +64,20 @@ def test_orders_differ_between_seeds_and_keys_between_what_is_measured():
 
 
 def test_bindings_by_name_and_by_label(four_nodes):
-    assert [str(b) for b in sweep_plan.choose_bindings("local", four_nodes)] == ["c0m0", "c1m1", "c2m2"]
-    assert len(sweep_plan.choose_bindings("matrix", four_nodes)) == 3 * 4
-    assert [str(b) for b in sweep_plan.choose_bindings("c0,2m0,c1p3,c0m0", four_nodes)] == ["c0,2m0", "c1p3", "c0m0"]
+    assert [str(b) for b in sweep_bindings.choose_bindings("local", four_nodes)] == ["c0m0", "c1m1", "c2m2"]
+    assert len(sweep_bindings.choose_bindings("matrix", four_nodes)) == 3 * 4
+    assert [str(b) for b in sweep_bindings.choose_bindings("c0,2m0,c1p3,c0m0", four_nodes)] == [
+        "c0,2m0",
+        "c1p3",
+        "c0m0",
+    ]
     with pytest.raises(NodeUnavailable, match="node 3 has no CPUs"):
-        sweep_plan.choose_bindings("c3m0", four_nodes)
+        sweep_bindings.choose_bindings("c3m0", four_nodes)
     with pytest.raises(NodeUnavailable, match="9"):
-        sweep_plan.choose_bindings("c9m0", four_nodes)
+        sweep_bindings.choose_bindings("c9m0", four_nodes)
     for wrong in ("", "everything", "m0", "c0m0;c1m1"):
         with pytest.raises(InvalidInput):
-            sweep_plan.choose_bindings(wrong, four_nodes)
+            sweep_bindings.choose_bindings(wrong, four_nodes)
 
 
 @pytest.mark.parametrize("usage", ["--interleave=nodes", "--weighted-interleave=nodes"])
@@ -78,10 +91,10 @@ def test_all_compares_with_what_programs_do_and_with_weights_where_they_can_be_h
     (tmp_path / "node0").write_text("1\n")
     monkeypatch.setattr(libnuma, "WEIGHTS", tmp_path if linux_has_it else tmp_path / "absent")
     weighted = ["c0-2w0-3"] if linux_has_it and "weighted" in usage else []
-    labels = [str(binding) for binding in sweep_plan.choose_bindings("all", four_nodes)]
+    labels = [str(binding) for binding in sweep_bindings.choose_bindings("all", four_nodes)]
     assert labels[3 * 4 :] == ["c0-2i0-3", *weighted, "c0-2f0", "c*m*"]
     one = dataclasses.replace(four_nodes, nodes=four_nodes.nodes[:1], allowed_nodes=(0,))
-    assert [str(binding) for binding in sweep_plan.choose_bindings("all", one)] == ["c0m0", "c*m*"]
+    assert [str(binding) for binding in sweep_bindings.choose_bindings("all", one)] == ["c0m0", "c*m*"]
 
 
 def test_a_command_to_type_says_who_touches_first():
@@ -132,7 +145,7 @@ def test_an_execution_leaves_rows_with_a_receipt_that_names_its_binding(finished
 def test_resuming_runs_what_is_missing_and_nothing_else(finished):
     planned = sweep_plan.load_plan(finished)
     assert sweep_plan.missing(planned, finished) == list(planned.executions[1:])
-    sweep_plan.check_resumable(planned, finished, read_topology(), MEASURED)
+    sweep_resume.check_resumable(planned, finished, read_topology(), MEASURED)
     with pytest.raises(RunDirectoryError, match="--resume"):
         sweep_plan.prepare(planned, finished, read_topology())
 
@@ -142,13 +155,13 @@ def test_a_changed_notebook_and_another_machine_are_not_resumed(finished, tmp_pa
     changed = tmp_path / MEASURED.name
     changed.write_text(MEASURED.read_text().replace("What does the first call cost?", "What else?"))
     with pytest.raises(RunDirectoryError, match="has changed"):
-        sweep_plan.check_resumable(sweep_plan.load_plan(finished), finished, read_topology(), changed)
+        sweep_resume.check_resumable(sweep_plan.load_plan(finished), finished, read_topology(), changed)
     elsewhere = shutil.copytree(finished, tmp_path / "elsewhere")
     facts = json.loads((elsewhere / "machine.json").read_text())
     facts["identity"]["model"] = "another processor"
     atomic_files.write_json(elsewhere / "machine.json", facts)
     with pytest.raises(MachineMismatch, match="model: another processor against"):
-        sweep_plan.check_resumable(sweep_plan.load_plan(elsewhere), elsewhere, read_topology(), MEASURED)
+        sweep_resume.check_resumable(sweep_plan.load_plan(elsewhere), elsewhere, read_topology(), MEASURED)
 
 
 @pytest.mark.notebook
@@ -269,7 +282,7 @@ def test_a_run_of_another_mask_is_not_resumed_and_has_other_keys(tmp_path, four_
 
     def made(topology):
         return sweep_plan.make_plan(
-            profile="smoke", bindings=sweep_plan.choose_bindings("c0m0,c*m*", topology), topology=topology, measured=MEASURED,
+            profile="smoke", bindings=sweep_bindings.choose_bindings("c0m0,c*m*", topology), topology=topology, measured=MEASURED,
             parameters={}, run_id="test", command="numa-lab sweep",
         )  # fmt: skip
 
@@ -280,14 +293,14 @@ def test_a_run_of_another_mask_is_not_resumed_and_has_other_keys(tmp_path, four_
     assert commands["c0m0"].startswith("numactl --physcpubind=1 --membind=0 python")
     assert commands["c*m*"].startswith("taskset -c 1-3 python")
     sweep_plan.prepare(planned, tmp_path, masked)
-    sweep_plan.check_resumable(planned, tmp_path, masked, MEASURED)
+    sweep_resume.check_resumable(planned, tmp_path, masked, MEASURED)
     with pytest.raises(
         MachineMismatch, match=f"begun on CPUs 1-3, .* 0-5.* `taskset -c 1-3 .*numa-lab sweep --resume {tmp_path}`"
     ):
-        sweep_plan.check_resumable(planned, tmp_path, four_nodes, MEASURED)
+        sweep_resume.check_resumable(planned, tmp_path, four_nodes, MEASURED)
     for changed in ({"allowed_cpus": (1, 2)}, {"allowed_cpus": (1, 2, 3), "allowed_nodes": (0, 1)}):
         with pytest.raises(MachineMismatch, match="let it use the same"):
-            sweep_plan.check_resumable(planned, tmp_path, dataclasses.replace(four_nodes, **changed), MEASURED)
+            sweep_resume.check_resumable(planned, tmp_path, dataclasses.replace(four_nodes, **changed), MEASURED)
 
 
 @pytest.mark.notebook

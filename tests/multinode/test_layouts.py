@@ -5,7 +5,7 @@ import os
 import pytest
 
 from numa_lab.errors import NodeUnavailable
-from numa_lab.experiments import sweep_plan
+from numa_lab.experiments import sweep_bindings
 from numa_lab.machine import libnuma
 from numa_lab.machine.topology_reader import read_topology
 from numa_lab.placement.binding import Binding, effective
@@ -45,8 +45,8 @@ def test_a_node_without_memory_computes_on_the_memory_of_others():
         assert granted == Binding.parse("c1m2")
         assert os.sched_getaffinity(0) == {2, 3}
     assert effective(topology).policy.value == "default"
-    assert list(map(str, sweep_plan.choose_bindings("local", topology))) == ["c0m0", "c2m2"]
-    assert "c1m0" in map(str, sweep_plan.choose_bindings("matrix", topology))
+    assert list(map(str, sweep_bindings.choose_bindings("local", topology))) == ["c0m0", "c2m2"]
+    assert "c1m0" in map(str, sweep_bindings.choose_bindings("matrix", topology))
 
 
 @pytest.mark.guest("gaps")

@@ -43,7 +43,7 @@ __all__ = [
 
 
 def run_figures(rows: pd.DataFrame, predicted: pd.DataFrame) -> list[Plot]:
-    """All figures of a run, in the order of the report; `predicted` is what ``results.load_prediction`` gives."""
+    """Return all figures of a run, in the order of the report; `predicted` is what ``results.load_prediction`` gives."""
     drawn = (
         overhead_heatmap, overhead_by_backend, spread, limit_share, thread_scaling, kv_curve, batch_curve, pages, run_order,
         cold_against_steady,
@@ -53,5 +53,5 @@ def run_figures(rows: pd.DataFrame, predicted: pd.DataFrame) -> list[Plot]:
 
 
 def machine_figures(probes: NodeProbes) -> list[Plot]:
-    """The figures of the machine's memory."""
+    """Return the figures of the machine's memory."""
     return [bandwidth_heatmap(probes), latency_heatmap(probes)]

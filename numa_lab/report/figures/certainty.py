@@ -26,15 +26,15 @@ def spread(rows: pd.DataFrame) -> Plot:
     Limits: the case that stands for each attention kind, phase and dtype (``cases.base``).
     """
     base = cases.base(cases.medians(cases.without_twin(rows)))
-    found = comparison.spread(rows).merge(base[list(comparison.CASE)].drop_duplicates()).dropna(subset="spread")
-    found = found.sort_values(_KIND, ignore_index=True)
-    names = [cases.case_name(row["attention"], row["phase"], row["dtype"]) for _, row in found.iterrows()]
-    percents = found[["spread", "low", "high", "by_chance"]].mul(100)
+    spreads = comparison.spread(rows).merge(base[list(comparison.CASE)].drop_duplicates()).dropna(subset="spread")
+    spreads = spreads.sort_values(_KIND, ignore_index=True)
+    names = [cases.case_name(row["attention"], row["phase"], row["dtype"]) for _, row in spreads.iterrows()]
+    percents = spreads[["spread", "low", "high", "by_chance"]].mul(100)
     floor = 100 * comparison.noise_floor(comparison.execution_medians(rows))
-    figure, (ax,) = canvas(height=0.27 * len(found) + 2.5)
-    places = range(len(found), 0, -1)
+    figure, (ax,) = canvas(height=0.27 * len(spreads) + 2.5)
+    places = range(len(spreads), 0, -1)
     local = {label for label in verdicts.bindings(rows) if is_local(label)}
-    if found.empty:
+    if spreads.empty:
         missing = "One node: nothing to compare" if len(local) == 1 else "No two local bindings: nothing to compare"
         ax.text(0.5, 0.2, missing, transform=ax.transAxes, ha="center", va="center", fontsize=10.5, zorder=3,
                 bbox={"facecolor": "white", "edgecolor": "none"})  # fmt: skip
@@ -56,16 +56,16 @@ def spread(rows: pd.DataFrame) -> Plot:
             zorder=0,
             label=f"noise floor: nine tenths of the A/A pairs differ by less than {floor:.1f} %",
         )
-    _source_marks(ax, len(found) + 1)
+    _source_marks(ax, len(spreads) + 1)
     ax.set_yticks(places, names)
-    ax.set_ylim(0.3, len(found) + 2.2)
+    ax.set_ylim(0.3, len(spreads) + 2.2)
     ends = [20.0, *1.08 * percents[["spread", "high"]].max(), 1.08 * floor]
     ax.set_xlim(0, max(end for end in ends if not math.isnan(end)))
     ax.grid(visible=False, axis="y")
     ax.set_xlabel("slowest against fastest local binding (%)")
     if ax.get_legend_handles_labels()[0]:
         figure.legend(loc="outside lower center")
-    table = pd.concat([found[[*_KIND, "best", "worst"]], percents.add_suffix(" (%)")], axis=1)
+    table = pd.concat([spreads[[*_KIND, "best", "worst"]], percents.add_suffix(" (%)")], axis=1)
     return Plot("spread", "Spread between local nodes", figure, _spread_words(table, floor), table, _SPREAD_NOTE)
 
 
@@ -97,15 +97,15 @@ def _spread_words(table: pd.DataFrame, floor: float) -> str:
         if math.isnan(floor)
         else f"In nine tenths of the cases the A/A pair differs by less than {floor:.1f} %"
     )
-    words = f"{pair}. Dashed lines mark what the source guide found on another machine: {source}."
+    alt = f"{pair}. Dashed lines mark what the source guide found on another machine: {source}."
     if table.empty:
-        return f"There are no two local bindings to compare. {words}"
+        return f"There are no two local bindings to compare. {alt}"
     worst = table.loc[table["spread (%)"].idxmax()]
     return (
         f"Points with intervals for {len(table)} cases. The greatest spread between local bindings is "
         f"{worst['spread (%)']:.1f} %, {worst['worst']} against {worst['best']} in "
         f"{cases.case_name(worst['attention'], worst['phase'], worst['dtype'])}; the median is "
-        f"{table['spread (%)'].median():.1f} %. {words}"
+        f"{table['spread (%)'].median():.1f} %. {alt}"
     )
 
 
@@ -132,13 +132,13 @@ def run_order(rows: pd.DataFrame) -> Plot:
         )  # fmt: skip
     ax.set(xlabel="place in the run", ylabel="time against the binding's usual (%)")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    told = "too few executions for an autocorrelation" if math.isnan(drift) else f"lag-1 autocorrelation {drift:.2f}"
-    ax.set_title(f"{len(table)} executions, {told}")
+    drift_words = "too few executions for an autocorrelation" if math.isnan(drift) else f"lag-1 autocorrelation {drift:.2f}"
+    ax.set_title(f"{len(table)} executions, {drift_words}")
     figure.legend(loc="outside lower center", ncols=3)
     fast, slow = (table.loc[index] for index in (table["percent"].idxmin(), table["percent"].idxmax()))
     alt = (
         f"Points of {len(table)} executions in run order: from {fast['percent']:+.1f} % ({fast['label']}, place {fast['order'] + 1}) "
-        f"to {slow['percent']:+.1f} % ({slow['label']}, place {slow['order'] + 1}) of the usual time of their binding; {told}."
+        f"to {slow['percent']:+.1f} % ({slow['label']}, place {slow['order'] + 1}) of the usual time of their binding; {drift_words}."
     )
     columns = {"order": "place", "execution_id": "execution", "label": "binding", "percent": "against the usual (%)"}
     table = table.assign(order=table["order"] + 1)[list(columns)].rename(columns=columns)
@@ -206,7 +206,7 @@ def cold_against_steady(rows: pd.DataFrame) -> Plot:
 
 
 def _winners(base: pd.DataFrame) -> str:
-    """Whether the fastest local binding is the same for first calls and in the steady state."""
+    """Return whether the fastest local binding is the same for first calls and in the steady state."""
     if base["label"].nunique() < 2:
         return "One local binding: which is the fastest is no question."
     flips, compared = [], base.groupby(["attention", "phase", "dtype"])

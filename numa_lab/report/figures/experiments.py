@@ -22,9 +22,9 @@ def ranking(found: pd.DataFrame) -> Plot:
     places = list(range(len(measured), 0, -1))
     percents = 100 * (measured[["ratio", "low", "high"]] - 1)
     for group, marker, color in ((1, MARKERS[0], COLORS[0]), (2, MARKERS[1], COLORS[1])):
-        of = (measured["tie_group"] == group).to_numpy()
-        if of.any():
-            part, at = percents[of], [place for place, here in zip(places, of, strict=True) if here]
+        in_group = (measured["tie_group"] == group).to_numpy()
+        if in_group.any():
+            part, at = percents[in_group], [place for place, here in zip(places, in_group, strict=True) if here]
             whiskers = [(part["ratio"] - part["low"]).clip(0), (part["high"] - part["ratio"]).clip(0)]
             label = "not shown to be slower" if group == 1 else "slower"
             ax.errorbar(part["ratio"], at, xerr=whiskers, fmt=marker, color=color, capsize=3, label=label)
@@ -54,8 +54,8 @@ def decode_runs(runs: pd.DataFrame) -> Plot:
     medians = runs.groupby("helper")["tokens_per_s"].median()
     figure, (ax,) = canvas(height=2.8)
     for name, marker, color in (("without", MARKERS[1], COLORS[1]), ("with", MARKERS[0], COLORS[0])):
-        of = runs[runs["helper"] == name]
-        ax.plot(of["block"] + 1, of["tokens_per_s"], marker, color=color, label=f"{name} the helper")
+        helper_runs = runs[runs["helper"] == name]
+        ax.plot(helper_runs["block"] + 1, helper_runs["tokens_per_s"], marker, color=color, label=f"{name} the helper")
         ax.axhline(medians[name], color=color, linewidth=1)
     ax.set_ylim(bottom=0)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -81,8 +81,8 @@ def node_scaling(rows: pd.DataFrame) -> Plot:
     works = list(dict.fromkeys(table["work"]))
     figure, axes = canvas(1, len(works), height=3.0, sharey=True)
     for ax, work in zip(axes, works, strict=True):
-        of = table[table["work"] == work]
-        plain, placed = of[of["nodes"] == 0], of[of["nodes"] > 0]
+        visits = table[table["work"] == work]
+        plain, placed = visits[visits["nodes"] == 0], visits[visits["nodes"] > 0]
         ax.axhline(float(plain["median"].iloc[0]), color=GREY, linestyle=":", label="one process, measured")
         for number, (load, part) in enumerate(placed.groupby("load")):
             whiskers = [part["median"] - part["least"], part["most"] - part["median"]]
@@ -108,12 +108,12 @@ def node_scaling(rows: pd.DataFrame) -> Plot:
     axes[0].set_ylabel("K and V read (GB/s)")
     handles = dict(zip(*reversed(axes[0].get_legend_handles_labels()), strict=True))
     figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=2)
-    told = [
+    speeds = [
         f"{row.work} on {row.nodes or 'no particular'} nodes, {row.load}, {row.median:.1f}"
         + ("" if math.isnan(row.predicted) else f" (predicted {row.predicted:.1f})")
         for row in table.itertuples()
     ]
-    alt = f"Points by number of nodes, GB/s: {listed(told)}."
+    alt = f"Points by number of nodes, GB/s: {listed(speeds)}."
     table = table.rename(columns={column: f"{column} (GB/s)" for column in ("median", "least", "most", "predicted")})
     note = (
         "Medians over visits, whiskers the extremes; dashes are what the measured bandwidths of the nodes let expect."

@@ -39,7 +39,7 @@ def latency_heatmap(probes: NodeProbes) -> Plot:
 
 
 def _scaled(probes: NodeProbes, matrix: Matrix, scale: float) -> pd.DataFrame:
-    """A matrix with a row for each CPU node and a column for each memory node, NaN where nothing was measured."""
+    """Return a matrix with a row for each CPU node and a column for each memory node, NaN where nothing was measured."""
     nodes = list(probes.nodes)
     return pd.DataFrame(list(matrix), index=nodes, columns=nodes, dtype=float) * scale
 
@@ -62,12 +62,12 @@ def _heatmap(matrix: pd.DataFrame, name: str, title: str, unit: str, cmap: str) 
         bar.outline.set_visible(False)
     else:
         ax.set_title(label)
-    words = f"Heatmap of {title[0].lower()}{title[1:]}, {len(cells)} of {matrix.size} pairs measured: "
+    alt = f"Heatmap of {title[0].lower()}{title[1:]}, {len(cells)} of {matrix.size} pairs measured: "
     if len(cells) == 1:
-        words += f"{number(cells.iloc[0])} {unit} on node {cells.index[0][0]}, and no other node to compare with."
+        alt += f"{number(cells.iloc[0])} {unit} on node {cells.index[0][0]}, and no other node to compare with."
     else:
         (low_cpu, low_memory), (high_cpu, high_memory) = cells.idxmin(), cells.idxmax()
-        words += (
+        alt += (
             f"from {number(cells.min())} {unit} (CPUs of node {low_cpu}, memory of node {low_memory}) "
             f"to {number(cells.max())} {unit} (CPUs of node {high_cpu}, memory of node {high_memory})."
         )
@@ -77,7 +77,7 @@ def _heatmap(matrix: pd.DataFrame, name: str, title: str, unit: str, cmap: str) 
         name,
         title,
         figure,
-        words,
+        alt,
         table,
         "One pair of nodes at a time; a dash marks a pair that could not be measured.",
     )

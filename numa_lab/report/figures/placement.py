@@ -64,7 +64,7 @@ def overhead_heatmap(rows: pd.DataFrame, dtype: str | None = None) -> Plot:
 
 
 def relative_times(base: pd.DataFrame) -> pd.DataFrame:
-    """Median time of each binding, and its ratio to the fastest local binding (where none is local, to the fastest)."""
+    """Return median time of each binding, and its ratio to the fastest local binding (where none is local, to the fastest)."""
     if base.empty:
         return pd.DataFrame()
     panel, binding = ["attention", "phase", "dtype"], ["label", "cpu_nodes", "mem_nodes", "policy", "threads"]
@@ -81,12 +81,12 @@ def relative_times(base: pd.DataFrame) -> pd.DataFrame:
 
 
 def _reference(shown: pd.DataFrame) -> str:
-    """What times are relative to."""
+    """Return what times are relative to."""
     return "fastest local binding" if shown["binding"].map(is_local).any() else "fastest binding"
 
 
 def _is_pair(label: str) -> bool:
-    """Whether a binding is a cell of the matrix: one CPU node and one memory node, bound."""
+    """Return whether a binding is a cell of the matrix: one CPU node and one memory node, bound."""
     binding = Binding.parse(label)
     return binding.policy is MemPolicy.BIND and len(binding.cpu_nodes) == len(binding.mem_nodes) == 1
 
@@ -176,13 +176,13 @@ def _overhead_words(shown: pd.DataFrame, dtype: str) -> str:
     slowest = shown.loc[shown["relative time"].idxmax()]
     remote = shown[shown["binding"].map(_is_pair) & (shown["CPU nodes"] != shown["memory nodes"])]
     case = cases.case_name(slowest["attention"], slowest["phase"], dtype)
-    words = f"Heatmaps of time by CPU node and memory node in {dtype}, for {listed([cases.case_name(*p) for p in cases.panels(shown)])}. "
+    alt = f"Heatmaps of time by CPU node and memory node in {dtype}, for {listed([cases.case_name(*p) for p in cases.panels(shown)])}. "
     if shown["binding"].nunique() == 1:
-        return words + f"Only {slowest['binding']} was measured: there is nothing to compare."
-    words += f"The slowest is {slowest['binding']} in {case} with {slowest['relative time']:.2f} times the {_reference(shown)}"
+        return alt + f"Only {slowest['binding']} was measured: there is nothing to compare."
+    alt += f"The slowest is {slowest['binding']} in {case} with {slowest['relative time']:.2f} times the {_reference(shown)}"
     if remote.empty:
-        return words + "; no remote binding was measured."
-    return words + f"; the median over remote bindings is {remote['relative time'].median():.2f} times."
+        return alt + "; no remote binding was measured."
+    return alt + f"; the median over remote bindings is {remote['relative time'].median():.2f} times."
 
 
 @drawn
@@ -228,15 +228,15 @@ def pages(rows: pd.DataFrame) -> Plot:
 
 
 def _pages_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """Median pages of each tensor and node over the receipts of a binding."""
-    found = []
+    """Return median pages of each tensor and node over the receipts of a binding."""
+    counted = []
     receipts = rows[["execution_id", "label", "requested", "effective", "observed"]].drop_duplicates(
         ["label", "observed"]
     )
     for _, row in cases.without_twin(receipts).iterrows():
         for tensor, counts in Receipt.from_columns(row).pages_after.items():
-            found += [(row["label"], tensor, node, count) for node, count in counts.items()]
-    frame = pd.DataFrame(found, columns=["binding", "tensor", "node", "pages"])
+            counted += [(row["label"], tensor, node, count) for node, count in counts.items()]
+    frame = pd.DataFrame(counted, columns=["binding", "tensor", "node", "pages"])
     order = {tensor: position for position, tensor in enumerate(dict.fromkeys(frame["tensor"]))}
     medians = frame.groupby(["binding", "tensor", "node"], as_index=False)["pages"].median()
     medians["pages"] = medians["pages"].round().astype(int)
@@ -272,7 +272,7 @@ def _pages_words(table: pd.DataFrame) -> str:
     ]
     wrong = [f"{label}: {outside} of {total} pages" for label, outside, total in misplaced if outside]
     tensors, bindings = listed(list(dict.fromkeys(table["tensor"]))), table["binding"].nunique()
-    words = f"Stacked bars of where the pages of {tensors} lay, for {bindings} bindings. "
+    alt = f"Stacked bars of where the pages of {tensors} lay, for {bindings} bindings. "
     if wrong:
-        return words + f"Pages outside the bound nodes: {listed(wrong)}."
-    return words + f"All pages of the {len(misplaced)} bindings that bind memory lay on the nodes that were asked for."
+        return alt + f"Pages outside the bound nodes: {listed(wrong)}."
+    return alt + f"All pages of the {len(misplaced)} bindings that bind memory lay on the nodes that were asked for."

@@ -25,9 +25,9 @@ def against_prediction(rows: pd.DataFrame, predicted: pd.DataFrame) -> pd.DataFr
     measured = (
         decode.groupby([*_KEYS, "backend"])["seconds"].agg(seconds="median", least="min", most="max").reset_index()
     )
-    told = predicted.rename(columns={"seconds": "predicted"})[[*_KEYS, "predicted", "limit"]]
-    found = measured.merge(told, on=_KEYS)
-    return found.assign(ratio=found["seconds"] / found["predicted"])
+    expected = predicted.rename(columns={"seconds": "predicted"})[[*_KEYS, "predicted", "limit"]]
+    compared = measured.merge(expected, on=_KEYS)
+    return compared.assign(ratio=compared["seconds"] / compared["predicted"])
 
 
 @drawn
@@ -53,17 +53,17 @@ def prediction(rows: pd.DataFrame, predicted: pd.DataFrame) -> Plot:
     ax.set_xlabel("time per step (ms)")
     figure.legend(loc="outside lower center", ncols=2)
     case = cases.case_name(str(attention), "decode", str(shown["dtype"].iloc[0]))
-    told = [
+    times = [
         f"{row.label} {1e3 * row.seconds:.3g} ms, predicted {1e3 * row.predicted:.3g}" for row in shown.itertuples()
     ]
-    alt = f"Points by binding for {case}: {listed(told)}."
+    alt = f"Points by binding for {case}: {listed(times)}."
     ax.set_title(f"{case} ({shown['backend'].iloc[0]})")
     note = f"Medians over executions, whiskers from the fastest to the slowest. {prediction_sentence(rows, predicted)}"
     return Plot(NAME, TITLE, figure, alt, table, note)
 
 
 def prediction_sentence(rows: pd.DataFrame, predicted: pd.DataFrame) -> str:
-    """How far what was measured lies from what was predicted, over all cases that ``against_prediction`` finds."""
+    """Return how far what was measured lies from what was predicted, over all cases that ``against_prediction`` finds."""
     table = against_prediction(rows, predicted)
     if table.empty:
         return "Nothing was predicted."

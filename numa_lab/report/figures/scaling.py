@@ -141,12 +141,12 @@ def limit_share(rows: pd.DataFrame) -> Plot:
         if phase == "decode":
             ax.axvline(100, **LIMIT)
             ax.set_xlim(0, max(108, 1.15 * table.loc[table["phase"] == phase, "highest"].max()))
-    words = []
+    reached = []
     for phase, unit in (("decode", "% of the memory read limit"), ("prefill", "GFLOP/s")):
         if phase in phases:
             shown = table[table["phase"] == phase]
             low, high = (shown.loc[index] for index in (shown["value"].idxmin(), shown["value"].idxmax()))
-            words.append(
+            reached.append(
                 f"{phase} reaches from {number(low['value'])} ({_row_name(low)}) to {number(high['value'])} {unit} ({_row_name(high)})"
             )
     unit = table["phase"].map({"decode": "% of the memory read limit"}).fillna("GFLOP/s")
@@ -155,7 +155,7 @@ def limit_share(rows: pd.DataFrame) -> Plot:
         name,
         title,
         figure,
-        f"Bars by attention kind, dtype and backend: {'; '.join(words)}.",
+        f"Bars by attention kind, dtype and backend: {'; '.join(reached)}.",
         table.assign(unit=unit),
         note,
     )
@@ -204,7 +204,7 @@ def _decode(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _varied(decode: pd.DataFrame, column: str) -> pd.DataFrame:
-    """The rows that differ in one column alone: of all other settings the one that was measured with most values of it."""
+    """Return the rows that differ in one column alone: of all other settings the one that was measured with most values of it."""
     others = [name for name in CASE if name not in (column, "threads")]
     if decode.empty:
         return decode
@@ -217,11 +217,11 @@ def _lines(ax: Axes, chosen: pd.DataFrame, column: str, value: str) -> None:
     labels = sorted(set(chosen["label"]), key=lambda label: (len(label), label))
     if len(labels) <= MOST_LINES:
         for index, label in enumerate(labels):
-            found = chosen[chosen["label"] == label].groupby(column)[value].agg(["median", "min", "max"])
-            whiskers = [found["median"] - found["min"], found["max"] - found["median"]]
+            times = chosen[chosen["label"] == label].groupby(column)[value].agg(["median", "min", "max"])
+            whiskers = [times["median"] - times["min"], times["max"] - times["median"]]
             ax.errorbar(
-                found.index,
-                found["median"],
+                times.index,
+                times["median"],
                 yerr=whiskers,
                 color=COLORS[index],
                 marker=MARKERS[index],
@@ -229,11 +229,11 @@ def _lines(ax: Axes, chosen: pd.DataFrame, column: str, value: str) -> None:
                 label=label,
             )
         return
-    found = chosen.groupby(column)[value].agg(["median", "min", "max"])
-    ax.fill_between(found.index, found["min"], found["max"], color=BAND, label="range")
+    times = chosen.groupby(column)[value].agg(["median", "min", "max"])
+    ax.fill_between(times.index, times["min"], times["max"], color=BAND, label="range")
     ax.plot(
-        found.index,
-        found["median"],
+        times.index,
+        times["median"],
         color=COLORS[0],
         marker=MARKERS[0],
         label=f"median of {len(labels)} local bindings",
@@ -257,7 +257,7 @@ def _summary(chosen: pd.DataFrame, column: str, values: dict[str, str]) -> pd.Da
 
 
 def _case(chosen: pd.DataFrame) -> str:
-    """The settings that all rows share, for a title."""
+    """Return the settings that all rows share, for a title."""
     row = chosen.iloc[0]
     sizes = [f"{name} {row[name]:,}" for name in ("batch", "kv_len") if chosen[name].nunique() == 1]
     return f"{cases.case_name(row['attention'], row['phase'], row['dtype'])}, {', '.join(sizes)} ({row['backend']})"
