@@ -6,8 +6,9 @@ tensors of up to 32 MiB, once a tensor of that size was freed), so that a tensor
 free after that may have been touched on another node again: ``settle`` looks at a tensor, and moves what is not on the node.
 
 Limits: ``give_back`` needs glibc's malloc. Of another one (musl, jemalloc, tcmalloc) nothing is given back, and ``settle`` remains. No
-malloc gives back a page that a tensor shares with its neighbours. Where the environment sets malloc's thresholds, free memory at
-the end of the arenas of all threads but the main one stays.
+malloc gives back a page that a tensor shares with its neighbours, and glibc's keeps a record in the first bytes of free memory: of a
+tensor that begins where a page does, that page is kept too. Where the environment sets malloc's thresholds, free memory at the end of
+the arenas of all threads but the main one stays.
 """
 
 from __future__ import annotations
