@@ -110,6 +110,17 @@ class Panel:
         return self.vectors * self.rows.vectors.bytes
 
     @property
+    def intensity(self) -> float:
+        """The arithmetic intensity: multiply-adds of a lane for each byte of K that is read, and for each byte of V."""
+        return self.units * self.height / self.rows.row_bytes
+
+    @property
+    def stream_ahead(self) -> tuple[int, ...]:
+        """How many bytes before it is read each line is prefetched, on this processor."""
+        own = self.rows.vectors.processor
+        return own.stream_ahead if self.intensity <= own.bound_by_memory else own.busy_stream_ahead
+
+    @property
     def scratch_bytes(self) -> int:
         """The bytes of the rows of K of a tile, widened; 0 where they are multiplied in place."""
         return 0 if self.in_place else self.tile.kv_rows * self.units * UNIT_BYTES

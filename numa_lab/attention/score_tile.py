@@ -42,7 +42,7 @@ def scores(panel: Panel, ahead: bool) -> Intrinsic:
             b.store(zero, cell)
         at_rows = _rows_in_place(b, panel, key, stride, last) if panel.in_place else _rows_in_scratch(b, panel, key)
         query = simd.opaque(b, query)
-        distances = simd.stream_distances(b, rows, stride) if asked else []
+        distances = simd.stream_distances(b, rows, stride, panel.stream_ahead) if asked else []
         if asked and rows.vectors.processor.next_step_ahead:
             distances.append(simd.opaque(b, distance))
         load, step_bytes, steps = _loader(panel)
@@ -184,7 +184,7 @@ def widen(panel: Panel, ahead: bool) -> Intrinsic:
     rows, size = panel.rows, panel.rows.vectors.bytes
 
     def emit(b: Any, row: Any, stride: Any, out: Any, following: Any) -> None:
-        distances = simd.stream_distances(b, rows, stride) if ahead else []
+        distances = simd.stream_distances(b, rows, stride, panel.stream_ahead) if ahead else []
         for chunk in range(rows.chunks):
             for line in range(-(-rows.offset(chunk) // LINE_BYTES) * LINE_BYTES, rows.offset(chunk + 1), LINE_BYTES):
                 for further in distances:

@@ -184,9 +184,9 @@ def prefetch(b: Any, vectors: Vectors, address: Any, distance: Any, offset: int)
     b.call(instruction, [address, distance])
 
 
-def stream_distances(b: Any, rows: Rows, stride: Any) -> list[Any]:
-    """Return how far ahead in a stream of rows each line is prefetched, in bytes: whole rows, since between rows there may be others."""
-    return [opaque(b, b.mul(stride, I64(max(1, n // rows.row_bytes)))) for n in rows.vectors.processor.stream_ahead]
+def stream_distances(b: Any, rows: Rows, stride: Any, ahead: Sequence[int]) -> list[Any]:
+    """Return how far away lines lie that are read so many bytes of rows later: whole rows, since between rows there may be others."""
+    return [opaque(b, b.mul(stride, I64(max(1, nbytes // rows.row_bytes)))) for nbytes in ahead]
 
 
 def count_up(b: Any, address: Any) -> Any:

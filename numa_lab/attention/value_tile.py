@@ -46,7 +46,7 @@ def weighted_sum(panel: Panel, first: int, height: int, ahead: bool) -> Intrinsi
         b: Any, weights: Any, value: Any, stride: Any, count: Any, following: Any, next_stride: Any, out: Any
     ) -> None:
         prefetcher = _Prefetcher.of(b, rows, following, next_stride) if next_step else None
-        distances = simd.stream_distances(b, rows, stride) if ahead else []
+        distances = simd.stream_distances(b, rows, stride, panel.stream_ahead) if ahead else []
         for begin, end in pairwise(bounds):
             vectors = range(begin, end)
             cells = [[cgutils.alloca_once(b, type_) for _ in vectors] for _ in range(height)]
