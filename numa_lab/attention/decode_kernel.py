@@ -145,17 +145,13 @@ def _steps(rows: Rows, height: int, space: _Space, ahead: bool) -> _Steps:
 
 def _pack(panel: Panel) -> Any:
     """Make ``pack(query, i, packed, row)``, which writes a query row to place i of the packed panel; `row` is working memory."""
-    per_vector, spread, vectors, units = panel.tile.per_vector, panel.spread, panel.vectors, panel.units
-    lanes, widen = panel.rows.vectors.lanes, score_tile.widen(panel, ahead=False)
+    per_vector, spread, lanes = panel.tile.per_vector, panel.spread, panel.rows.vectors.lanes
+    widen, deal = score_tile.widen(panel, ahead=False), score_tile.deal(panel)
 
     @jit
     def pack(query, i, packed, row):  # type: ignore[no-untyped-def]
         widen(query, 0, row, 0)
-        first = packed + 4 * (i // per_vector * lanes + i % per_vector * spread)
-        for step in range(units // spread):
-            for unit in range(spread):
-                x = tiles.load_float(row + 4 * (step * spread + unit))
-                tiles.store_float(first + 4 * (step * vectors * lanes + unit), x)
+        deal(row, packed + 4 * (i // per_vector * lanes + i % per_vector * spread))
 
     return pack
 
@@ -188,24 +184,25 @@ def _score(panel: Panel, ahead: bool) -> Any:
 
 
 def _soften(panel: Panel, space: _Space) -> Any:
-    """Make ``soften(scores, count, factor, state, sums, recent)``, a step of the online softmax: scores become weights.
+    """Make ``soften(scores, count, factor, state, sums, recent, begun)``, a step of the online softmax: scores become weights.
 
-    Where a reference moves, what was summed before is rescaled.
+    Where a reference moves, what was summed before is rescaled; nothing was, unless the sums have `begun`.
     """
     height, per_vector, vectors, pitch, sum_bytes = (
         panel.height, panel.tile.per_vector, panel.vectors, panel.pitch, panel.rows.sum_bytes
     )  # fmt: skip
     lanes, multiple = panel.rows.vectors.lanes, panel.softmax_vectors * panel.spread
     step, scale, state_bytes = softmax_step(panel), tiles.scale(panel.rows), space.state
+    set_to_minus_infinity = tiles.fill(panel.rows.vectors, float("-inf"))
 
     @jit
-    def soften(scores, count, factor, state, sums, recent):  # type: ignore[no-untyped-def]
+    def soften(scores, count, factor, state, sums, recent, begun):  # type: ignore[no-untyped-def]
         padded = (count + multiple - 1) // multiple * multiple
         for v in range(vectors):
-            for i in range(count * per_vector, padded * per_vector):
-                tiles.store_float(scores + v * pitch + 4 * i, np.float32(-np.inf))
+            # The last vector may reach behind the block, where the pitch has room for it.
+            set_to_minus_infinity(scores + v * pitch + 4 * count * per_vector, 4 * (padded - count) * per_vector)
         total, rescale = state + state_bytes, state + 2 * state_bytes
-        if step(scores, padded * per_vector // lanes, factor, state, total, rescale):
+        if step(scores, padded * per_vector // lanes, factor, state, total, rescale) and begun:
             for i in range(height):
                 alpha = tiles.load_float(rescale + 4 * (i // per_vector * lanes + i % per_vector))
                 scale(sums + i * sum_bytes, alpha)
@@ -318,7 +315,8 @@ def build(spec: DecodeSpec) -> Any:
     lower = Panel(rows, rest or first)
     per_vector, lower_per_vector = Panel(rows, first).tile.per_vector, lower.tile.per_vector
     pitch, lower_pitch = Panel(rows, first).pitch, lower.pitch
-    clear, blend, write = (make(rows) for make in (tiles.clear, tiles.blend, tiles.write))
+    clear, blend, write = tiles.fill(rows.vectors, 0.0), tiles.blend(rows), tiles.write(rows)
+    set_to_lowest = tiles.fill(rows.vectors, tiles.LOWEST)
     line_up = jit(_line_up)
     arguments_at = arguments_as(ARGUMENTS)
 
@@ -360,12 +358,11 @@ def build(spec: DecodeSpec) -> Any:
         whole, panels = query_rows // TALLEST, (query_rows + TALLEST - 1) // TALLEST
         last = panels - 1
         for i in range(query_rows):
-            clear(sums + i * sum_bytes)
-            clear(recent + i * sum_bytes)
+            clear(sums + i * sum_bytes, sum_bytes)
+            clear(recent + i * sum_bytes, sum_bytes)
         for panel in range(panels):
-            for i in range(0, state_bytes, 4):
-                tiles.store_float(states + panel * states_bytes + i, LOWEST)
-                tiles.store_float(states + panel * states_bytes + state_bytes + i, ZERO)
+            set_to_lowest(states + panel * states_bytes, state_bytes)
+            clear(states + panel * states_bytes + state_bytes, state_bytes)
         key = a.key + batch * a.key_batch + head * a.key_head + begin * a.key_row
         value = a.value + batch * a.value_batch + head * a.value_head + begin * a.value_row
         for block in range(0, count, BLOCK_ROWS):
@@ -380,15 +377,27 @@ def build(spec: DecodeSpec) -> Any:
             if a.mask_kind:
                 mask_block(a, batch, head, begin + block, here, scores)
                 factor = ONE
-            soften_first(scores, here, factor, states, sums, recent)
+            soften_first(scores, here, factor, states, sums, recent, block)
             for n in range(1, whole):
                 before = n * TALLEST * sum_bytes
                 soften_further(
-                    scores + n * scores_bytes, here, factor, states + n * states_bytes, sums + before, recent + before
+                    scores + n * scores_bytes,
+                    here,
+                    factor,
+                    states + n * states_bytes,
+                    sums + before,
+                    recent + before,
+                    block,
                 )
             before = last * TALLEST * sum_bytes
             soften_rest(
-                scores + last * scores_bytes, here, factor, states + last * states_bytes, sums + before, recent + before
+                scores + last * scores_bytes,
+                here,
+                factor,
+                states + last * states_bytes,
+                sums + before,
+                recent + before,
+                block,
             )
             add_first(scores, v, a.value_row, here, next_k, a.key_row, recent)
             for n in range(1, whole):
@@ -397,7 +406,7 @@ def build(spec: DecodeSpec) -> Any:
             if block + BLOCK_ROWS >= count or (block + BLOCK_ROWS) % FLUSH == 0:
                 for i in range(query_rows):
                     blend(sums + i * sum_bytes, ONE, recent + i * sum_bytes, ONE)
-                    clear(recent + i * sum_bytes)
+                    clear(recent + i * sum_bytes, sum_bytes)
         collect_first(states, part, total)
         for n in range(1, whole):
             collect_further(states + n * states_bytes, part + 4 * n * TALLEST, total + 4 * n * TALLEST)
@@ -411,7 +420,7 @@ def build(spec: DecodeSpec) -> Any:
             top = tiles.load_float(part + 4 * i)
             for other in range(count - 1):
                 top = max(top, tiles.load_float(others + other * stride + 4 * i))
-            own = tiles.exp2(tiles.load_float(part + 4 * i) - top)
+            own = ONE if count == 1 else tiles.exp2(tiles.load_float(part + 4 * i) - top)
             total = own * tiles.load_float(part + 4 * (query_rows + i))
             before = line_up(8 * query_rows) + i * sum_bytes
             sums = part + before

@@ -36,7 +36,8 @@ class MergeSpec:
         """Compile ``void merge(void *_ARGUMENTS)``."""
         rows = self.rows
         sum_bytes, row_bytes = rows.sum_bytes, rows.row_bytes
-        widen, clear, blend, write = (make(rows) for make in (tiles.pack, tiles.clear, tiles.blend, tiles.write))
+        widen, blend, write = (make(rows) for make in (tiles.pack, tiles.blend, tiles.write))
+        clear = tiles.fill(rows.vectors, 0.0)
         arguments_at, log2_e = arguments_as(_ARGUMENTS), np.float32(LOG2_E)
 
         @jit
@@ -45,7 +46,7 @@ class MergeSpec:
             for part in range(a.parts):
                 top = max(top, tiles.load_float(a.lse + 4 * (part * a.rows + row)))
             sums, wide = a.space, a.space + sum_bytes
-            clear(sums)
+            clear(sums, sum_bytes)
             for part in range(a.parts):
                 at = part * a.rows + row
                 weight = tiles.exp2((tiles.load_float(a.lse + 4 * at) - top) * log2_e)

@@ -201,3 +201,19 @@ def widen(panel: Panel, ahead: bool) -> Intrinsic:
         return no_result([types.int64] * 4, emit)
 
     return copy
+
+
+def deal(panel: Panel) -> Intrinsic:
+    """Make ``deal(row, packed)``, which writes the units of a query row, `spread` at a time, to where each step of the scores has them."""
+    some, step_bytes = simd.floats(panel.spread), panel.vectors * panel.rows.vectors.bytes
+
+    def emit(b: Any, row: Any, packed: Any) -> None:
+        with cgutils.for_range(b, I64(panel.units // panel.spread)) as loop:
+            x = b.load(simd.at(b, row, b.mul(loop.index, I64(panel.spread * UNIT_BYTES))), typ=some, align=4)
+            b.store(x, simd.at(b, packed, b.mul(loop.index, I64(step_bytes))), align=4)
+
+    @intrinsic
+    def write(_context, row, packed):  # type: ignore[no-untyped-def]
+        return no_result([types.int64] * 2, emit)
+
+    return write

@@ -14,7 +14,7 @@ from numba.extending import intrinsic
 
 from numa_lab.attention import simd
 from numa_lab.attention.simd import FLOAT, I8, I16, I32, I64
-from numa_lab.attention.vectors import Kind, Rows
+from numa_lab.attention.vectors import Kind, Rows, Vectors
 
 HEADROOM = 8.0  # weights may reach 2**HEADROOM: only a score that is higher than that moves the reference of a softmax
 LOWEST = -3.4028234663852886e38  # the reference before the first score; with -inf, -inf - -inf would be NaN
@@ -63,19 +63,19 @@ def pack(rows: Rows) -> Intrinsic:
     return copy
 
 
-def clear(rows: Rows) -> Intrinsic:
-    """Make ``clear(sums)``, which sets a row of sums to zeros."""
-    type_ = simd.floats(rows.vectors.lanes)
+def fill(vectors: Vectors, value: float) -> Intrinsic:
+    """Make ``fill(address, nbytes)``, which writes one float32 to whole vectors, of which the last may reach behind the end."""
+    constant = simd.constant(simd.floats(vectors.lanes), value)
 
-    def emit(b: Any, sums: Any) -> None:
-        with cgutils.for_range(b, I64(rows.sum_bytes // rows.vectors.bytes)) as loop:
-            b.store(ir.Constant(type_, None), simd.at(b, sums, b.mul(loop.index, I64(rows.vectors.bytes))), align=4)
+    def emit(b: Any, address: Any, nbytes: Any) -> None:
+        with cgutils.for_range_slice(b, I64(0), nbytes, I64(vectors.bytes)) as (offset, _):
+            b.store(constant, simd.at(b, address, offset), align=4)
 
     @intrinsic
-    def zero(_context, sums):  # type: ignore[no-untyped-def]
-        return no_result([types.int64] * 1, emit)
+    def put(_context, address, nbytes):  # type: ignore[no-untyped-def]
+        return no_result([types.int64] * 2, emit)
 
-    return zero
+    return put
 
 
 def scale(rows: Rows) -> Intrinsic:
@@ -118,12 +118,13 @@ def write(rows: Rows) -> Intrinsic:
     type_ = simd.floats(rows.vectors.lanes)
 
     def emit(b: Any, sums: Any, divisor: Any, out: Any) -> None:
-        divisor = simd.splat(b, divisor, rows.vectors.lanes)
+        # One division for all: a vector of quotients takes as long as ten vectors of products.
+        factor = simd.splat(b, b.fdiv(ir.Constant(FLOAT, 1.0), divisor), rows.vectors.lanes)
         for chunk in range(rows.chunks):
             values = []
             for part in range(rows.per_chunk):
                 offset = (chunk * rows.per_chunk + part) * rows.vectors.bytes
-                values.append(b.fdiv(b.load(simd.at(b, sums, offset), typ=type_, align=4), divisor))
+                values.append(b.fmul(b.load(simd.at(b, sums, offset), typ=type_, align=4), factor))
             simd.store_chunk(b, rows, values, out, chunk)
 
     @intrinsic
