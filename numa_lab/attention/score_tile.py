@@ -10,9 +10,9 @@ from typing import Any
 
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
+from numa_lab.attention import compiler as cgutils
 from numa_lab.attention import simd
 from numa_lab.attention.panels import UNIT_BYTES, Panel
 from numa_lab.attention.simd import FLOAT, I32, I64

@@ -8,9 +8,9 @@ from itertools import pairwise
 from typing import Any
 
 from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
+from numa_lab.attention import compiler as cgutils
 from numa_lab.attention import simd
 from numa_lab.attention.panels import BLOCK_ROWS, Panel
 from numa_lab.attention.simd import FLOAT, I32, I64
