@@ -90,7 +90,7 @@ def prepare(
     try:
         return Step(query, pieces, plans, places, scale)
     except CompilerUnusable as error:
-        _plans.clear()  # none of them has a kernel
+        _plans.clear()  # one whose kernel can't be compiled is not tried again
         decode.warn_once(str(error))
         return None
 

@@ -24,11 +24,11 @@ def needed() -> Iterator[None]:
     Raises
     ------
     CompilerUnusable
-        In place of any other error, which is its cause. Errors of numa_lab, and a want of memory, are raised as they are.
+        In place of any other error, which is its cause. Errors of numa_lab, timeouts, and a want of memory are raised as they are.
     """
     try:
         yield
-    except (NumaLabError, MemoryError):
+    except (NumaLabError, MemoryError, TimeoutError):  # the last is what a signal's handler may raise in between
         raise
     except Exception as error:
         reason = textwrap.shorten(f"{type(error).__name__}: {error}", 300, placeholder=" ...")

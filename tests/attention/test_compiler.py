@@ -74,7 +74,7 @@ def test_torch_computes_where_numba_or_llvmlite_changed_and_one_warning_says_why
     assert f"pip install {' '.join(jit.TESTED)}" in done.stdout
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, InvalidInput])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, TimeoutError, InvalidInput])
 def test_what_is_no_fault_of_the_compiler_passes_and_the_kernel_serves_the_next_call(monkeypatch, error):
     def fail(_spec):
         raise error
