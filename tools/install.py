@@ -1,10 +1,9 @@
 """Install numa_lab and what it needs into the environment of the Python that runs this; `make setup` and `make test` do.
 
-    .venv/bin/python tools/install.py [EXTRA [PINS]]       (`lab`, the suite, where none is named; or `dev`)
+    .venv/bin/python tools/install.py [EXTRA]       (`lab`, the suite, where none is named; or `dev`)
 
-The versions are those of constraints.txt, or of another file of pins. torch comes first, since its builds for CUDA are gigabytes
-that a suite for CPUs never uses: where pip is left with its own index and PyTorch's CPU index answers, from there. The standard
-library has to do here.
+The versions are those of constraints.txt. torch comes first, since its builds for CUDA are gigabytes that a suite for CPUs never
+uses: where pip is left with its own index and PyTorch's CPU index answers, from there. The standard library has to do here.
 """
 
 from __future__ import annotations
@@ -181,11 +180,11 @@ def size(folder: Path) -> float:
     return sum(os.lstat(Path(root, name)).st_blocks * 512 for root, _, names in os.walk(folder) for name in names)
 
 
-def main(extra: str = "lab", pins: str = "constraints.txt") -> None:
-    """Install numa_lab with an extra in pinned versions, and say how long it took and what it takes on disk."""
+def main(extra: str = "lab") -> None:
+    """Install numa_lab with an extra, and say how long it took and what it takes on disk."""
     began = time.monotonic()
     root = Path(__file__).resolve().parents[1]
-    constraints = root / pins
+    constraints = root / "constraints.txt"
     torch = pinned_torch(constraints)
     if not is_installed(torch):
         install(*torch_options(torch), "--constraint", str(constraints), torch)

@@ -1,6 +1,7 @@
 """What happens where Numba or llvmlite changed, or aren't there: torch computes, and who asked for the kernel is told why it can't run."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -90,6 +91,13 @@ def test_what_is_no_fault_of_the_compiler_passes_and_the_kernel_serves_the_next_
 
 def test_the_versions_to_install_are_those_that_are_tested():
     assert set(jit.TESTED) <= set((ROOT / "constraints.txt").read_text().splitlines())
+
+
+def test_the_oldest_versions_that_run_the_tests_are_those_that_are_promised():
+    promised = re.findall(r'"((?:llvmlite|numba)>=[\d.]+)"', (ROOT / "pyproject.toml").read_text())
+    tested = re.search(r"^OLDEST := (.*)", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split()
+    assert len(promised) == 2
+    assert {f"{bound.replace('>=', '==')}.0" for bound in promised} <= set(tested)
 
 
 def test_one_module_alone_uses_what_numba_and_llvmlite_do_not_document():
