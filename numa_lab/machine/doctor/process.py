@@ -39,7 +39,7 @@ def _decode_kernel(evidence: Evidence) -> Finding | None:
         "decode_kernel",
         seen,
         "So torch's own operators compute attention, several times slower over a long cache, and a warning says so; what pins threads or "
-        "measures bandwidth says so and stops.",
+        "measures bandwidth is compiled too, and says so where it can't be.",
         fix,
         "problem",
     )
