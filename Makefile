@@ -25,7 +25,7 @@ export JUPYTER_PREFER_ENV_PATH := 1
 
 # Installs wait for each other, and what measures must run alone.
 .NOTPARALLEL:
-.PHONY: help setup report test test-multinode test-arm test-multinode-arm stress-interrupts lab figures bench lint format clean constraints
+.PHONY: help setup report test test-oldest test-multinode test-arm test-multinode-arm stress-interrupts lab figures bench lint format clean constraints
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -45,6 +45,14 @@ report: system-numactl .venv/installed ## measure attention under every binding 
 test: system-numactl-chromium-libomp .venv/installed-dev ## run the tests
 	@mkdir -p build
 	$(BIN)/python -m pytest --junitxml=build/junit.xml $(PYTEST_ARGS)
+
+# The oldest Numba and llvmlite that pyproject.toml allows, and the newest numpy that they take, in front of what .venv has.
+OLDEST := llvmlite==0.45.0 numba==0.62.0 numpy==2.3.5
+OLDEST_TESTS ?= $(addprefix tests/attention/test_,compiler.py decode.py vectors.py)
+
+test-oldest: system-numactl .venv/installed-dev ## run the tests of the decode kernel with the oldest Numba that pyproject.toml allows
+	@rm -rf build/oldest && $(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --target build/oldest $(OLDEST)
+	PYTHONPATH="$(CURDIR)/build/oldest" $(BIN)/python -m pytest --junitxml=build/junit-oldest.xml $(OLDEST_TESTS) $(PYTEST_ARGS)
 
 # Besides the guests' own tests, those of what pins and places: they run in the guest of four nodes.
 MULTINODE_TESTS ?= tests/multinode tests/placement/test_pinned_team.py \

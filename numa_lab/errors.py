@@ -29,6 +29,10 @@ class MissingDependency(NumaLabError):
     """A system tool or library is not installed; the message holds the line to type."""
 
 
+class CompilerUnusable(NumaLabError):
+    """Numba or llvmlite, as they are installed here, can't be imported or can't compile; the message says which versions can."""
+
+
 class SuiteNotInstalled(MissingDependency, ModuleNotFoundError):
     """What was asked for needs the notebook suite, and a package of it is not installed."""
 

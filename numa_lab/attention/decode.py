@@ -11,6 +11,7 @@ and no dropout. ``plan_for`` says which of these limits a call exceeds.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from functools import cache
 
@@ -18,11 +19,11 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from numa_lab.attention import addresses, known_calls, vectors
+from numa_lab.attention import addresses, kernel_cache, known_calls, vectors
 from numa_lab.attention.call import AttentionCall
 from numa_lab.attention.checks import check, require_options, require_tensors
 from numa_lab.attention.kernel_plan import KINDS, KernelPlan
-from numa_lab.errors import InvalidInput
+from numa_lab.errors import CompilerUnusable, InvalidInput
 from numa_lab.placement import openmp
 
 MAX_HEAD_DIM = 256
@@ -61,8 +62,8 @@ def plan_for(
 def _refusal(call: AttentionCall, readable: bool) -> str:
     """Return why the decode kernel can't serve a call, as a phrase; empty where it can."""
     query, key, value, attn_mask, dropout_p, _, scale, _ = call
-    if unavailable():
-        return unavailable()
+    if why := unavailable():
+        return why
     if query.dtype not in KINDS or query.device.type != "cpu":
         return f"{query.dtype} on {query.device}"
     if not readable:
@@ -89,9 +90,29 @@ def _refusal(call: AttentionCall, readable: bool) -> str:
     return ""
 
 
-@cache
 def unavailable() -> str:
-    """Return why the kernel can't run in this process, as a phrase; empty where it can."""
+    """Return why the kernel can't run in this process, as a phrase; empty where it can, as far as is known before it is compiled."""
+    try:
+        kernel_cache.require_compiler()
+    except CompilerUnusable as error:
+        return str(error)
+    return _lacking()
+
+
+@cache
+def warn_once(why: str) -> None:
+    """Warn that torch computes in place of the kernel, once for each reason in a process."""
+    warnings.warn(
+        f"numa_lab's decode kernel can't run here ({why}): torch computes instead, several times slower; the backend that ran "
+        "is named in each result",
+        RuntimeWarning,
+        stacklevel=5,
+    )
+
+
+@cache
+def _lacking() -> str:
+    """Return what this process lacks for the kernel; empty where it lacks nothing."""
     import numba
 
     if vectors.host() is None:
@@ -147,6 +168,8 @@ def decode_attention(
     ------
     InvalidInput
         The inputs don't fit together, or the kernel does not serve them.
+    CompilerUnusable
+        Numba or llvmlite, as they are installed here, can't compile the kernel.
     WrongType
         An argument is of a type that ``gqa_attention`` refuses.
     """
@@ -167,6 +190,7 @@ def decode_attention(
             f"out is {out.dtype} {tuple(out.shape)} with strides {out.stride()} on {out.device}: expected {query.dtype} "
             f"{tuple(query.shape)} in the CPU's memory, with a contiguous head_dim, and no tensor that gradients are asked of"
         )
+    kernel_cache.require_compiler()
     plan = plan_for(call, out)
     if isinstance(plan, str):
         raise InvalidInput(f"decode_attention does not serve {plan}: use gqa_attention, which has other backends")

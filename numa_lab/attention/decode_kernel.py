@@ -8,7 +8,6 @@ rows. Where several threads share a head, the thread that arrives last merges th
 from __future__ import annotations
 
 import math
-import mmap
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,100 +15,16 @@ import numpy as np
 from numba import cfunc, from_dtype, njit, types
 from numba.extending import intrinsic
 
-from numa_lab.attention import score_tile, tiles, value_tile
+from numa_lab.attention import compiler, decode_spec, score_tile, tiles, value_tile
+from numa_lab.attention.decode_spec import ARGUMENTS, LOG2_E, MASK_BOOL, MASK_FLOAT, MASK_HALF, DecodeSpec, Space
 from numa_lab.attention.panels import BLOCK_ROWS, TALLEST, Panel
 from numa_lab.attention.softmax_step import softmax_step
-from numa_lab.attention.vectors import LINE_BYTES, Rows
+from numa_lab.attention.vectors import Rows
 
 FLUSH = 1024  # the sums of so many KV rows are kept apart before they are added, so that errors of long sequences do not pile up
-MASK_NONE, MASK_BOOL, MASK_FLOAT, MASK_HALF, MASK_BFLOAT = range(5)
 LOWEST = np.float32(tiles.LOWEST)
 ONE, ZERO = np.float32(1), np.float32(0)
-LOG2_E, LN_2 = math.log2(math.e), math.log(2)
-
-# What the threads get: first what differs between calls of one layout, with the address of the kernel itself (`share`) at the end; then
-# the addresses of OpenMP's functions (for ``numa_lab.attention.openmp_regions``), strides in bytes, and counts. Over fewer keys than
-# `least_shared` the first thread computes alone. `factor` is the scale of the scores times log2(e).
-CALL = ("arrived", "workspace", "query", "key", "value", "out", "lse", "mask", "kv_len", "share")
-FIELDS = (
-    *CALL,
-    "thread_number", "team_size", "workspace_bytes", "least_shared",
-    "batch", "kv_heads", "group", "q_len",
-    "query_batch", "query_head", "query_row",
-    "key_batch", "key_head", "key_row",
-    "value_batch", "value_head", "value_row",
-    "out_batch", "out_head", "out_row",
-    "mask_batch", "mask_head", "mask_row", "mask_column", "mask_kind",
-)  # fmt: skip
-ARGUMENTS = np.dtype([*((name, np.int64) for name in FIELDS), ("factor", np.float64)])
-
-
-@dataclass(frozen=True)
-class DecodeSpec:
-    """What one compiled version of the decode kernel serves: a kind of rows, and how many query rows share a KV head."""
-
-    rows: Rows
-    query_rows: int
-
-    @classmethod
-    def of(cls, rows: Rows, query_rows: int) -> DecodeSpec:
-        """Return the version that serves so many query rows; of more than two panels only the height of the last one matters."""
-        return cls(rows, query_rows if query_rows <= 2 * TALLEST else 2 * TALLEST + query_rows % TALLEST)
-
-    @property
-    def heights(self) -> tuple[int, int, int]:
-        """The query rows of the first panel, of each further one, and of the last, lower one; 0 where there is no such panel."""
-        further = TALLEST if self.query_rows >= 2 * TALLEST else 0
-        return min(TALLEST, self.query_rows), further, self.query_rows % TALLEST if self.query_rows > TALLEST else 0
-
-    def workspace_bytes(self, query_rows: int) -> int:
-        """Return how many bytes each thread needs, in whole pages, so that no two threads share a page."""
-        panels = -(-query_rows // TALLEST)
-        each, whole = _Space.of(Panel(self.rows, min(TALLEST, query_rows))), query_rows * self.rows.sum_bytes
-        needed = 2 * (_line_up(8 * query_rows) + whole) + whole + panels * each.panel_bytes + each.shared_bytes
-        return -(-needed // mmap.PAGESIZE) * mmap.PAGESIZE
-
-    def build(self) -> Any:
-        """Compile it, as ``build`` does."""
-        return build(self)
-
-
-@dataclass(frozen=True)
-class _Space:
-    """The bytes of working memory, in whole cache lines: of each panel, as the highest needs them, and of what all panels share."""
-
-    query: int
-    scores: int
-    state: int  # of each of three: references of the softmax, totals of weights, and factors of what was summed before
-    scratch: int
-    row: int
-
-    @classmethod
-    def of(cls, panel: Panel) -> _Space:
-        """Return what this panel and lower ones need."""
-        panels = [Panel(panel.rows, height) for height in range(1, panel.height + 1)]
-        query, scores, state, scratch = (
-            _line_up(max(sizes))
-            for sizes in zip(
-                *((p.query_bytes, p.scores_bytes, p.state_bytes, p.scratch_bytes) for p in panels), strict=True
-            )
-        )
-        return cls(query, scores, state, scratch, row=_line_up(4 * panel.units))
-
-    @property
-    def panel_bytes(self) -> int:
-        """The bytes of one panel."""
-        return self.query + self.scores + 3 * self.state
-
-    @property
-    def shared_bytes(self) -> int:
-        """The bytes of what all panels share."""
-        return self.scratch + self.row
-
-
-def _line_up(nbytes: int) -> int:
-    """Return the bytes of whole cache lines, rounded up: a vector that crosses a line takes twice as long to load."""
-    return -(-nbytes // LINE_BYTES) * LINE_BYTES
+LN_2 = math.log(2)
 
 
 def jit(function: Any) -> Any:
@@ -133,7 +48,7 @@ class _Steps:
     collect: Any = _nothing
 
 
-def _steps(rows: Rows, height: int, space: _Space, ahead: bool) -> _Steps:
+def _steps(rows: Rows, height: int, space: Space, ahead: bool) -> _Steps:
     """Return the steps of a panel of `height` query rows; with `ahead` they prefetch what is needed next."""
     if not height:
         return _Steps()
@@ -183,7 +98,7 @@ def _score(panel: Panel, ahead: bool) -> Any:
     return score_widened
 
 
-def _soften(panel: Panel, space: _Space) -> Any:
+def _soften(panel: Panel, space: Space) -> Any:
     """Make ``soften(scores, count, factor, state, sums, recent, begun)``, a step of the online softmax: scores become weights.
 
     Where a reference moves, what was summed before is rescaled; nothing was, unless the sums have `begun`.
@@ -239,7 +154,7 @@ def _followed(before: Any, tile: Any, offset: int) -> Any:
     return both
 
 
-def _collect(panel: Panel, space: _Space) -> Any:
+def _collect(panel: Panel, space: Space) -> Any:
     """Make ``collect(state, tops, totals)``, which writes the reference and the total of weights of each query row."""
     height, per_vector, lanes = panel.height, panel.tile.per_vector, panel.rows.vectors.lanes
     state_bytes = space.state
@@ -291,7 +206,7 @@ def arguments_as(dtype: np.dtype[Any]) -> Any:
     @intrinsic
     def arguments_at(_context, address):  # type: ignore[no-untyped-def]
         record = from_dtype(dtype)
-        return record(types.int64), lambda context, b, _s, a: b.inttoptr(a[0], context.get_value_type(record))
+        return record(types.int64), lambda context, b, _s, a: b.inttoptr(a[0], compiler.value_type(context, record))
 
     return arguments_at
 
@@ -301,7 +216,7 @@ def build(spec: DecodeSpec) -> Any:
     rows = spec.rows
     first, further, rest = spec.heights
     sum_bytes = rows.sum_bytes
-    space = _Space.of(Panel(rows, first))
+    space = Space.of(Panel(rows, first))
     # Only the first panel prefetches what comes next; for the others it is on its way then.
     of_first = _steps(rows, first, space, ahead=True)
     of_further, of_rest = (_steps(rows, height, space, ahead=False) for height in (further, rest))
@@ -317,7 +232,7 @@ def build(spec: DecodeSpec) -> Any:
     pitch, lower_pitch = Panel(rows, first).pitch, lower.pitch
     clear, blend, write = tiles.fill(rows.vectors, 0.0), tiles.blend(rows), tiles.write(rows)
     set_to_lowest = tiles.fill(rows.vectors, tiles.LOWEST)
-    line_up = jit(_line_up)
+    line_up = jit(decode_spec.line_up)
     arguments_at = arguments_as(ARGUMENTS)
 
     @jit

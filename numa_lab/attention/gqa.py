@@ -6,8 +6,6 @@ operators. ``choose_backend`` tells which one computes a call; nothing else deci
 
 from __future__ import annotations
 
-import warnings
-from functools import cache
 from operator import is_
 from types import NoneType
 
@@ -15,11 +13,12 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from numa_lab.attention import addresses, autocast, by_torch, decode, graphs, known_calls
+from numa_lab.attention import addresses, autocast, by_torch, decode, graphs, kernel_cache, known_calls
 from numa_lab.attention.backend_names import require_backend
 from numa_lab.attention.call import AttentionCall
 from numa_lab.attention.checks import check, require_options, require_tensors
 from numa_lab.attention.kernel_plan import KernelPlan
+from numa_lab.errors import CompilerUnusable
 
 
 def gqa_attention(
@@ -63,7 +62,8 @@ def gqa_attention(
     enable_gqa
         q_heads may be a multiple of kv_heads; query head h then uses KV head h // group.
     backend
-        ``auto``, or one of ``backend_names.BACKENDS``; what ``numba`` does not serve is torch's.
+        ``auto``, or one of ``backend_names.BACKENDS``; what ``numba`` does not serve is torch's. Where the kernel can't be compiled,
+        ``auto`` means torch's, and a warning says why.
 
     Returns
     -------
@@ -76,6 +76,8 @@ def gqa_attention(
         Shapes, dtypes or devices don't fit together, or there is no such backend.
     WrongType
         An argument is of a type that torch's own refuses too, such as an array. It is a TypeError.
+    CompilerUnusable
+        The backend is ``numba``, and Numba or llvmlite, as they are installed here, can't compile the kernel.
     """
     if is_compiling():
         return _in_graph(AttentionCall(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa), backend)
@@ -107,7 +109,7 @@ def choose_backend(
 
     Raises
     ------
-    InvalidInput, WrongType
+    InvalidInput, WrongType, CompilerUnusable
         As ``gqa_attention``.
     """
     return _choose(AttentionCall(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa), backend)[0]
@@ -116,11 +118,18 @@ def choose_backend(
 def _compute(call: AttentionCall, backend: str, usual: bool) -> Tensor:
     """Compute a call that is not known; a `usual` one, which has no mask and no options, may become known."""
     name, prepared, plan = _choose(call, backend)
-    if plan is None:
-        return by_torch.BACKENDS[name](prepared)
-    if usual and all(map(is_, prepared[:3], call[:3])):  # nothing was cast
-        known_calls.remember(call)
-    return plan.attend(prepared)
+    if plan is not None:
+        try:
+            output = plan.attend(prepared)
+        except CompilerUnusable:
+            if backend == "numba":
+                raise
+        else:
+            if usual and all(map(is_, prepared[:3], call[:3])):  # nothing was cast
+                known_calls.remember(call)
+            return output
+        name, prepared, _ = _choose(call, backend)  # now the kernel is known not to serve
+    return by_torch.BACKENDS[name](prepared)
 
 
 def _choose(call: AttentionCall, backend: str) -> tuple[str, AttentionCall, KernelPlan | None]:
@@ -150,11 +159,13 @@ def _choose(call: AttentionCall, backend: str) -> tuple[str, AttentionCall, Kern
         return "torch", call, None  # a prompt
     if backend not in ("auto", "numba"):
         return backend, call, None
+    if backend == "numba":
+        kernel_cache.require_compiler()
     plan = decode.plan_for(call, readable=readable)
     if not isinstance(plan, str):
         return "numba", call, plan
     if why := decode.unavailable():
-        _warn_once(why)
+        decode.warn_once(why)
     return _fastest_of_torch(call) if readable else "torch", call, None
 
 
@@ -174,16 +185,6 @@ def _in_graph(call: AttentionCall, backend: str) -> Tensor:
         output: Tensor = torch.ops.numa_lab.gqa_attention(query, key, value, attn_mask, is_causal, scale, enable_gqa)
         return output
     return by_torch.BACKENDS["torch" if backend in ("auto", "numba") else backend](call)
-
-
-@cache
-def _warn_once(why: str) -> None:
-    warnings.warn(
-        f"numa_lab's decode kernel can't run here ({why}): torch computes instead, several times slower; the backend that ran "
-        "is named in each result",
-        RuntimeWarning,
-        stacklevel=4,
-    )
 
 
 # Measured with torch 2.13, head_dim 128, kv_len 4096, medians of interleaved calls; time of torch-folded / time of torch. On

@@ -14,42 +14,26 @@ import os
 import stat
 import sys
 import tempfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
-import llvmlite
-import llvmlite.binding as llvm
-import numba
-
-from numa_lab.attention import (
-    decode_kernel,
-    panels,
-    processors,
-    score_tile,
-    simd,
-    softmax_step,
-    tiles,
-    value_tile,
-    vectors,
-)
+from numa_lab.attention import merge_kernel, vectors
+from numa_lab.errors import CompilerUnusable
 from numa_lab.machine import cache_folder
+from numa_lab.placement import jit
 
 _ENTRY = "numa_lab_kernel"
+# The modules of which all kernels are made.
 _SOURCES = (
-    processors,
-    vectors,
-    simd,
-    panels,
-    tiles,
-    score_tile,
-    softmax_step,
-    value_tile,
-    decode_kernel,
-)  # of all kernels
+    "processors", "vectors", "compiler", "simd", "panels", "tiles", "score_tile", "softmax_step", "value_tile", "decode_spec",
+    "decode_kernel",
+)  # fmt: skip
 _DIGEST_BYTES = hashlib.sha256().digest_size
 _engines: list[Any] = []  # they own the machine code
+_failures: list[CompilerUnusable] = []  # what compiling came to in this process, the first failure first
 
 
 class KernelSpec(Protocol):
@@ -61,15 +45,62 @@ class KernelSpec(Protocol):
 
 @cache
 def address(spec: KernelSpec) -> int:
-    """Return the address of one version of a kernel, which is loaded from disk, or compiled and stored."""
-    kept = folder()
-    path = kept / f"kernel-{_fingerprint(spec)}.o" if kept else None
-    code = _read(path) if path else None
-    if code is None:
-        code = machine_code(spec)
-        if path:
-            _write(path, code)
-    return _load(code)
+    """Return the address of one version of a kernel, which is loaded from disk, or compiled and stored.
+
+    Raises
+    ------
+    CompilerUnusable
+        Numba or llvmlite can't be imported or can't compile it; ``require_compiler`` raises it from then on.
+    """
+    with _compiling():
+        kept = folder()
+        path = kept / f"kernel-{_fingerprint(spec)}.o" if kept else None
+        code = _read(path) if path else None
+        if code is None:
+            code = machine_code(spec)
+            if path:
+                _write(path, code)
+        return _load(code)
+
+
+def require_compiler() -> None:
+    """Raise what was raised where a kernel could not be compiled in this process, or where there is no Numba.
+
+    Raises
+    ------
+    CompilerUnusable
+        With the same cause.
+    """
+    if not _failures:
+        with _compiling():
+            import numba  # noqa: F401
+    else:
+        raise CompilerUnusable(*_failures[0].args) from _failures[0].__cause__
+
+
+def try_compiler() -> str:
+    """Compile, or load, a small kernel that needs most of what kernels are made of; return what ``CompilerUnusable`` says, or nothing."""
+    try:
+        with _compiling():
+            from numa_lab.attention import decode_kernel  # noqa: F401
+
+            cpu_vectors = vectors.host()
+        if cpu_vectors:
+            address(merge_kernel.MergeSpec(vectors.Rows(cpu_vectors, vectors.Kind.FLOAT32, 8)))
+    except CompilerUnusable as error:
+        return str(error)
+    return ""
+
+
+@contextmanager
+def _compiling() -> Iterator[None]:
+    """Keep in mind that nothing can be compiled, where that is seen in the block."""
+    try:
+        with jit.needed():
+            yield
+    except CompilerUnusable as error:
+        _failures.append(error)
+        raise
 
 
 def folder() -> Path | None:
@@ -96,6 +127,8 @@ def _module(spec: KernelSpec, target: Any) -> Any:
     Numba declares each function as one that others may replace, and so LLVM keeps the code by which functions raise Python errors. Where
     functions are private to the module, LLVM proves that none is raised, and removes that code.
     """
+    import llvmlite.binding as llvm
+
     entry = spec.build()
     module = llvm.parse_assembly(entry.inspect_llvm())
     for function in module.functions:
@@ -109,12 +142,18 @@ def _module(spec: KernelSpec, target: Any) -> Any:
 
 
 def _target_machine() -> Any:
+    import llvmlite.binding as llvm
+
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
     return llvm.Target.from_default_triple().create_target_machine(
         cpu=llvm.get_host_cpu_name(), features=vectors.target_features(), opt=3, jit=True
     )
 
 
 def _load(code: bytes) -> int:
+    import llvmlite.binding as llvm
+
     engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _target_machine())
     engine.add_object_file(llvm.ObjectFileRef.from_data(code))
     engine.finalize_object()
@@ -125,9 +164,13 @@ def _load(code: bytes) -> int:
 @cache
 def _origin(module: str) -> bytes:
     """Return a digest of all that decides the code of the kernels that a module defines."""
-    digest = hashlib.sha256()
-    for source in (*_SOURCES, sys.modules[module]):
-        digest.update(Path(str(source.__file__)).read_bytes())
+    import llvmlite
+    import llvmlite.binding as llvm
+    import numba
+
+    digest, here = hashlib.sha256(), Path(__file__)
+    for source in (*(here.with_name(f"{name}.py") for name in _SOURCES), sys.modules[module].__file__):
+        digest.update(Path(str(source)).read_bytes())
     facts = (
         numba.__version__, llvmlite.__version__, numba.config.OPT, llvm.get_host_cpu_name(),
         vectors.target_features(),

@@ -16,9 +16,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from numa_lab.attention import decode_kernel, kernel_cache, merge_kernel, openmp_regions, vectors
+from numa_lab.attention import decode_spec, kernel_cache, merge_kernel, openmp_regions, vectors
 from numa_lab.attention.call import AttentionCall
-from numa_lab.attention.decode_kernel import CALL, FIELDS, LOG2_E, DecodeSpec
+from numa_lab.attention.decode_spec import CALL, FIELDS, LOG2_E, DecodeSpec
 from numa_lab.attention.merge_kernel import MergeSpec
 from numa_lab.attention.vectors import Kind, Rows
 from numa_lab.placement import openmp
@@ -27,12 +27,12 @@ ALONE_BYTES = 32 * 1024  # of K and V: below that, waking the team takes longer 
 
 KINDS = {torch.float32: Kind.FLOAT32, torch.float16: Kind.FLOAT16, torch.bfloat16: Kind.BFLOAT16}
 _MASK_KINDS = {
-    torch.bool: decode_kernel.MASK_BOOL,
-    torch.float32: decode_kernel.MASK_FLOAT,
-    torch.float16: decode_kernel.MASK_HALF,
-    torch.bfloat16: decode_kernel.MASK_BFLOAT,
+    torch.bool: decode_spec.MASK_BOOL,
+    torch.float32: decode_spec.MASK_FLOAT,
+    torch.float16: decode_spec.MASK_HALF,
+    torch.bfloat16: decode_spec.MASK_BFLOAT,
 }
-_NO_MASK = (0, 0, 0, 0, decode_kernel.MASK_NONE)
+_NO_MASK = (0, 0, 0, 0, decode_spec.MASK_NONE)
 _CALL = struct.Struct(f"{len(CALL)}q")
 _LAYOUT = struct.Struct(f"{len(FIELDS) - len(CALL)}qd")
 _BEHIND_CALL = slice(_CALL.size, None)
@@ -104,7 +104,7 @@ class KernelPlan:
     threads: int
     least_shared: int  # the team computes from so many keys on; over fewer keys the calling thread computes alone
     workspace_bytes: int  # of each thread
-    layout: bytes  # the arguments of the kernel behind ``decode_kernel.CALL``
+    layout: bytes  # the arguments of the kernel behind ``decode_spec.CALL``
     causal_mask: Tensor | None = None  # [q_len, keys that any query sees], of a causal call
 
     @classmethod
@@ -183,7 +183,7 @@ class KernelPlan:
         openmp.run_on_team(_team_region(), arguments.address, threads)
 
     def pack(self, arguments: KernelArguments, *call: int) -> None:
-        """Write the kernel's arguments: `call` has those of ``decode_kernel.CALL`` between the counter and the kernel's own address."""
+        """Write the kernel's arguments: `call` has those of ``decode_spec.CALL`` between the counter and the kernel's own address."""
         kernel = self.kernel
         assert kernel is not None  # who has nothing to compute packs nothing
         _CALL.pack_into(arguments.packed, 0, arguments.counter, *call, kernel.address or kernel.load())

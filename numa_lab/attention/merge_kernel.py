@@ -10,10 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numba import cfunc, types
 
-from numa_lab.attention import tiles
-from numa_lab.attention.decode_kernel import LOG2_E, LOWEST, ONE, ZERO, arguments_as, jit
+from numa_lab.attention.decode_spec import LOG2_E
 from numa_lab.attention.vectors import Rows
 
 # `outputs` is [parts, rows, head_dim] and `lse` [parts, rows], float32 and natural; `space` has room for two rows of sums.
@@ -34,6 +32,11 @@ class MergeSpec:
 
     def build(self) -> Any:
         """Compile ``void merge(void *_ARGUMENTS)``."""
+        from numba import cfunc, types
+
+        from numa_lab.attention import tiles
+        from numa_lab.attention.decode_kernel import LOWEST, ONE, ZERO, arguments_as, jit
+
         rows = self.rows
         sum_bytes, row_bytes = rows.sum_bytes, rows.row_bytes
         widen, blend, write = (make(rows) for make in (tiles.pack, tiles.blend, tiles.write))

@@ -12,18 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from numba import cfunc, types
-
-from numa_lab.attention.decode_kernel import ARGUMENTS, jit
-from numa_lab.attention.tiles import (
-    call_int,
-    call_with_one,
-    call_with_three,
-    call_with_two,
-    fetch_add,
-    load_word,
-    store_word,
-)
+from numa_lab.attention.decode_spec import ARGUMENTS
 from numa_lab.placement import openmp
 
 WORD = 8
@@ -48,6 +37,9 @@ class TeamRegion:
 
     def build(self) -> Any:
         """Compile ``void region(void *ARGUMENTS)``."""
+        from numba import cfunc, types
+
+        from numa_lab.attention.tiles import call_int, call_with_three, load_word
 
         @cfunc(types.void(types.int64), error_model="numpy")
         def region(arguments):  # type: ignore[no-untyped-def]
@@ -69,6 +61,18 @@ class SeatedRegion:
 
     def build(self) -> Any:
         """Compile ``void region(int64_t table[])``."""
+        from numba import cfunc, types
+
+        from numa_lab.attention.decode_kernel import jit
+        from numa_lab.attention.tiles import (
+            call_int,
+            call_with_one,
+            call_with_three,
+            call_with_two,
+            fetch_add,
+            load_word,
+            store_word,
+        )
 
         @jit
         def word(table, place):  # type: ignore[no-untyped-def]

@@ -10,10 +10,9 @@ from typing import Any
 
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
-from numa_lab.attention import simd
+from numa_lab.attention import compiler, simd
 from numa_lab.attention.panels import UNIT_BYTES, Panel
 from numa_lab.attention.simd import FLOAT, I32, I64
 from numa_lab.attention.tiles import Intrinsic, multiply_add, no_result
@@ -35,7 +34,7 @@ def scores(panel: Panel, ahead: bool) -> Intrinsic:
 
     def emit(b: Any, query: Any, key: Any, stride: Any, last: Any, distance: Any, out: Any) -> None:
         sums = [
-            [[cgutils.alloca_once(b, type_) for _ in range(panel.splits)] for _ in range(vectors)]
+            [[compiler.alloca_once(b, type_) for _ in range(panel.splits)] for _ in range(vectors)]
             for _ in range(tile.kv_rows)
         ]
         for cell in (cell for row in sums for vector in row for cell in vector):
@@ -71,7 +70,7 @@ def scores(panel: Panel, ahead: bool) -> Intrinsic:
             turn_bytes = per_turn * step_bytes
             query_bytes = per_turn * vectors * size
             end = simd.opaque(b, I64(whole * turn_bytes))
-            with cgutils.for_range_slice(b, I64(0), end, I64(turn_bytes)) as (offset, _):
+            with compiler.for_range_slice(b, I64(0), end, I64(turn_bytes)) as (offset, _):
                 turn(offset, b.mul(offset, I64(query_bytes // turn_bytes)), 0, per_turn)
             done = whole * per_turn
         else:
@@ -208,7 +207,7 @@ def deal(panel: Panel) -> Intrinsic:
     some, step_bytes = simd.floats(panel.spread), panel.vectors * panel.rows.vectors.bytes
 
     def emit(b: Any, row: Any, packed: Any) -> None:
-        with cgutils.for_range(b, I64(panel.units // panel.spread)) as loop:
+        with compiler.for_range(b, I64(panel.units // panel.spread)) as loop:
             x = b.load(simd.at(b, row, b.mul(loop.index, I64(panel.spread * UNIT_BYTES))), typ=some, align=4)
             b.store(x, simd.at(b, packed, b.mul(loop.index, I64(step_bytes))), align=4)
 

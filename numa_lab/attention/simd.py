@@ -13,8 +13,8 @@ from typing import Any
 
 import llvmlite.binding as llvm
 from llvmlite import ir
-from numba.core import cgutils
 
+from numa_lab.attention import compiler
 from numa_lab.attention.vectors import Kind, Rows, Vectors
 
 llvm.initialize_native_asmparser()  # for the instruction in ``prefetch``
@@ -25,19 +25,6 @@ CHANCES = 4
 
 I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 FLOAT, HALF, POINTER = ir.FloatType(), ir.HalfType(), ir.PointerType()
-
-
-class _BFloat(ir.HalfType):  # type: ignore[misc]
-    """LLVM's bfloat, which llvmlite lacks."""
-
-    intrinsic_name = "bf16"
-
-    def __str__(self) -> str:
-        return "bfloat"
-
-
-_BFloat._create_instance()  # llvmlite's float types are one object each; without its own this one would be half
-BFLOAT = _BFloat()
 
 
 # --- one vector
@@ -61,7 +48,7 @@ def at(b: Any, address: Any, offset: Any = 0) -> Any:
 def call(b: Any, name: str, result: ir.Type, *arguments: Any) -> Any:
     """Call one of LLVM's own functions; return its result."""
     type_ = ir.FunctionType(result, [argument.type for argument in arguments])
-    return b.call(cgutils.get_or_insert_function(b.module, type_, name), arguments)
+    return b.call(compiler.get_or_insert_function(b.module, type_, name), arguments)
 
 
 def fma(b: Any, x: Any, y: Any, z: Any) -> Any:

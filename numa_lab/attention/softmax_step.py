@@ -7,10 +7,9 @@ from typing import Any
 
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
-from numa_lab.attention import simd
+from numa_lab.attention import compiler, simd
 from numa_lab.attention.panels import Panel
 from numa_lab.attention.simd import I16, I64
 from numa_lab.attention.tiles import HEADROOM, Intrinsic
@@ -38,17 +37,17 @@ def softmax_step(panel: Panel) -> Intrinsic:
 
     def emit(b: Any, scores: Any, vectors: Any, factor: Any, reference: Any, total: Any, rescale: Any) -> Any:
         factor = simd.splat(b, factor, lanes)
-        moved = cgutils.alloca_once(b, I64)
+        moved = compiler.alloca_once(b, I64)
         b.store(I64(0), moved)
         for v in range(panel.vectors):
             row = b.add(scores, I64(v * panel.pitch))
             at_reference, at_total, at_rescale = (simd.at(b, x, v * size) for x in (reference, total, rescale))
             old = b.load(at_reference, typ=type_, align=4)
-            top, current = cgutils.alloca_once(b, type_), cgutils.alloca_once(b, type_)
+            top, current = compiler.alloca_once(b, type_), compiler.alloca_once(b, type_)
             b.store(simd.constant(type_, float("-inf")), top)
             b.store(old, current)
             b.store(simd.constant(type_, 1.0), at_rescale, align=4)
-            with cgutils.for_range_slice(b, I64(0), vectors, I64(group)) as (i, _):
+            with compiler.for_range_slice(b, I64(0), vectors, I64(group)) as (i, _):
                 scaled = [b.fmul(x, factor) for x in _load(b, row, i, group, type_)]
                 b.store(simd.greater(b, _pairwise(b, scaled, simd.greater), b.load(top, typ=type_)), top)
             high = b.load(top, typ=type_)
@@ -63,9 +62,9 @@ def softmax_step(panel: Panel) -> Intrinsic:
                 b.store(alpha, at_rescale, align=4)
                 b.store(b.fmul(b.load(at_total, typ=type_, align=4), alpha), at_total, align=4)
             minus = b.fneg(b.load(current, typ=type_))
-            sums = cgutils.alloca_once(b, type_)
+            sums = compiler.alloca_once(b, type_)
             b.store(b.load(at_total, typ=type_, align=4), sums)
-            with cgutils.for_range_slice(b, I64(0), vectors, I64(group)) as (i, _):
+            with compiler.for_range_slice(b, I64(0), vectors, I64(group)) as (i, _):
                 weights = [simd.exp2(b, simd.fma(b, x, factor, minus), degree) for x in _load(b, row, i, group, type_)]
                 b.store(b.fadd(b.load(sums, typ=type_), _pairwise(b, weights, type(b).fadd)), sums)
                 _store(b, panel, weights, row, i)
@@ -122,5 +121,5 @@ def _store(b: Any, panel: Panel, weights: list[Any], row: Any, first: Any) -> No
     ]
     for n in range(0, len(weights), 2):
         both = simd.shuffle(b, weights[n], weights[n + 1], range(2 * lanes))
-        both = b.bitcast(b.fptrunc(both, ir.VectorType(simd.BFLOAT, 2 * lanes)), ir.VectorType(I16, 2 * lanes))
+        both = b.bitcast(b.fptrunc(both, ir.VectorType(compiler.BFLOAT, 2 * lanes)), ir.VectorType(I16, 2 * lanes))
         b.store(simd.shuffle(b, both, both, order), simd.at(b, at, n * size // 2), align=4)

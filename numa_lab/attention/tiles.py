@@ -9,10 +9,9 @@ from typing import Any
 
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
-from numa_lab.attention import simd
+from numa_lab.attention import compiler, simd
 from numa_lab.attention.simd import FLOAT, I8, I16, I32, I64
 from numa_lab.attention.vectors import Kind, Rows, Vectors
 
@@ -24,7 +23,7 @@ Intrinsic = Any
 
 def as_pairs(b: Any, x: Any) -> Any:
     """Return a vector of 512 bits as 32 bfloat16."""
-    return b.bitcast(x, ir.VectorType(simd.BFLOAT, 32))
+    return b.bitcast(x, ir.VectorType(compiler.BFLOAT, 32))
 
 
 def multiply_add(b: Any, pairs: bool, x: Any, y: Any, total: Any) -> Any:
@@ -68,7 +67,7 @@ def fill(vectors: Vectors, value: float) -> Intrinsic:
     constant = simd.constant(simd.floats(vectors.lanes), value)
 
     def emit(b: Any, address: Any, nbytes: Any) -> None:
-        with cgutils.for_range_slice(b, I64(0), nbytes, I64(vectors.bytes)) as (offset, _):
+        with compiler.for_range_slice(b, I64(0), nbytes, I64(vectors.bytes)) as (offset, _):
             b.store(constant, simd.at(b, address, offset), align=4)
 
     @intrinsic
@@ -84,7 +83,7 @@ def scale(rows: Rows) -> Intrinsic:
 
     def emit(b: Any, sums: Any, factor: Any) -> None:
         factor = simd.splat(b, factor, rows.vectors.lanes)
-        with cgutils.for_range(b, I64(rows.sum_bytes // rows.vectors.bytes)) as loop:
+        with compiler.for_range(b, I64(rows.sum_bytes // rows.vectors.bytes)) as loop:
             x = b.fmul(_vector(b, sums, loop.index, rows.vectors.bytes, type_), factor)
             b.store(x, simd.at(b, sums, b.mul(loop.index, I64(rows.vectors.bytes))), align=4)
 
@@ -101,7 +100,7 @@ def blend(rows: Rows) -> Intrinsic:
 
     def emit(b: Any, sums: Any, own: Any, others: Any, weight: Any) -> None:
         own, weight = (simd.splat(b, factor, rows.vectors.lanes) for factor in (own, weight))
-        with cgutils.for_range(b, I64(rows.sum_bytes // rows.vectors.bytes)) as loop:
+        with compiler.for_range(b, I64(rows.sum_bytes // rows.vectors.bytes)) as loop:
             x, y = (_vector(b, address, loop.index, rows.vectors.bytes, type_) for address in (sums, others))
             x = simd.fma(b, x, own, b.fmul(y, weight))
             b.store(x, simd.at(b, sums, b.mul(loop.index, I64(rows.vectors.bytes))), align=4)
@@ -250,6 +249,6 @@ def no_result(parameters: list[Any], emit: Any) -> Any:
 
     def generate(context: Any, builder: Any, _signature: Any, values: Any) -> Any:
         emit(builder, *values)
-        return context.get_dummy_value()
+        return compiler.no_value(context)
 
     return types.void(*parameters), generate

@@ -8,10 +8,9 @@ from itertools import pairwise
 from typing import Any
 
 from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
-from numa_lab.attention import simd
+from numa_lab.attention import compiler, simd
 from numa_lab.attention.panels import BLOCK_ROWS, Panel
 from numa_lab.attention.simd import FLOAT, I32, I64
 from numa_lab.attention.tiles import Intrinsic, multiply_add, no_result, pair_up
@@ -49,12 +48,12 @@ def weighted_sum(panel: Panel, first: int, height: int, ahead: bool) -> Intrinsi
         distances = simd.stream_distances(b, rows, stride, panel.stream_ahead) if ahead else []
         for begin, end in pairwise(bounds):
             vectors = range(begin, end)
-            cells = [[cgutils.alloca_once(b, type_) for _ in vectors] for _ in range(height)]
+            cells = [[compiler.alloca_once(b, type_) for _ in vectors] for _ in range(height)]
             offsets = [[i * rows.sum_bytes + n * size for n in vectors] for i in range(height)]
             for row_offsets, row_cells in zip(offsets, cells, strict=True):
                 for offset, cell in zip(row_offsets, row_cells, strict=True):
                     b.store(b.load(simd.at(b, out, offset), typ=type_, align=4), cell)
-            with cgutils.for_range_slice(b, I64(0), count, I64(2)) as (j, _):
+            with compiler.for_range_slice(b, I64(0), count, I64(2)) as (j, _):
                 row = b.add(value, b.mul(j, stride))
                 second = b.select(b.icmp_signed("<", b.add(j, I64(1)), count), b.add(row, stride), row)
                 at_weights = b.add(weights, b.mul(j, I64(per_vector * (2 if pairs else 4))))
@@ -153,7 +152,7 @@ class _Prefetcher:
     def of(cls, b: Any, rows: Rows, first: Any, stride: Any) -> _Prefetcher:
         """Begin at a row; rows that lie in memory without gaps are taken for one long row."""
         prefetcher = cls(
-            cgutils.alloca_once(b, I64), cgutils.alloca_once(b, I64), simd.opaque(b, b.sub(stride, I64(rows.row_bytes))), stride
+            compiler.alloca_once(b, I64), compiler.alloca_once(b, I64), simd.opaque(b, b.sub(stride, I64(rows.row_bytes))), stride
         )  # fmt: skip
         gapless = b.icmp_signed("==", stride, I64(rows.row_bytes))
         b.store(first, prefetcher.line)

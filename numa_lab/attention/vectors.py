@@ -11,10 +11,9 @@ from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import cache
 
-import llvmlite.binding as llvm
-
 from numa_lab.attention.processors import DEFAULTS, Processor, processor
 from numa_lab.errors import InvalidInput
+from numa_lab.placement import jit
 
 LINE_BYTES = 64  # of a cache line
 
@@ -76,7 +75,10 @@ def available() -> dict[str, Vectors]:
     """Return the vectors that this CPU has by the names that ``NUMA_LAB_VECTORS`` takes, the fastest first."""
     if platform.machine() in ("aarch64", "arm64"):
         return {"neon": NEON}
-    has, own = llvm.get_host_cpu_features(), processor(llvm.get_host_cpu_name())
+    with jit.needed():
+        import llvmlite.binding as llvm
+
+        has, own = llvm.get_host_cpu_features(), processor(llvm.get_host_cpu_name())
     # Zen 4 multiplies pairs of bfloat16 as fast as single numbers. Intel's processors take four times as long for that instruction
     # (a Xeon with AMX did 1.05 in a nanosecond, and 4.1 of the other), so that widening to float32 is faster there.
     names = list(_X86) if own.pairs_first else ["avx512", "avx512-bf16", "avx2"]
@@ -111,6 +113,8 @@ def host() -> Vectors | None:
 
 def target_features() -> str:
     """Return the features of this CPU that kernels may use, as LLVM takes them: none that is wider than the chosen vectors."""
+    import llvmlite.binding as llvm
+
     features = llvm.get_host_cpu_features()
     for withheld in _WITHHELD.get(chosen() or "", ()):
         features.update({feature: False for feature in features if feature.startswith(withheld)})

@@ -18,75 +18,78 @@ from typing import Any
 
 import numpy as np
 import torch
-from llvmlite import ir
-from numba import cfunc, njit, types
-from numba.core import cgutils
-from numba.extending import intrinsic
 
-from numa_lab.attention import simd, vectors
+from numa_lab.attention import vectors
 from numa_lab.attention.vectors import LINE_BYTES
 from numa_lab.errors import InvalidInput
-from numa_lab.placement import openmp
+from numa_lab.placement import jit, openmp
 
 LATENCY_LOADS = 200_000  # of one chase: about 20 ms
 MIN_REPEATS = 3
 
 _WORD_BYTES = 8
 LINE_WORDS = LINE_BYTES // _WORD_BYTES
-_WORDS = types.CPointer(types.int64)
-
-
-@intrinsic
-def _sum_lines(_context: Any, words: Any, first: Any, lines: Any) -> Any:
-    """Add up the words of so many lines from the first on, read with the vectors and prefetches of the decode kernel.
-
-    One stream: two that lie far apart read a quarter less (Zen 4), where their addresses compete for the same ways of a cache.
-    On a CPU whose vectors are not known it prefetches nothing.
-    """
-    cpu_vectors = vectors.host()
-    type_ = ir.VectorType(simd.I64, cpu_vectors.bytes // _WORD_BYTES if cpu_vectors else 2)
-    width = type_.count * _WORD_BYTES
-
-    def generate(_c: Any, b: Any, _s: Any, arguments: Any) -> Any:
-        sums = [cgutils.alloca_once_value(b, ir.Constant(type_, None)) for _ in range(LINE_BYTES // width)]
-        address, first, lines = arguments
-        begin = b.add(b.ptrtoint(address, simd.I64), b.mul(first, simd.I64(LINE_BYTES)))
-        with cgutils.for_range(b, lines) as loop:
-            line = b.add(begin, b.mul(loop.index, simd.I64(LINE_BYTES)))
-            if cpu_vectors:
-                for chance in range(simd.CHANCES, 0, -1):
-                    simd.prefetch(b, cpu_vectors, line, simd.I64(chance * simd.STEP_BYTES), 0)
-            for i, cell in enumerate(sums):
-                x = b.load(simd.at(b, line, i * width), typ=type_, align=_WORD_BYTES)
-                b.store(b.add(b.load(cell, typ=type_), x), cell)
-        total = simd.I64(0)
-        for cell in sums:
-            x = b.load(cell, typ=type_)
-            for lane in range(type_.count):
-                total = b.add(total, b.extract_element(x, simd.I32(lane)))
-        return total
-
-    return types.int64(_WORDS, types.int64, types.int64), generate
 
 
 @cache
+@jit.needed()
 def _team_body() -> Any:
     """The function that each thread of the team runs: it adds up an even share of the lines.
 
     Its argument holds the addresses of the words, of a line for each thread's sum, and of the number of words. Each process
     compiles it once: Numba can't cache it on disk ("uses dynamic globals (such as ctypes pointers)").
     """
+    from llvmlite import ir
+    from numba import cfunc, types
+    from numba.extending import intrinsic
+
+    from numa_lab.attention import compiler, simd
+
+    words_type = types.CPointer(types.int64)
+    cpu_vectors = vectors.host()
+    type_ = ir.VectorType(simd.I64, cpu_vectors.bytes // _WORD_BYTES if cpu_vectors else 2)
+    width = type_.count * _WORD_BYTES
+
+    @intrinsic
+    def sum_lines(_context: Any, words: Any, first: Any, lines: Any) -> Any:
+        """Add up the words of so many lines from the first on, read with the vectors and prefetches of the decode kernel.
+
+        One stream: two that lie far apart read a quarter less (Zen 4), where their addresses compete for the same ways of a cache.
+        On a CPU whose vectors are not known it prefetches nothing.
+        """
+
+        def generate(_c: Any, b: Any, _s: Any, arguments: Any) -> Any:
+            sums = [compiler.alloca_once_value(b, ir.Constant(type_, None)) for _ in range(LINE_BYTES // width)]
+            address, first, lines = arguments
+            begin = b.add(b.ptrtoint(address, simd.I64), b.mul(first, simd.I64(LINE_BYTES)))
+            with compiler.for_range(b, lines) as loop:
+                line = b.add(begin, b.mul(loop.index, simd.I64(LINE_BYTES)))
+                if cpu_vectors:
+                    for chance in range(simd.CHANCES, 0, -1):
+                        simd.prefetch(b, cpu_vectors, line, simd.I64(chance * simd.STEP_BYTES), 0)
+                for i, cell in enumerate(sums):
+                    x = b.load(simd.at(b, line, i * width), typ=type_, align=_WORD_BYTES)
+                    b.store(b.add(b.load(cell, typ=type_), x), cell)
+            total = simd.I64(0)
+            for cell in sums:
+                x = b.load(cell, typ=type_)
+                for lane in range(type_.count):
+                    total = b.add(total, b.extract_element(x, simd.I32(lane)))
+            return total
+
+        return types.int64(words_type, types.int64, types.int64), generate
+
     library = openmp.require().library
     number, size = library.omp_get_thread_num, library.omp_get_num_threads
     for function in (number, size):
         function.argtypes, function.restype = [], ctypes.c_int
 
-    @cfunc(types.void(types.CPointer(_WORDS)), error_model="numpy")
+    @cfunc(types.void(types.CPointer(words_type)), error_model="numpy")
     def body(arguments: Any) -> None:
         words, sums, count = arguments[0], arguments[1], arguments[2][0]
         me, threads, lines = number(), size(), count // LINE_WORDS
         first, end = lines * me // threads, lines * (me + 1) // threads
-        total = _sum_lines(words, first, end - first)
+        total = sum_lines(words, first, end - first)
         if me == threads - 1:  # words behind the last whole line
             for i in range(lines * LINE_WORDS, count):
                 total += words[i]
@@ -95,11 +98,23 @@ def _team_body() -> Any:
     return body
 
 
-@njit(error_model="numpy", nogil=True)
-def _chase(following: Any, at: Any, steps: int) -> Any:
-    for _ in range(steps):
-        at = following[at]
-    return at
+def _chase(following: np.ndarray, at: np.uint64, steps: int) -> np.uint64:
+    """Follow `steps` indices from `at` on, each of which says where the next one is; return the last one."""
+    return np.uint64(_compiled_chase()(following, at, steps))
+
+
+@cache
+@jit.needed()
+def _compiled_chase() -> Any:
+    from numba import njit
+
+    @njit("uint64(uint64[::1], uint64, int64)", error_model="numpy", nogil=True)
+    def chase(following: Any, at: Any, steps: Any) -> Any:
+        for _ in range(steps):
+            at = following[at]
+        return at
+
+    return chase
 
 
 def read_once(tensor: torch.Tensor, threads: int) -> int:
@@ -197,6 +212,6 @@ def read_latency(
     chases = []
     for _ in range(repeats):
         begin = time.perf_counter()
-        at = np.uint64(_chase(following, at, loads))
+        at = _chase(following, at, loads)
         chases.append((time.perf_counter() - begin) / loads)
     return statistics.median(chases)

@@ -21,6 +21,7 @@ from numa_lab.attention import addresses, autocast, decode
 from numa_lab.attention.call import AttentionCall
 from numa_lab.attention.kernel_plan import KV_LEN, OUT, QUERY, KernelArguments, KernelPlan, Merge
 from numa_lab.attention.partial import merge, partial_attention
+from numa_lab.errors import CompilerUnusable
 from numa_lab.machine.page_maps import PAGE_BYTES
 from numa_lab.nodes.seats import Place, seats_of
 
@@ -84,7 +85,14 @@ def prepare(
         return None
     query = query.detach()
     plans = [plan for piece in pieces if (plan := piece.plan(query, scale))]
-    return Step(query, pieces, plans, places, scale) if len(plans) == len(pieces) else None
+    if len(plans) < len(pieces):
+        return None
+    try:
+        return Step(query, pieces, plans, places, scale)
+    except CompilerUnusable as error:
+        _plans.clear()  # one whose kernel can't be compiled is not tried again
+        decode.warn_once(str(error))
+        return None
 
 
 class _Job(NamedTuple):

@@ -21,11 +21,9 @@ from typing import Any, NamedTuple, TypeVar
 
 import threadpoolctl
 import torch
-from llvmlite import ir
-from numba import cfunc, njit, types
-from numba.extending import intrinsic
 
 from numa_lab.errors import NumaLabError
+from numa_lab.placement import jit
 
 T = TypeVar("T")
 
@@ -152,32 +150,36 @@ def run_on_each(function: Callable[[int], T], threads: int) -> list[T]:
 
 
 @cache
+@jit.needed()
 def _on_workers() -> int:
     """Return the address of ``void on_workers(void call(int))``, which calls `call` on each thread of a team but the calling one.
 
     On the calling thread a signal's handler may raise where a callback begins, before any ``try``, and the exception would be lost.
     Handlers run in the main thread, which is no worker of any team.
     """
+    from llvmlite import ir
+    from numba import cfunc, types
+    from numba.extending import intrinsic
+
     number = int_function("omp_get_thread_num")
+
+    @intrinsic
+    def call_with_int(_context: Any, _function: Any, _argument: Any) -> Any:
+        """Let compiled code call the ``void function(int)`` at an address."""
+
+        def emit(_c: Any, b: Any, _s: Any, a: Any) -> Any:
+            function = ir.FunctionType(ir.VoidType(), [ir.IntType(32)])
+            b.call(b.inttoptr(a[0], function.as_pointer()), a[1:])
+
+        return types.void(types.int64, types.int32), emit
 
     @cfunc(types.void(types.int64), error_model="numpy")
     def on_workers(call: Any) -> None:
         if number() > 0:
-            _call_with_int(call, number())
+            call_with_int(call, number())
 
     _keep_alive.append(on_workers)
     return int(on_workers.address)
-
-
-@intrinsic
-def _call_with_int(_context: Any, _function: Any, _argument: Any) -> Any:
-    """Let compiled code call the ``void function(int)`` at an address."""
-
-    def emit(_c: Any, b: Any, _s: Any, a: Any) -> Any:
-        function = ir.FunctionType(ir.VoidType(), [ir.IntType(32)])
-        b.call(b.inttoptr(a[0], function.as_pointer()), a[1:])
-
-    return types.void(types.int64, types.int32), emit
 
 
 def team(threads: int | None = None) -> list[TeamThread]:
@@ -191,8 +193,11 @@ def team(threads: int | None = None) -> list[TeamThread]:
 
 
 @cache
+@jit.needed()
 def _note_id() -> int:
     """Return the address of ``void note_id(int64_t ids[])``, with which each thread of a team notes its id at its place."""
+    from numba import cfunc, types
+
     number, own = int_function("omp_get_thread_num"), own_id()
 
     @cfunc(types.void(types.CPointer(types.int64)), error_model="numpy")
@@ -211,6 +216,8 @@ def own_id() -> Any:
         return ctypes.CFUNCTYPE(ctypes.c_int)(("gettid", libc))
     call = ctypes.CFUNCTYPE(ctypes.c_long, ctypes.c_long)(("syscall", libc))
     gettid = _GETTID[platform.machine()]
+    with jit.needed():
+        from numba import njit
 
     @njit(error_model="numpy")
     def own_id() -> Any:

@@ -17,11 +17,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import cfunc, njit, types
 from numpy.typing import NDArray
 
 from numa_lab.machine import affinity, libnuma
-from numa_lab.placement import openmp
+from numa_lab.placement import jit, openmp
 
 # A thread's row of words: its CPU mask, the mode and the node mask of its policy, and its id.
 CPU_WORDS = affinity.MAX_CPUS // 64  # a kernel wants room for all that it was built for
@@ -42,10 +41,10 @@ _ARGUMENTS = 5  # pointers, in front of the numbers
 _Go = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_size_t)
 
 Rows = NDArray[np.int64]
-_WORDS = types.CPointer(types.int64)
 
 
 @cache
+@jit.needed()
 def _exchange() -> tuple[int, int, int]:
     """Compile the exchange; return the addresses of three functions.
 
@@ -68,6 +67,9 @@ def _exchange() -> tuple[int, int, int]:
     - ``_BACK``: 1 on the way back and 0 on the way there,
     - ``_OWN``: the address of these arguments, which the parallel region passes on.
     """
+    from numba import cfunc, njit, types
+
+    words = types.CPointer(types.int64)
     libc, library, own_id = ctypes.CDLL(None), openmp.require().library, openmp.own_id()
     number, size = openmp.int_function("omp_get_thread_num"), openmp.int_function("omp_get_num_threads")
     # Without libnuma no row names a policy, and what stands in for its calls is never called.
@@ -134,11 +136,11 @@ def _exchange() -> tuple[int, int, int]:
             if set_policy(new[taken + MODE], new_address + 8 * NODES, max_nodes) != 0 and there:
                 shared[_NO_POLICY] = 1
 
-    @cfunc(types.void(types.CPointer(_WORDS)), error_model="numpy")
+    @cfunc(types.void(types.CPointer(words)), error_model="numpy")
     def body(arguments: Any) -> None:
         exchange(arguments, number())
 
-    @cfunc(types.void(types.CPointer(_WORDS), types.int64), error_model="numpy")
+    @cfunc(types.void(types.CPointer(words), types.int64), error_model="numpy")
     def take(arguments: Any, wanted: Any) -> None:
         exchange(arguments, wanted)
 
@@ -147,7 +149,7 @@ def _exchange() -> tuple[int, int, int]:
     count, mkl_set_count = openmp.int_function("omp_get_max_threads"), openmp.mkl_set_threads()
     set_count = ctypes.CFUNCTYPE(None, integer)(("omp_set_num_threads", library))
 
-    @cfunc(types.int64(types.CPointer(_WORDS)), error_model="numpy")
+    @cfunc(types.int64(types.CPointer(words)), error_model="numpy")
     def there(arguments: Any) -> Any:
         shared, rows = arguments[2], arguments[2][_ROWS]
         shared[_COUNT] = count()
@@ -156,7 +158,7 @@ def _exchange() -> tuple[int, int, int]:
         parallel(run, arguments[3][_OWN], rows, 0)
         return shared[_NO_MASK] | shared[_NO_POLICY]
 
-    @cfunc(types.int64(types.CPointer(_WORDS)), error_model="numpy")
+    @cfunc(types.int64(types.CPointer(words)), error_model="numpy")
     def back(arguments: Any) -> Any:
         shared = arguments[2]
         if shared[_TAKEN] != 0:
@@ -170,6 +172,7 @@ def _exchange() -> tuple[int, int, int]:
 
 
 @cache
+@jit.needed()
 def _look() -> Any:
     """Compile ``int64 look(int64 *arguments[4], int64 count)``, which tells what has become of the masks of `count` threads.
 
@@ -177,10 +180,12 @@ def _look() -> Any:
     happened, and 0 where neither did. The arguments are pointers: to the rows that hold the threads' ids, to the rows with the masks that
     they took, to room for a mask, and to the arguments themselves.
     """
+    from numba import cfunc, types
+
     libc, address, integer = ctypes.CDLL(None), ctypes.c_size_t, ctypes.c_int
     get_mask = ctypes.CFUNCTYPE(integer, integer, address, address)(("sched_getaffinity", libc))
 
-    @cfunc(types.int64(types.CPointer(_WORDS), types.int64), error_model="numpy")
+    @cfunc(types.int64(types.CPointer(types.CPointer(types.int64)), types.int64), error_model="numpy")
     def look(arguments: Any, count: Any) -> Any:
         rows, given, now = arguments[0], arguments[1], arguments[2]
         now_address, changes = arguments[3][2], 0

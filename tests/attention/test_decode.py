@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from numa_lab.attention import decode, decode_kernel, kernel_plan, vectors
+from numa_lab.attention import decode, decode_spec, kernel_plan, vectors
 from numa_lab.attention.call import AttentionCall
 from numa_lab.attention.gqa import choose_backend, gqa_attention
 from numa_lab.attention.reference import attention as reference
@@ -159,25 +159,23 @@ def test_what_the_kernel_does_not_serve_goes_to_torch_and_is_named():
 
 
 def test_without_what_it_needs_torch_computes_and_one_warning_says_why(monkeypatch):
-    from numa_lab.attention import gqa
-
     query, key = torch.randn(1, 4, 1, 64), torch.randn(1, 2, 9, 64)
     monkeypatch.setattr(vectors, "host", lambda: None)
-    decode.unavailable.cache_clear()
-    gqa._warn_once.cache_clear()
+    decode._lacking.cache_clear()
+    decode.warn_once.cache_clear()
     try:
         with pytest.warns(RuntimeWarning, match="AVX2") as warned:
             for _ in range(2):
                 assert choose_backend(query, key, key, enable_gqa=True).startswith("torch")
         assert len(warned) == 1
     finally:
-        decode.unavailable.cache_clear()
+        decode._lacking.cache_clear()
 
 
 @pytest.mark.parametrize("page", [4096, 16384, 65536])
 def test_threads_share_no_page_of_their_workspace_whatever_its_size(monkeypatch, page):
     monkeypatch.setattr(mmap, "PAGESIZE", page)
-    spec = decode_kernel.DecodeSpec.of(vectors.Rows(vectors.AVX2, vectors.Kind.FLOAT32, 128), 4)
+    spec = decode_spec.DecodeSpec.of(vectors.Rows(vectors.AVX2, vectors.Kind.FLOAT32, 128), 4)
     workspace = kernel_plan.Workspace()
     begin = workspace.at_least(3 * spec.workspace_bytes(4))
     assert begin % page == spec.workspace_bytes(4) % page == 0
@@ -234,7 +232,7 @@ NUMBA_ON_X86 = pytest.mark.skipif(
 FOR_ANOTHER_CPU = """
 import dataclasses, sys
 import llvmlite.binding as llvm
-from numa_lab.attention import decode_kernel, kernel_cache, vectors
+from numa_lab.attention import decode_spec, kernel_cache, vectors
 llvm.initialize_all_targets()
 llvm.initialize_all_asmprinters()
 name, kind, cpu, triple = sys.argv[1:]
@@ -243,7 +241,7 @@ if name == "NEON":  # Numba compiles for this CPU too, which does not know that 
     cpu_vectors = dataclasses.replace(cpu_vectors, prefetch="")
 rows = vectors.Rows(cpu_vectors, vectors.Kind[kind], 72)
 target = llvm.Target.from_triple(triple).create_target_machine(cpu=cpu, opt=3)
-print(kernel_cache.assembly(decode_kernel.DecodeSpec.of(rows, 4), target))
+print(kernel_cache.assembly(decode_spec.DecodeSpec.of(rows, 4), target))
 """
 
 

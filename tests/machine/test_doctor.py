@@ -16,7 +16,7 @@ import seccomp
 from numa_lab import cli
 from numa_lab.errors import NotPermitted
 from numa_lab.machine import doctor, libnuma
-from numa_lab.machine.doctor import load, optional
+from numa_lab.machine.doctor import load, optional, process
 from numa_lab.machine.sysfs import Tree
 from numa_lab.machine.topology_reader import read_topology
 
@@ -361,6 +361,26 @@ CALLS = {
     "mbind": "mbind",
     "page_status": "move_pages",
 }
+
+
+@pytest.fixture(autouse=True)
+def compiles(monkeypatch):
+    """Trying Numba takes a second; the one test of it has the real function."""
+    real = process.compiler_failure
+    monkeypatch.setattr(process, "compiler_failure", str)
+    return real
+
+
+def test_numba_that_can_not_compile_is_found_with_the_versions_that_can(tmp_path, monkeypatch, compiles):
+    assert compiles() == ""
+    (tmp_path / "sitecustomize.py").write_text("import numba.core.cgutils\ndel numba.core.cgutils.for_range\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(process, "compiler_failure", compiles)
+    finding = live_findings()["decode_kernel"]
+    assert "cannot import name 'for_range'" in finding.seen
+    assert finding.fix.startswith("pip install numba==")
+    assert finding.severity == "problem"
 
 
 def live_findings():

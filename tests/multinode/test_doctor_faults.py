@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from numa_lab.machine import doctor
+from numa_lab.machine.doctor import process
 from numa_lab.machine.topology_reader import read_topology
 from seccomp import refuse
 
@@ -22,7 +23,8 @@ def found(**environ):
 
 
 @pytest.fixture(autouse=True)
-def fresh_caches():
+def fresh_caches(monkeypatch):
+    monkeypatch.setattr(process, "compiler_failure", str)  # loading Numba takes long in emulation, and fills the caches
     os.sync()
     Path("/proc/sys/vm/drop_caches").write_text("3")
 

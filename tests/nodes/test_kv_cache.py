@@ -5,7 +5,7 @@ import torch
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from numa_lab.attention import partial
+from numa_lab.attention import decode, kernel_cache, partial
 from numa_lab.attention.reference import attention as reference
 from numa_lab.errors import InvalidInput
 from numa_lab.machine.topology_reader import read_topology
@@ -130,6 +130,22 @@ def test_torch_computes_the_parts_that_the_kernel_does_not_serve(monkeypatch, se
     cache.append(key, value)
     expected, _ = reference(query, key, value, torch.ones(3, 20, dtype=torch.bool).tril(17), enable_gqa=True)
     torch.testing.assert_close(cache.attend(query).double(), expected, rtol=0, atol=1e-5)
+
+
+def test_torch_computes_where_kernels_can_not_be_compiled_and_one_warning_says_so(monkeypatch, several):
+    cache, plain = NodeShardedKVCache(1, 2, 56, capacity=20, dtype=torch.float32, teams=several, block=2), Plain(1)
+    monkeypatch.setattr(kernel_cache, "_failures", [])
+    monkeypatch.setattr(kernel_cache, "folder", lambda: None)
+    monkeypatch.setattr(kernel_cache, "machine_code", lambda _spec: 1 / 0)
+    decode.warn_once.cache_clear()
+    key = torch.randn(1, 2, 20, 56)  # which no other test has had compiled
+    cache.append(key, key)
+    plain.append(key, key, [20])
+    query = torch.randn(1, 4, 1, 56)
+    with pytest.warns(RuntimeWarning, match="ZeroDivisionError.*pip install numba==") as told:
+        for _ in range(2):
+            torch.testing.assert_close(cache.attend(query).double(), plain.attend(query), rtol=0, atol=1e-5)
+    assert len(told) == 1
 
 
 def test_the_usual_heads_of_128_in_bfloat16_are_merged_from_all_nodes(several):

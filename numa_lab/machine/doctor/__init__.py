@@ -2,7 +2,7 @@
 
 Limits: only what this process can see is looked at, and load for less than a second; inside a container some of the fixes
 have to be typed on the host. All files are read below a root that may be given. Only where that is ``/`` are the kernel's NUMA calls
-tried, the environment looked at and processes watched; of another machine there is nothing but its files.
+and Numba tried, the environment looked at and processes watched; of another machine there is nothing but its files.
 """
 
 from __future__ import annotations
@@ -67,6 +67,7 @@ def examine(
         refused=_refused_calls() if tree.live and has_libnuma else {},
         load=load.look(tree, topology.usable_cpus),
         lacking=optional.refused_calls() if tree.live else {},
+        uncompiled=process.compiler_failure() if tree.live else "",
     )
     checks = (*process.CHECKS, *optional.CHECKS, *given.CHECKS, *host.CHECKS)
     findings = [finding for check in checks if (finding := check(evidence))]

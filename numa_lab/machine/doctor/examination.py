@@ -46,6 +46,7 @@ class Evidence:
     refused: Mapping[str, int]  # NUMA calls that the kernel refuses, with the errno
     load: Load
     lacking: Mapping[str, int] = field(default_factory=dict)  # other calls that it refuses
+    uncompiled: str = ""  # why the decode kernel can't be compiled, with the line to type
 
     @property
     def memory_nodes(self) -> list[Node]:

@@ -6,9 +6,43 @@ import errno
 import os
 import re
 import shutil
+import subprocess
+import sys
 
 from numa_lab.machine.doctor.examination import Check, Evidence, Finding
 from numa_lab.machine.shell_commands import to_install
+
+
+def compiler_failure() -> str:
+    """Let another process compile a kernel; return what it says where it can't. This one never loads Numba.
+
+    A process that does not get so far, or that takes longer than ``COMPILER_SECONDS``, tells nothing of Numba.
+    """
+    code = "from numa_lab.attention import kernel_cache; print(kernel_cache.try_compiler())"
+    try:
+        tried = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, timeout=COMPILER_SECONDS, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return ""
+    return "" if tried.returncode else tried.stdout.strip()
+
+
+COMPILER_SECONDS = 60
+
+
+def _decode_kernel(evidence: Evidence) -> Finding | None:
+    if not evidence.uncompiled:
+        return None
+    seen, _, fix = evidence.uncompiled.rpartition("; type: ")
+    return Finding(
+        "decode_kernel",
+        seen,
+        "So torch's own operators compute attention, several times slower over a long cache, and a warning says so; what pins threads or "
+        "measures bandwidth is compiled too, and says so where it can't be.",
+        fix,
+        "problem",
+    )
 
 
 def _libnuma(evidence: Evidence) -> Finding | None:
@@ -134,6 +168,7 @@ def _preloaded_allocator(evidence: Evidence) -> Finding | None:
 
 CHECKS: tuple[Check, ...] = (
     _libnuma,
+    _decode_kernel,
     _numactl,
     _numa_calls,
     _affinity_variables,
