@@ -1,6 +1,7 @@
 """What the benchmarks share: contenders, the limits of the machine, and turns in random order.
 
-Every turn calls everything that is compared once, in random order, so that all see the same machine; medians count. Each
+Every turn calls everything that is compared once, in random order, so that all see the same machine; medians count, of samples
+during which the cores were ours (``own_cores``). Each
 number of threads has a process of its own, which may use so many cores: some libraries take all that they see. The one that
 waits for it says on stderr how far it is.
 """
@@ -11,7 +12,6 @@ import argparse
 import math
 import multiprocessing
 import os
-import statistics
 import sys
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -19,6 +19,7 @@ from concurrent.futures import ProcessPoolExecutor
 from typing import Any, TypeVar
 
 import numpy as np
+import own_cores
 import torch
 from numba import cfunc, types
 from numba.core import cgutils
@@ -137,14 +138,14 @@ def medians(work: dict[Key, Callable[[], float]], turns: int, before: int = 0, a
 
     So many timings were told to be done `before`, and so many come `after`.
     """
-    return {key: statistics.median(values) for key, values in samples(work, turns, before, after).items()}
+    return {key: taken.median for key, taken in samples(work, turns, before, after).items()}
 
 
 def samples(
     work: dict[Key, Callable[[], float]], turns: int, before: int = 0, after: int = 0, until: float = math.inf
-) -> dict[Key, list[float]]:
+) -> dict[Key, own_cores.Samples]:
     """What each gave in each turn; no turn but the first begins that would end after `until` of ``time.monotonic``."""
-    taken: dict[Key, list[float]] = {key: [] for key in work}
+    taken = {key: own_cores.Samples() for key in work}
     begin, done, total = time.monotonic(), before, before + turns * len(work) + after
     for turn in range(turns):
         now = time.monotonic()
@@ -152,7 +153,9 @@ def samples(
             break
         for _, key in randomized_blocks(work, 1):
             tell(done, total, key)
+            before_it = own_cores.disturbed_regions()
             taken[key].append(work[key]())
+            taken[key].disturbed.append(own_cores.disturbed_regions() > before_it)
             done += 1
     return taken
 
@@ -190,10 +193,11 @@ def seconds_of(call: Callable[[int], Any], layers: int) -> Callable[[], float]:
     def measure() -> float:
         if calls > 1:
             settle(lambda: call(next(turn) % layers))
-        begin = time.perf_counter()
-        for _ in range(calls):
-            call(next(turn) % layers)
-        return (time.perf_counter() - begin) / calls
+        with own_cores.watched():
+            begin = time.perf_counter()
+            for _ in range(calls):
+                call(next(turn) % layers)
+            return (time.perf_counter() - begin) / calls
 
     return measure
 
@@ -231,10 +235,11 @@ def read_limit(block: Tensor, threads: int) -> Callable[[], float]:
 
     def measure() -> float:
         settle(read)
-        begin = time.perf_counter()
-        for _ in range(READS):
-            read()
-        return READS * LIMIT_BYTES / (time.perf_counter() - begin)
+        with own_cores.watched():
+            begin = time.perf_counter()
+            for _ in range(READS):
+                read()
+            return READS * LIMIT_BYTES / (time.perf_counter() - begin)
 
     return measure
 
@@ -269,9 +274,10 @@ def vector_ceiling(threads: int) -> Callable[[], float]:
     sink = np.zeros(1, np.float32)
 
     def measure() -> float:
-        begin = time.perf_counter()
-        openmp.run_on_team(body.address, sink.ctypes.data, threads)
-        return threads * LOOPS * cpu_vectors.accumulators * cpu_vectors.bytes / (time.perf_counter() - begin)
+        with own_cores.watched():
+            begin = time.perf_counter()
+            openmp.run_on_team(body.address, sink.ctypes.data, threads)
+            return threads * LOOPS * cpu_vectors.accumulators * cpu_vectors.bytes / (time.perf_counter() - begin)
 
     return measure
 

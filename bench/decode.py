@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import re
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -104,7 +103,7 @@ def measure(wanted: dict[str, Case], names: list[str], turns: int, until: float)
             refused.setdefault((name, str(why)), []).append(case_name)
     common.print_refusals(refused)
     samples = common.samples(work, turns, before=len(pairs), until=until)
-    rates = {key: statistics.median(values) for key, values in samples.items()}
+    rates = {key: taken.median for key, taken in samples.items()}
     read, vector = rates["limit", "read"], rates["limit", "vector"]
     rows = []
     for case_name, name in errors:
@@ -116,16 +115,18 @@ def measure(wanted: dict[str, Case], names: list[str], turns: int, until: float)
                 "bytes_per_s": bytes_per_s, "read_bytes_per_s": read, "ceiling_bytes_per_s": ceiling,
                 "share_of_limit": bytes_per_s / read, "share_of_roofline": bytes_per_s / min(read, ceiling),
                 "error": errors[case_name, name], "turns": len(samples[case_name, name]),
+                "disturbed": sum(samples[case_name, name].disturbed), "read_disturbed": sum(samples["limit", "read"].disturbed),
             }
         )  # fmt: skip
     return pd.DataFrame(rows)
 
 
 def show(rows: pd.DataFrame) -> str:
-    """The table as text: share of the read limit and of the roofline, GB/s, and error, for each contender."""
+    """The table as text: share of the read limit and of the roofline, GB/s, error, and samples left out, for each contender."""
     shown = rows.assign(
         cell=[
-            f"{row.share_of_limit:5.2f} {row.share_of_roofline:5.2f} {row.bytes_per_s / 1e9:6.1f} {row.error:8.1e}"
+            f"{row.share_of_limit:5.2f} {row.share_of_roofline:5.2f} {row.bytes_per_s / 1e9:6.1f} {row.error:8.1e} "
+            + f"{row.disturbed if row.disturbed < row.turns else 'none':>4}"
             for row in rows.itertuples()
         ]
     )
@@ -133,6 +134,13 @@ def show(rows: pd.DataFrame) -> str:
         index=rows["case"].unique(), columns=rows["backend"].unique()
     )
     return str(table.fillna("").to_string())
+
+
+def left_out(rows: pd.DataFrame) -> str:
+    """How many samples were disturbed because others had a core, those of the limit and those of contenders."""
+    limit, turns = rows["read_disturbed"].iloc[0], rows["turns"].iloc[0]
+    said = f"others had a core in {rows['disturbed'].sum()} of {rows['turns'].sum()} samples, and in {limit} of {turns} of the limit"
+    return said + (", which count because there is no other" if limit == turns else ", which are left out")
 
 
 @plots.drawn
@@ -180,8 +188,8 @@ def main() -> None:
         tables.append(rows)
         read, turns = rows["read_bytes_per_s"].iloc[0] / 1e9, rows["turns"].iloc[0]
         print(
-            f"\n{threads} threads, read limit {read:.1f} GB/s, medians of {turns} turns; "
-            "share of the limit, of the roofline, GB/s, error"
+            f"\n{threads} threads, read limit {read:.1f} GB/s, medians of {turns} turns; {left_out(rows)}\n"
+            "share of the limit, of the roofline, GB/s, error, samples left out (none: all are disturbed)"
         )
         print(show(rows), flush=True)
     rows = pd.concat(tables)

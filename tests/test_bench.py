@@ -10,7 +10,7 @@ import pytest
 
 from numa_lab.placement import openmp
 
-MODULES = ("common", "peers", "progress", "sharded", "two_nodes")
+MODULES = ("common", "own_cores", "peers", "progress", "sharded", "two_nodes")
 
 
 @pytest.fixture
@@ -50,6 +50,29 @@ def test_turns_end_with_the_time_and_one_is_always_taken(bench):
     work = {"one": lambda: 1.0, "two": lambda: 2.0}
     assert common.samples(work, 9, until=time.monotonic() - 1) == {"one": [1.0], "two": [2.0]}
     assert common.medians(work, 3) == {"one": 1.0, "two": 2.0}
+
+
+def test_samples_during_which_others_had_a_core_count_only_where_there_is_no_other(bench, monkeypatch):
+    import common
+    import own_cores
+
+    waited = iter([0, 1_000_000_000])  # before and after the first sample; then nothing more is waited
+    monkeypatch.setattr(own_cores, "schedstat", lambda _tid: (0, last.append(next(waited, last[-1])) or last[-1]))
+    monkeypatch.setattr(own_cores, "_stolen_ticks", lambda: ticks[0])
+    monkeypatch.setattr(own_cores.os, "listdir", lambda _path: ["1"])
+    last, ticks, values = [0], [0], iter([9.0, 8.0, 1.0, 3.0])
+
+    def sample(steal=0):
+        with own_cores.watched():
+            ticks[0] += steal
+            return next(values)
+
+    steals = iter([0, 1, 0, 0])
+    taken = common.samples({"one": lambda: sample(next(steals))}, 4)["one"]
+    assert (taken, taken.disturbed) == ([9.0, 8.0, 1.0, 3.0], [True, True, False, False])
+    assert taken.median == 2.0
+    taken.disturbed = [True] * 4
+    assert taken.median == 5.5
 
 
 def test_a_missing_peer_is_named_once_with_the_line_to_type(bench, monkeypatch, capsys):

@@ -21,10 +21,11 @@ from numa_lab.attention.reference import attention as reference
 from numa_lab.errors import InvalidInput
 
 PAGE = mmap.PAGESIZE
-EPSILON = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 1.5e-3}  # of outputs of size about 1
+TIMES_TORCHS_ERROR = 1.5
+OTHER_ORDERS = 4
 
 
-def at_the_end_of_a_page(size, dtype):
+def at_the_end_of_a_page(size, dtype, random_numbers):
     """A tensor whose last byte is followed by a page that may not be touched."""
     nbytes = math.prod(size) * dtype.itemsize
     pages = -(-max(nbytes, 1) // PAGE)
@@ -36,7 +37,7 @@ def at_the_end_of_a_page(size, dtype):
         torch.frombuffer(block, dtype=dtype, count=math.prod(size), offset=pages * PAGE - nbytes) if nbytes else None
     )
     tensor = torch.empty(size, dtype=dtype) if tensor is None else tensor.view(size)
-    return tensor.copy_(torch.randn(size).to(dtype)) if nbytes else tensor
+    return tensor.copy_(torch.randn(size, generator=random_numbers).to(dtype)) if nbytes else tensor
 
 
 VERSIONS = [  # dtype, head_dim, query rows that one compiled version serves: as (group, q_len)
@@ -48,26 +49,56 @@ VERSIONS = [  # dtype, head_dim, query rows that one compiled version serves: as
 ]
 
 
+def torchs_error(query, key, value, mask, expected, numbers):
+    """Largest distance of torch's outputs from float64, over some orders of the elements of Q and K where they are float32.
+
+    By the formula the result is the same in every order, and rounding is not: in float32 an output errs as the few scores do that weigh
+    most, so that torch itself is further from float64 in one order than in another by more than 1.5 times for a tenth of the sequences.
+    """
+    orders = [torch.arange(query.size(-1))]
+    if query.dtype == torch.float32:
+        orders += [torch.randperm(query.size(-1), generator=numbers) for _ in range(OTHER_ORDERS)]
+    return max(
+        largest(
+            scaled_dot_product_attention(query[..., order], key[..., order], value, mask, enable_gqa=True) - expected
+        )
+        for order in orders
+    )
+
+
+def largest(tensor):
+    return tensor.abs().max().item() if tensor.numel() else 0.0
+
+
+def half_a_unit(expected, dtype):
+    """Half a unit in the last place of the largest output: even an exact output is so far from float64 once it is rounded to its dtype."""
+    return math.ldexp(torch.finfo(dtype).eps, math.frexp(largest(expected))[1] - 2)
+
+
 def one_shape(number):
-    chance = random.Random(number)
+    chance, numbers = random.Random(number), torch.Generator().manual_seed(number)
     dtype, head_dim, rows = VERSIONS[number % len(VERSIONS)]
     group, q_len = chance.choice(rows)
     batch, kv_heads = chance.choice([1, 1, 2, 3]), chance.choice([1, 2, 3])
     kv_len = chance.choice([0, 1, 2, 15, 16, 17, 63, 64, 65, chance.randrange(600)])
     torch.set_num_threads(chance.choice([1, 2, 3]))  # of this thread
-    query = at_the_end_of_a_page((batch, kv_heads * group, q_len, head_dim), dtype)
+    query = at_the_end_of_a_page((batch, kv_heads * group, q_len, head_dim), dtype, numbers)
     if chance.random() < 0.5:
-        key, value = (at_the_end_of_a_page((batch, kv_heads, kv_len, head_dim), dtype) for _ in range(2))
+        key, value = (at_the_end_of_a_page((batch, kv_heads, kv_len, head_dim), dtype, numbers) for _ in range(2))
     else:  # a [B, S, H, D] cache seen as [B, H, S, D]
         key, value = (
-            at_the_end_of_a_page((batch, kv_len, kv_heads, head_dim), dtype).transpose(1, 2) for _ in range(2)
+            at_the_end_of_a_page((batch, kv_len, kv_heads, head_dim), dtype, numbers).transpose(1, 2) for _ in range(2)
         )
     mask = None
     if chance.random() < 0.5:
         size = [chance.choice([1, n]) for n in (batch, kv_heads * group, q_len, kv_len)]
-        mask = torch.rand(size) > 0.3
+        mask = torch.rand(size, generator=numbers) > 0.3
         if chance.random() < 0.5:
-            mask = torch.randn(size).masked_fill(~mask, -math.inf).to(chance.choice([dtype, torch.float32]))
+            mask = (
+                torch.randn(size, generator=numbers)
+                .masked_fill(~mask, -math.inf)
+                .to(chance.choice([dtype, torch.float32]))
+            )
     room = torch.full((query.numel() + 128,), math.nan, dtype=dtype)
     out = room[64:-64].view(query.shape)
     result, lse = decode.decode_attention(query, key, value, mask, out=out, return_lse=True)
@@ -75,13 +106,14 @@ def one_shape(number):
     what = (
         f"shape {number}: {dtype} {tuple(query.shape)} {tuple(key.shape)} mask {None if mask is None else mask.dtype}"
     )
-    torch.testing.assert_close(result.double(), expected, rtol=0, atol=4 * EPSILON[dtype], msg=lambda m: f"{what}: {m}")
+    by_torch = torchs_error(query, key, value, mask, expected, numbers)
+    assert largest(result - expected) <= TIMES_TORCHS_ERROR * by_torch + half_a_unit(expected, dtype), (what, by_torch)
     torch.testing.assert_close(lse.double(), expected_lse, rtol=0, atol=1e-4, msg=lambda m: f"{what}: {m}")
     assert room[:64].isnan().all(), what
     assert room[-64:].isnan().all(), what
 
 
-def test_1000_shapes_from_several_threads_read_and_write_nothing_else():
+def test_1000_shapes_from_several_threads_are_right_and_read_and_write_nothing_else():
     before = torch.get_num_threads()
     for version in range(len(VERSIONS)):
         one_shape(version)  # compiles
@@ -112,7 +144,7 @@ def test_rows_of_a_query_may_overlap():
             torch.testing.assert_close(output.double(), expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", EPSILON)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("size", "kv_len"), [(1.0, 2000), (30.0, 500), (1.0, 131072)])
 def test_no_further_from_float64_than_torch(dtype, size, kv_len):
     """The error of one output is luck (which sums happen to round well), so the mean over many sequences is compared."""
