@@ -22,14 +22,13 @@ import numpy as np
 import own_cores
 import torch
 from numba import cfunc, types
-from numba.core import cgutils
 from numba.extending import intrinsic
 from peers import PEERS, Unsupported, missing
 from progress import Progress
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from numa_lab.attention import decode, simd, vectors
+from numa_lab.attention import compiler, decode, simd, vectors
 from numa_lab.attention.backend_names import BACKENDS
 from numa_lab.attention.gqa import gqa_attention
 from numa_lab.attention.reference import attention as reference
@@ -253,11 +252,11 @@ def vector_ceiling(threads: int) -> Callable[[], float]:
     @intrinsic
     def multiply_adds(_context: Any, loops: Any) -> Any:
         def generate(_c: Any, b: Any, _s: Any, arguments: Any) -> Any:
-            cells = [cgutils.alloca_once_value(b, simd.constant(type_, i)) for i in range(cpu_vectors.accumulators)]
+            cells = [compiler.alloca_once_value(b, simd.constant(type_, i)) for i in range(cpu_vectors.accumulators)]
             for i, cell in enumerate(cells):
                 b.store(simd.constant(type_, float(i)), cell)
             x = simd.splat(b, b.sitofp(simd.opaque(b, simd.I64(0)), simd.FLOAT), cpu_vectors.lanes)
-            with cgutils.for_range(b, arguments[0]):
+            with compiler.for_range(b, arguments[0]):
                 for cell in cells:
                     b.store(simd.fma(b, x, x, b.load(cell, typ=type_)), cell)
             total = b.load(cells[0], typ=type_)
