@@ -99,8 +99,9 @@ bench: .venv/installed ## decode attention beside what memory and vector units a
 	@tools/waiting.sh $(BIN)/python bench/decode.py --out figures/readme-decode $(BENCH_ARGS)
 
 # One question each; the first lines of bench/*.py say which.
-BENCHES := $(addprefix bench-,dispatch enter huge-pages prefill read-limit seats sharded short-context)
+BENCHES := $(addprefix bench-,dispatch enter huge-pages model prefill read-limit seats sharded short-context)
 .PHONY: $(BENCHES)
+bench-model: system-llvm
 $(BENCHES): bench-%: .venv/installed
 	@tools/waiting.sh $(BIN)/python bench/$(subst -,_,$*).py $(BENCH_ARGS)
 

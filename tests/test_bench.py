@@ -10,7 +10,7 @@ import pytest
 
 from numa_lab.placement import openmp
 
-MODULES = ("common", "own_cores", "peers", "progress", "sharded", "two_nodes")
+MODULES = ("common", "model", "own_cores", "peers", "progress", "sharded", "two_nodes")
 
 
 @pytest.fixture
@@ -168,3 +168,48 @@ def test_entering_a_cache_surrounds_the_steps_of_a_sample(quick):
         masks[way] = seen
     assert masks["sharded"] == {outside[-1].cpus}
     assert [len(mask) for mask in masks["entered"]] == [1], "a worker was not pinned"
+
+
+@pytest.mark.parametrize(
+    ("assembly", "wanted"),
+    [
+        (
+            """
+.LBB0_1:
+	xorl	%ecx, %ecx
+.LBB0_2:                                # =>  This is the inner loop
+	#APP
+	prefetcht1	64(%rax,%rdx)
+	#NO_APP
+	vfmadd231ps	32(%rsp), %ymm1, %ymm2 # 32-byte Folded Reload
+	jae	.LBB0_4
+	vdpbf16ps	%zmm3, %zmm4, %zmm5
+.LBB0_4:
+	cmpq	%rcx, %rbx
+	jne	.LBB0_2
+	decq	%rdi
+	jne	.LBB0_1
+""",
+            [["prefetcht1", "vfmadd231ps", "jae", "vdpbf16ps", "cmpq", "jne"]],
+        ),
+        (
+            """
+.LBB0_1:                                // %entry
+	fmla	v1.4s, v2.4s, v3.4s
+	ldr	q3, [sp, #16]
+	cbnz	x9, .LBB0_1
+	fmov	s1, s2
+.LBB0_2:
+	tbnz	w9, #0, .LBB0_2
+""",
+            [["fmla", "ldr", "cbnz"]],
+        ),
+    ],
+    ids=["x86-64", "64-bit Arm"],
+)
+def test_the_inner_loops_of_generated_code_are_found(bench, assembly, wanted):
+    import model
+
+    found = model.loops(assembly)
+    assert [[line.split()[0] for line in loop] for loop in found] == wanted
+    assert model.multiply_adds(found[0]) == sum(name.startswith(("vfm", "vdp", "fmla")) for name in wanted[0])

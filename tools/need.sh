@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# tools/need.sh TOOL ...   where a tool is numactl, chromium, libomp, qemu, qemu_user, qemu_arm, xz or python
+# tools/need.sh TOOL ...   where a tool is numactl, chromium, libomp, qemu, qemu_user, qemu_arm, xz, llvm or python
 #
 # Makes sure that system tools are there. Those that are missing are installed together where this runs as root on apt or
 # dnf; elsewhere the line to type is printed, which names all of them, and the exit status is 1. `python` also prints which
@@ -50,8 +50,9 @@ is_there() {
         qemu_user) any_of qemu-aarch64-static ;;
         qemu_arm) any_of qemu-system-aarch64 ;;
         xz) any_of xz ;;
+        llvm) compgen -c llvm-mca >/dev/null ;;
         python) find_python ;;
-        *) fail "tools/need.sh $1: expected numactl, chromium, libomp, qemu, qemu_user, qemu_arm, xz or python" ;;
+        *) fail "tools/need.sh $1: expected numactl, chromium, libomp, qemu, qemu_user, qemu_arm, xz, llvm or python" ;;
     esac
 }
 
@@ -59,6 +60,13 @@ whats=() debian=() fedora=() conda=()
 # lacks WHAT DEBIAN_PACKAGE FEDORA_PACKAGE CONDA_PACKAGE
 lacks() {
     whats+=("$1") debian+=("$2") fedora+=("$3") conda+=("$4")
+}
+
+# Debian has several; a newer one knows more processors.
+newest_llvm() {
+    local newest
+    newest=$(apt-cache search --names-only '^llvm-[0-9]+$' 2>/dev/null | cut -d ' ' -f 1 | sort -V | tail -n 1) || true
+    echo "${newest:-llvm}"
 }
 
 lacks_tool() {
@@ -70,6 +78,7 @@ lacks_tool() {
         qemu_user) lacks "QEMU's user mode (programs of 64-bit Arm run in it)" qemu-user-static qemu-user-static-aarch64 qemu ;;
         qemu_arm) lacks "QEMU for 64-bit Arm (the guest of Arm runs in it)" qemu-system-arm qemu-system-aarch64 qemu ;;
         xz) lacks "xz (it unpacks the guests' kernel)" xz-utils xz xz ;;
+        llvm) lacks "LLVM's tools (llvm-mca models processors)" "$(newest_llvm)" llvm llvm-tools ;;
         python)
             if [[ $bare ]]; then
                 lacks "python3-venv for $bare" "python$bare_version-venv" "python$bare_version" python
