@@ -25,8 +25,9 @@ import pandas as pd
 from numba import cfunc, types
 from tqdm import tqdm
 
-from numa_lab.attention import decode_kernel, kernel_cache, vectors
+from numa_lab.attention import kernel_cache, vectors
 from numa_lab.attention.decode_spec import Space
+from numa_lab.attention.panel_steps import steps_of
 from numa_lab.attention.panels import Panel
 from numa_lab.attention.processors import processor
 from numa_lab.attention.vectors import Kind, Rows, Vectors
@@ -68,7 +69,7 @@ class Step:
 
     def build(self) -> Any:
         """Compile a function that does this step over KV rows, whose number is not known: otherwise loops would be unrolled."""
-        steps = decode_kernel._steps(self.panel.rows, self.panel.height, Space.of(self.panel), ahead=True)
+        steps = steps_of(self.panel.rows, self.panel.height, Space.of(self.panel), ahead=True)
         score, soften, add_values, name, one = steps.score, steps.soften, steps.add_values, self.name, np.float32(1)
 
         @cfunc(types.void(*[types.int64] * 10), error_model="numpy")

@@ -29,7 +29,7 @@ _ENTRY = "numa_lab_kernel"
 # The modules of which all kernels are made.
 _SOURCES = (
     "processors", "vectors", "compiler", "simd", "panels", "tiles", "score_tile", "softmax_step", "value_tile", "decode_spec",
-    "decode_kernel",
+    "panel_steps", "decode_kernel",
 )  # fmt: skip
 _DIGEST_BYTES = hashlib.sha256().digest_size
 _engines: list[Any] = []  # they own the machine code

@@ -35,7 +35,8 @@ class MergeSpec:
         from numba import cfunc, types
 
         from numa_lab.attention import tiles
-        from numa_lab.attention.decode_kernel import LOWEST, ONE, ZERO, arguments_as, jit
+        from numa_lab.attention.decode_kernel import LOWEST, ONE, ZERO, arguments_as
+        from numa_lab.attention.tiles import jit
 
         rows = self.rows
         sum_bytes, row_bytes = rows.sum_bytes, rows.row_bytes

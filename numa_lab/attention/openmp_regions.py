@@ -63,13 +63,13 @@ class SeatedRegion:
         """Compile ``void region(int64_t table[])``."""
         from numba import cfunc, types
 
-        from numa_lab.attention.decode_kernel import jit
         from numa_lab.attention.tiles import (
             call_int,
             call_with_one,
             call_with_three,
             call_with_two,
             fetch_add,
+            jit,
             load_word,
             store_word,
         )

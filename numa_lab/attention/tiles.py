@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from llvmlite import ir
-from numba import types
+from numba import njit, types
 from numba.extending import intrinsic
 
 from numa_lab.attention import compiler, simd
@@ -19,6 +19,11 @@ HEADROOM = 8.0  # weights may reach 2**HEADROOM: only a score that is higher tha
 LOWEST = -3.4028234663852886e38  # the reference before the first score; with -inf, -inf - -inf would be NaN
 
 Intrinsic = Any
+
+
+def jit(function: Any) -> Any:
+    """Return a function that other functions of a kernel call, compiled together with them."""
+    return njit(error_model="numpy")(function)
 
 
 def as_pairs(b: Any, x: Any) -> Any:
